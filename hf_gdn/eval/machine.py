@@ -1,0 +1,98 @@
+"""What a result was made with: machine, versions, and which implementation the original model runs on."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import registry
+from ..patches import original_forward, status
+
+PACKAGES = (
+    "hf-gdn",
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "flash-linear-attention",
+    "causal-conv1d",
+    "kernels",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter; "not installed" where they are absent."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["torch"] = torch.__version__
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The device and the machine around it."""
+    found: dict[str, Any] = {
+        "device": str(device),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["gpu"] = properties.name
+        found["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        found["cuda"] = torch.version.cuda or torch.version.hip
+    return found
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def implementation(function: Any) -> str:
+    """Where one of transformers' kernel functions resolved to: "torch", the package's name, or "hub: ..."."""
+    if isinstance(function, torch.nn.Module):
+        module = type(function).__module__
+        forward = inspect.unwrap(type(function).forward).__module__
+        return "torch" if module.startswith("transformers") and forward.startswith("transformers") else f"hub: {module}"
+    bound = inspect.getclosurevars(function).nonlocals.get("implementation", function)
+    package = getattr(bound, "__module__", "?").partition(".")[0]
+    return "torch" if package == "transformers" else package
+
+
+def baseline(family: str) -> dict[str, str]:
+    """Which implementation each kernel function of a family's original forward resolved to."""
+    forward: Callable[..., Any] = inspect.unwrap(original_forward(family))
+    names = [name for name in forward.__code__.co_names if "conv1d_" in name or "delta_" in name]
+    return {name: implementation(forward.__globals__[name]) for name in names if name in forward.__globals__}
+
+
+def show() -> None:
+    """Print every op and backend with "serves" or its refusal, and the versions."""
+    table = Table("op", "backend", "device", "verdict", title="hf_gdn backends")
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for kernel in registry.kernels():
+        for device in devices:
+            request = registry.Request(kernel.op, device, torch.float32, 16, 32, 128, 128)
+            table.add_row(kernel.op, kernel.backend, device, kernel.why_not(request) or "serves")
+    console = Console()
+    console.print(table)
+    for name, version in versions().items():
+        console.print(f"{name} {version}", highlight=False)
+    console.print(str(status()), highlight=False)

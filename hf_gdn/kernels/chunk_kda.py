@@ -1,0 +1,313 @@
+"""The delta rule in chunks of 64 tokens with one decay per channel (Kimi delta attention, KDA): prefill.
+
+Per sequence and value head, G the running sum of g [., K] inside a chunk, S the state [K, V] before it:
+
+    N = tril(beta sum_d k_id k_jd e^(G_id - G_jd), -1) ;  A = (I + N)^-1 diag(beta)
+    P = scale * tril(sum_d q_id k_jd e^(G_id - G_jd))
+    u = A (V - (e^G K) S) ;  O = scale (e^G Q) S + P u ;  S <- e^(G_last) S + (e^(G_last - G) K)^T u
+
+The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives the form.
+
+Four kernels: q and k with their decay from and to the ends of the chunk; N and P, and the inverse
+(`chunk_kda_scores`, which says how a gate of any size is served); and the scan, with S in registers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registry import Kernel, register
+from .chunk_common import (
+    CHUNK,
+    chunks_of,
+    dot,
+    input_precision,
+    locate_chunk,
+    locate_sequence,
+    on_device,
+    padded,
+    scan_options,
+    shared_memory,
+    strides,
+)
+from .chunk_kda_scores import inverse_kernel, scores_kernel
+from .launch import tl, triton, why_not
+
+BLOCK = 16
+# Channels per step, and warps, of each kernel: so that every target compiles without spills. Not yet timed.
+DECAY_TILE, DECAY_WARPS = 32, 4
+SCORES_TILE, SCORES_WARPS = 32, 2
+INVERSE_WARPS = 4
+
+
+@triton.jit
+def _decay_kernel(
+    p_q,  # [B, T, HK, K]
+    p_k,  # [B, T, HK, K]
+    p_g,  # [B, T, HV, K]
+    p_qin,  # [B, T, HV, K]  scale e^G q / |q|
+    p_kin,  # [B, T, HV, K]  e^G k / |k|
+    p_kout,  # [B, T, HV, K]  e^(G_last - G) k / |k|
+    p_decay,  # [chunks, HV, K]  e^(G_last)
+    p_norms,  # [B, T, HV, 2]  1 / |q|, 1 / |k|; None when they are not normalised
+    p_bounds,  # [N + 1], or None
+    p_first,  # [N], or None
+    p_sequence,  # [chunks], or None
+    scale,
+    T,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_kt, stride_kh,
+    stride_gb, stride_gt, stride_gh,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    i_chunk = tl.program_id(0).to(tl.int64)
+    i_h = tl.program_id(1).to(tl.int64)
+    i_b, i_t, end = locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T)
+    if i_t >= end:
+        return
+    o_i = tl.arange(0, BT)
+    o_t = i_t + o_i
+    m_t = o_t < end
+    o_row = (i_b * T + o_t) * HV + i_h
+    p_q += i_b * stride_qb + i_h // (HV // HK) * stride_qh
+    p_k += i_b * stride_kb + i_h // (HV // HK) * stride_kh
+    p_g += i_b * stride_gb + i_h * stride_gh
+    b_rq = tl.full([BT], 1.0, tl.float32)
+    b_rk = tl.full([BT], 1.0, tl.float32)
+    if p_norms is not None:
+        b_qq = tl.zeros([BT], tl.float32)
+        b_kk = tl.zeros([BT], tl.float32)
+        for i_k in range(0, K, BK):
+            o_k = i_k + tl.arange(0, BK)
+            m_tk = m_t[:, None] & (o_k < K)[None, :]
+            b_q = tl.load(p_q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
+            b_k = tl.load(p_k + o_t[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
+            b_qq += tl.sum(b_q * b_q, 1)
+            b_kk += tl.sum(b_k * b_k, 1)
+        b_rq = tl.rsqrt(b_qq + 1e-6)
+        b_rk = tl.rsqrt(b_kk + 1e-6)
+        tl.store(p_norms + o_row * 2, b_rq, mask=m_t)
+        tl.store(p_norms + o_row * 2 + 1, b_rk, mask=m_t)
+    b_rq *= scale
+    dtype = p_q.dtype.element_ty
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        m_k = o_k < K
+        m_tk = m_t[:, None] & m_k[None, :]
+        o_out = o_row[:, None] * K + o_k[None, :]
+        p_gate = p_g + o_t[:, None] * stride_gt + o_k[None, :]
+        b_g = tl.load(p_gate, mask=m_tk, other=0.0)
+        # g of the next row, whose sum from the end is the decay after a row.
+        m_next = ((o_i < BT - 1) & (o_t + 1 < end))[:, None] & m_k[None, :]
+        b_next = tl.load(p_gate + stride_gt, mask=m_next, other=0.0)
+        b_q = tl.load(p_q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
+        b_k = tl.load(p_k + o_t[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
+        b_k *= b_rk[:, None]
+        b_in = tl.exp(tl.cumsum(b_g, 0))
+        b_out = tl.exp(tl.cumsum(b_next, 0, reverse=True))
+        tl.store(p_qin + o_out, (b_q * b_rq[:, None] * b_in).to(dtype), mask=m_tk)
+        tl.store(p_kin + o_out, (b_k * b_in).to(dtype), mask=m_tk)
+        tl.store(p_kout + o_out, (b_k * b_out).to(dtype), mask=m_tk)
+        tl.store(p_decay + (i_chunk * HV + i_h) * K + o_k, tl.exp(tl.sum(b_g, 0)), mask=m_k)
+
+
+@triton.jit
+def _scan_kernel(
+    p_v,  # [B, T, HV, V]
+    p_a,  # [B, T, HV, 64]
+    p_p,  # [B, T, HV, 64]
+    p_qin,  # [B, T, HV, K]
+    p_kin,  # [B, T, HV, K]
+    p_kout,  # [B, T, HV, K]
+    p_decay,  # [chunks, HV, K]
+    p_initial,  # [N, HV, K, V] contiguous, or None for zeros
+    p_final,  # [N, HV, K, V] contiguous
+    p_o,  # [B, T, HV, V] contiguous
+    p_bounds,  # [N + 1], or None
+    p_first,  # [N], or None
+    T,
+    stride_vb, stride_vt, stride_vh,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # One grid axis for everything: y and z end at 65,535. Tiles of a head are neighbours and share what they read.
+    i_program = tl.program_id(0)
+    i_v = i_program % tl.cdiv(V, BV)
+    i_nh = (i_program // tl.cdiv(V, BV)).to(tl.int64)
+    i_n, i_h = i_nh // HV, i_nh % HV
+    i_b, i_t, end, i_chunk = locate_sequence(i_n, p_bounds, p_first, T)
+    o_i = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k, m_v = o_k < K, o_v < V
+    dtype = p_v.dtype.element_ty
+
+    o_s = i_nh * K * V + o_k[:, None] * V + o_v[None, :]
+    m_s = m_k[:, None] & m_v[None, :]
+    if p_initial is not None:
+        b_s = tl.load(p_initial + o_s, mask=m_s, other=0.0).to(tl.float32)
+    else:
+        b_s = tl.zeros([BK, BV], tl.float32)
+
+    p_v += i_b * stride_vb + i_h * stride_vh
+    for i_c in range(tl.cdiv(end - i_t, BT)):
+        o_t = i_t + i_c * BT + o_i
+        m_t = o_t < end
+        m_tk, m_tv = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
+        o_row = (i_b * T + o_t) * HV + i_h
+        o_tk = o_row[:, None] * K + o_k[None, :]
+        o_tile = o_row[:, None] * BT + o_i[None, :]
+        b_kin = tl.load(p_kin + o_tk, mask=m_tk, other=0.0)
+        b_qin = tl.load(p_qin + o_tk, mask=m_tk, other=0.0)
+        b_kout = tl.load(p_kout + o_tk, mask=m_tk, other=0.0)
+        b_v = tl.load(p_v + o_t[:, None] * stride_vt + o_v[None, :], mask=m_tv, other=0.0)
+        b_a = tl.load(p_a + o_tile, mask=m_t[:, None], other=0.0)
+        b_p = tl.load(p_p + o_tile, mask=m_t[:, None], other=0.0)
+        b_decay = tl.load(p_decay + ((i_chunk + i_c) * HV + i_h) * K + o_k, mask=m_k, other=0.0)
+
+        b_state = b_s.to(dtype)
+        b_u = b_v.to(tl.float32) - dot(b_kin, b_state, PRECISION=PRECISION)
+        b_u = dot(b_a, b_u.to(dtype), PRECISION=PRECISION).to(dtype)
+        b_o = dot(b_qin, b_state, PRECISION=PRECISION)
+        b_o = dot(b_p, b_u, b_o, PRECISION=PRECISION)
+        tl.store(p_o + o_row[:, None] * V + o_v[None, :], b_o.to(dtype), mask=m_tv)
+        b_s = dot(tl.trans(b_kout), b_u, b_s * b_decay[:, None], PRECISION=PRECISION)
+    tl.store(p_final + o_s, b_s, mask=m_s)
+
+
+def chunk_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    qk_l2norm: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Chunked gated delta rule, one decay per channel, of any size.
+
+    Args:
+        q, k: ``[B, T, HK, K]`` in float16, bfloat16 or float32; K up to 256.
+        v: ``[B, T, HV, V]`` in the same dtype, HV a multiple of HK; V up to 256.
+        g: ``[B, T, HV, K]`` fp32, natural-log decay, at most 0.
+        beta: ``[B, T, HV]``.
+        scale: factor on the output.
+        initial_state: ``[N, HV, K, V]``; zeros when None.
+        cu_seqlens: ``[N + 1]`` boundaries of N sequences packed along T (then B is 1), on the tensors' device.
+        qk_l2norm: normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
+
+    Returns:
+        ``(o, final_state)``: ``[B, T, HV, V]`` in v's dtype and ``[N, HV, K, V]`` in fp32.
+    """
+    B, T, HK, K = q.shape
+    HV, V = v.shape[2:]
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    BK = padded(K)
+    wide = tl.bfloat16 if v.dtype == torch.bfloat16 else tl.float32  # fp16 has too little range for the factors
+    precision = input_precision(v.dtype)
+    chunks = chunks_of(B, T, cu_seqlens)
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device=v.device)
+
+    a, p = (empty(B, T, HV, CHUNK, dtype=v.dtype) for _ in range(2))
+    n = empty(B, T, HV, CHUNK)
+    qin, kin, kout = (empty(B, T, HV, K, dtype=v.dtype) for _ in range(3))
+    decay = empty(chunks.programs, HV, K)
+    norms = empty(B, T, HV, 2) if qk_l2norm else None
+    o = empty(B, T, HV, V, dtype=v.dtype)
+    final_state = empty(N, HV, K, V)
+    BV, warps, stages = scan_options(N * HV, V, BK, v.element_size(), shared_memory(v.device), key_tiles=3)
+    shape = dict(T=T, HV=HV, BT=CHUNK)
+    with on_device(v):
+        if B * T > 0:
+            _decay_kernel[(chunks.programs, HV)](
+                p_q=q,
+                p_k=k,
+                p_g=g,
+                p_qin=qin,
+                p_kin=kin,
+                p_kout=kout,
+                p_decay=decay,
+                p_norms=norms,
+                scale=scale,
+                **strides(q=q, k=k, g=g),
+                HK=HK,
+                K=K,
+                BK=min(BK, DECAY_TILE),
+                num_warps=DECAY_WARPS,
+                **chunks.arguments(),
+                **shape,
+            )
+            scores_kernel[(chunks.programs * (CHUNK // BLOCK), HV)](
+                p_q=q,
+                p_k=k,
+                p_g=g,
+                p_beta=beta,
+                p_norms=norms,
+                p_n=n,
+                p_p=p,
+                scale=scale,
+                **strides(q=q, k=k, g=g, b=beta),
+                HK=HK,
+                K=K,
+                BC=BLOCK,
+                BK=min(BK, SCORES_TILE),
+                INSIDE=wide,
+                PRECISION=precision,
+                num_warps=SCORES_WARPS,
+                **chunks.arguments(),
+                **shape,
+            )
+            inverse_kernel[(chunks.programs, HV)](
+                p_n=n,
+                p_beta=beta,
+                p_a=a,
+                **strides(b=beta),
+                MERGE=wide,
+                PRECISION=precision,
+                num_warps=INVERSE_WARPS,
+                **chunks.arguments(),
+                **shape,
+            )
+        if N > 0:
+            _scan_kernel[(triton.cdiv(V, BV) * N * HV,)](
+                p_v=v,
+                p_a=a,
+                p_p=p,
+                p_qin=qin,
+                p_kin=kin,
+                p_kout=kout,
+                p_decay=decay,
+                p_initial=None if initial_state is None else initial_state.contiguous(),
+                p_final=final_state,
+                p_o=o,
+                p_bounds=chunks.bounds,
+                p_first=chunks.first,
+                **strides(v=v),
+                K=K,
+                V=V,
+                BK=BK,
+                BV=BV,
+                PRECISION=precision,
+                num_warps=warps,
+                num_stages=stages,
+                **shape,
+            )
+    return o, final_state
+
+
+register(Kernel("chunk_kda", "triton", chunk_kda, why_not))

@@ -1,0 +1,167 @@
+"""Inside a chunk of Kimi delta attention: the products that decay per channel, and their triangular inverse.
+
+With G the running sum of g [., K] inside a chunk of 64 tokens,
+
+    N = tril(beta sum_d k_id k_jd e^(G_id - G_jd), -1) ;  A = (I + N)^-1 diag(beta)
+    P = scale * tril(sum_d q_id k_jd e^(G_id - G_jd))
+
+The gate has no lower bound, so e^(G_i - G_j) must not be split into e^(G_i) e^(-G_j), which overflows. It is split at
+a reference that lies between the two: for rows of one 16-row block and columns before it, the block's first row (both
+factors are at most 1, whatever the gate); inside a block, the middle of the block's range, as long as that range leaves
+both factors finite; where it does not, column by column without splitting. No exponent is the difference of two long
+sums: each is summed from the gates between its two rows.
+"""
+
+from __future__ import annotations
+
+from .chunk_common import dot, invert_unit_lower, locate_chunk
+from .launch import tl, triton
+
+# Widest log-decay of a 16-row block that goes through one product: its factors reach e^60, times k well inside fp32.
+# Their products can overflow above the diagonal only, where they are dropped.
+_WIDEST = tl.constexpr(120.0)
+
+
+@triton.jit
+def scores_kernel(
+    p_q,  # [B, T, HK, K]
+    p_k,  # [B, T, HK, K]
+    p_g,  # [B, T, HV, K]
+    p_beta,  # [B, T, HV]
+    p_norms,  # [B, T, HV, 2], or None
+    p_n,  # [B, T, HV, 64] fp32
+    p_p,  # [B, T, HV, 64]
+    p_bounds,  # [N + 1], or None
+    p_first,  # [N], or None
+    p_sequence,  # [chunks], or None
+    scale,
+    T,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_kt, stride_kh,
+    stride_gb, stride_gt, stride_gh,
+    stride_bb, stride_bt, stride_bh,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+    INSIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # A program serves BC rows of a chunk. Suffix c: columns of the whole chunk; none: rows, and columns among them.
+    i_program = tl.program_id(0).to(tl.int64)
+    i_h = tl.program_id(1).to(tl.int64)
+    i_r = i_program % (BT // BC) * BC
+    i_b, i_t, end = locate_chunk(i_program // (BT // BC), p_bounds, p_first, p_sequence, T)
+    if i_t + i_r >= end:
+        return
+    o_i = tl.arange(0, BC)
+    o_c = tl.arange(0, BT)
+    o_t = i_t + i_r + o_i
+    o_tc = i_t + o_c
+    m_t = o_t < end
+    m_early = o_c < i_r
+    p_q += i_b * stride_qb + i_h // (HV // HK) * stride_qh
+    p_k += i_b * stride_kb + i_h // (HV // HK) * stride_kh
+    p_g += i_b * stride_gb + i_h * stride_gh
+    dtype = p_q.dtype.element_ty
+
+    b_kkc = tl.zeros([BC, BT], tl.float32)
+    b_qkc = tl.zeros([BC, BT], tl.float32)
+    b_kk = tl.zeros([BC, BC], tl.float32)
+    b_qk = tl.zeros([BC, BC], tl.float32)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        m_k = o_k < K
+        m_tk = m_t[:, None] & m_k[None, :]
+        b_q = tl.load(p_q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
+        b_k = tl.load(p_k + o_t[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
+        # Decay from the first of the rows to each of them.
+        m_g = m_tk & (o_i > 0)[:, None]
+        b_g = tl.cumsum(tl.load(p_g + o_t[:, None] * stride_gt + o_k[None, :], mask=m_g, other=0.0), 0)
+        if i_r > 0:
+            # Decay from each column to the first of the rows: the gates of the tokens after it.
+            m_c = m_early[:, None] & m_k[None, :]
+            b_gc = tl.load(p_g + (o_tc[:, None] + 1) * stride_gt + o_k[None, :], mask=m_c, other=0.0)
+            b_kc = tl.load(p_k + o_tc[:, None] * stride_kt + o_k[None, :], mask=m_c, other=0.0).to(tl.float32)
+            b_kc = (b_kc * tl.exp(tl.cumsum(b_gc, 0, reverse=True))).to(dtype)
+            b_down = tl.exp(b_g)
+            b_kkc = dot((b_k * b_down).to(dtype), tl.trans(b_kc), b_kkc, PRECISION=PRECISION)
+            b_qkc = dot((b_q * b_down).to(dtype), tl.trans(b_kc), b_qkc, PRECISION=PRECISION)
+
+        b_range = tl.min(b_g, 0)
+        if tl.min(b_range, 0) > -_WIDEST:
+            b_x = b_g - 0.5 * b_range[None, :]
+            b_down = tl.exp(b_x)
+            b_kc = tl.trans((b_k * tl.exp(-b_x)).to(INSIDE))
+            b_kk = dot((b_k * b_down).to(INSIDE), b_kc, b_kk, PRECISION=PRECISION)
+            b_qk = dot((b_q * b_down).to(INSIDE), b_kc, b_qk, PRECISION=PRECISION)
+        else:
+            # Column by column from the last; b_x is the decay from the column to the rows after it.
+            b_x = tl.zeros([BC, BK], tl.float32)
+            for i in range(BC):
+                i_j = BC - 1 - i
+                t_j = i_t + i_r + i_j
+                m_next = m_k & (i > 0) & (t_j + 1 < end)
+                b_next = tl.load(p_g + (t_j + 1) * stride_gt + o_k, mask=m_next, other=0.0)
+                b_kj = tl.load(p_k + t_j * stride_kt + o_k, mask=m_k & (t_j < end), other=0.0).to(tl.float32)
+                b_x += tl.where((o_i > i_j)[:, None], b_next[None, :], 0.0)
+                b_kj = tl.exp(b_x) * b_kj[None, :]
+                m_j = (o_i == i_j)[None, :]
+                b_kk += tl.where(m_j, tl.sum(b_k * b_kj, 1)[:, None], 0.0)
+                b_qk += tl.where(m_j, tl.sum(b_q * b_kj, 1)[:, None], 0.0)
+
+    o_row = (i_b * T + o_t) * HV + i_h
+    b_n = tl.load(p_beta + i_b * stride_bb + i_h * stride_bh + o_t * stride_bt, mask=m_t, other=0.0).to(tl.float32)
+    b_p = tl.full([BC], 1.0, tl.float32) * scale
+    if p_norms is not None:
+        b_p *= tl.load(p_norms + o_row * 2, mask=m_t, other=0.0)
+        b_norm = tl.load(p_norms + o_row * 2 + 1, mask=m_t, other=0.0)
+        b_n *= b_norm
+        o_rowc = (i_b * T + o_tc) * HV + i_h
+        b_normc = tl.load(p_norms + o_rowc * 2 + 1, mask=m_early & (o_tc < end), other=0.0)
+        b_kk *= b_norm[None, :]
+        b_qk *= b_norm[None, :]
+        b_kkc *= b_normc[None, :]
+        b_qkc *= b_normc[None, :]
+    b_kk = tl.where(o_i[:, None] > o_i[None, :], b_kk, 0.0) * b_n[:, None]
+    b_qk = tl.where(o_i[:, None] >= o_i[None, :], b_qk, 0.0) * b_p[:, None]
+    # Columns of the rows themselves, then the rest: results before them, zeros after.
+    o_own = o_row[:, None] * BT + i_r + o_i[None, :]
+    tl.store(p_n + o_own, b_kk, mask=m_t[:, None])
+    tl.store(p_p + o_own, b_qk.to(dtype), mask=m_t[:, None])
+    o_rest = o_row[:, None] * BT + o_c[None, :]
+    m_rest = m_t[:, None] & (m_early | (o_c >= i_r + BC))[None, :]
+    tl.store(p_n + o_rest, b_kkc * b_n[:, None], mask=m_rest)
+    tl.store(p_p + o_rest, (b_qkc * b_p[:, None]).to(dtype), mask=m_rest)
+
+
+@triton.jit
+def inverse_kernel(
+    p_n,  # [B, T, HV, 64] fp32
+    p_beta,  # [B, T, HV]
+    p_a,  # [B, T, HV, 64]
+    p_bounds,  # [N + 1], or None
+    p_first,  # [N], or None
+    p_sequence,  # [chunks], or None
+    T,
+    stride_bb, stride_bt, stride_bh,
+    HV: tl.constexpr,
+    BT: tl.constexpr,
+    MERGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_chunk = tl.program_id(0).to(tl.int64)
+    i_h = tl.program_id(1).to(tl.int64)
+    i_b, i_t, end = locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T)
+    if i_t >= end:
+        return
+    o_i = tl.arange(0, BT)
+    o_t = i_t + o_i
+    m_t = o_t < end
+    o_tile = ((i_b * T + o_t) * HV + i_h)[:, None] * BT + o_i[None, :]
+    b_n = tl.load(p_n + o_tile, mask=m_t[:, None], other=0.0)
+    b_a = invert_unit_lower(b_n, MERGE, PRECISION)
+    b_beta = tl.load(p_beta + i_b * stride_bb + i_h * stride_bh + o_t * stride_bt, mask=m_t, other=0.0).to(tl.float32)
+    tl.store(p_a + o_tile, (b_a * b_beta[None, :]).to(p_a.dtype.element_ty), mask=m_t[:, None])

@@ -1,0 +1,46 @@
+"""What the Triton kernels share: importing Triton where it exists, and saying where they cannot run."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ..registry import Request
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
+
+    class _Missing:
+        """Stands in for triton, so that kernel modules can be imported (and refuse) without it."""
+
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, fn=None, *args, **kwargs):
+            return fn if callable(fn) else self
+
+    triton = tl = _Missing()
+
+# Decided by triton when it is imported, so it is read once here too.
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+def why_not(request: Request) -> str | None:
+    """Refusal common to the Triton kernels, or None."""
+    if not HAS_TRITON:
+        return "needs the triton package, which is not installed"
+    if request.device_type != "cuda" and not INTERPRET:
+        return f"needs a CUDA device; the tensors are on {request.device_type}"
+    if request.dtype not in DTYPES:
+        return f"serves float16, bfloat16 and float32; the tensors are {str(request.dtype).removeprefix('torch.')}"
+    if max(request.head_k_dim, request.head_v_dim) > MAX_HEAD_DIM:
+        return f"serves head dimensions up to {MAX_HEAD_DIM}; K is {request.head_k_dim} and V is {request.head_v_dim}"
+    return None

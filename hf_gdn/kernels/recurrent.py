@@ -1,0 +1,256 @@
+"""The gated delta rule token by token: decoding, and short runs of tokens such as a draft to be verified.
+
+Per sequence and value head, with S of shape [K, V] and beta, g in fp32:
+
+    S <- diag(exp g_t) S ;  u = beta_t (v_t - S^T k_t) ;  S <- S + k_t u^T ;  o_t = scale * S^T q_t
+
+The oracle is `hf_gdn.kernels.reference.delta_rule`. g is one number per head (GDN) or one per channel (KDA). A program
+owns BV columns of S, which do not interact, and keeps them in registers over all tokens; the state is read once and
+written once, and that is what a decode step costs.
+
+Bits do not depend on the batch, the tile or how tokens are divided among calls: every sum over K is the same binary
+tree whichever threads hold the rows, and a product is fused into an addition only where the code says so.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from ..registry import Kernel, register
+from .launch import tl, triton, why_not
+
+# (up to so many heads in the batch, BV, warps) at K = 128: few heads want many programs, many heads want wide rows.
+# Measured on one H200, with the sketch this kernel grew from, at T = 1, K = V = 128, 32 heads and batches of 1, 8, 32,
+# 128 and 256.
+_LAUNCH = (
+    (512, 16, 1),
+    (2048, 32, 2),
+    (2**31, 64, 4),
+)
+# Which products the compiler would fuse into additions depends on the tile, and with it the bits.
+FP_FUSION = False
+
+
+def launch_options(heads: int, K: int, V: int) -> tuple[int, int]:
+    """BV and the number of warps for `heads` = N * HV states of shape [K, V]."""
+    BV, num_warps = next(row[1:] for row in _LAUNCH if heads <= row[0])
+    if K > 128:  # as many state values per thread as at 128
+        BV //= 2
+    return min(BV, triton.next_power_of_2(V)), num_warps
+
+
+@triton.jit
+def _sum_rows(b_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum over the first dimension, always in the same order; tl.sum's order depends on warps and tile."""
+    b_x = tl.reshape(b_x, [ROWS, COLUMNS])
+    for i in tl.static_range(8):  # up to 256 rows
+        if ROWS >> (i + 1) > 0:
+            # The far half first: those rows lie in the same thread, the last few in neighbouring ones.
+            b_x = tl.sum(tl.reshape(b_x, [2, ROWS >> (i + 1), COLUMNS]), 0)
+    return tl.reshape(b_x, [COLUMNS])
+
+
+# A single token gets a kernel of its own, without a loop; other values of T share one.
+@triton.jit(do_not_specialize_on_alignment=["T"])
+def _recurrent_kernel(
+    p_q,  # [B, T, HK, K]
+    p_k,  # [B, T, HK, K]
+    p_v,  # [B, T, HV, V]
+    p_g,  # [B, T, HV] or [B, T, HV, K]
+    p_beta,  # [B, T, HV]
+    p_initial,  # [N, HV, K, V] contiguous, or None for zeros; may be p_final
+    p_final,  # [N, HV, K, V] contiguous
+    p_tokens,  # [B, T, HV, K, V], or None
+    p_bounds,  # [N + 1] with B = 1, or None with N = B
+    p_o,  # [B, T, HV, V] contiguous
+    scale,
+    T,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_kt, stride_kh,
+    stride_vb, stride_vt, stride_vh,
+    stride_gb, stride_gt, stride_gh,
+    stride_bb, stride_bt, stride_bh,
+    stride_sb, stride_st, stride_sh,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    IS_KDA: tl.constexpr,
+    QK_L2NORM: tl.constexpr,
+):  # fmt: skip
+    # One grid axis for everything: y and z end at 65,535. Tiles of a head are neighbours and share its q and k.
+    i_program = tl.program_id(0)
+    i_v = i_program % tl.cdiv(V, BV)
+    i_nh = (i_program // tl.cdiv(V, BV)).to(tl.int64)
+    i_n, i_h = i_nh // HV, i_nh % HV
+    i_hk = i_h // (HV // HK)
+    if p_bounds is not None:
+        i_b = i_n * 0
+        i_t = tl.load(p_bounds + i_n).to(tl.int64)
+        length = tl.load(p_bounds + i_n + 1).to(tl.int64) - i_t
+    else:
+        i_b = i_n
+        i_t = i_n * 0
+        length = T
+
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k, m_v = o_k < K, o_v < V
+    m_s = m_k[:, None] & m_v[None, :]
+    o_s = o_k[:, None] * V + o_v[None, :]
+    if p_initial is not None:
+        p_initial += i_nh * K * V
+        b_s = tl.load(p_initial + o_s, mask=m_s, other=0.0).to(tl.float32)
+    else:
+        b_s = tl.zeros([BK, BV], tl.float32)
+
+    p_q += i_b * stride_qb + i_t * stride_qt + i_hk * stride_qh + o_k
+    p_k += i_b * stride_kb + i_t * stride_kt + i_hk * stride_kh + o_k
+    p_v += i_b * stride_vb + i_t * stride_vt + i_h * stride_vh + o_v
+    p_g += i_b * stride_gb + i_t * stride_gt + i_h * stride_gh
+    p_beta += i_b * stride_bb + i_t * stride_bt + i_h * stride_bh
+    p_o += ((i_b * T + i_t) * HV + i_h) * V + o_v
+    if IS_KDA:
+        p_g += o_k
+    if p_tokens is not None:
+        p_tokens += i_b * stride_sb + i_t * stride_st + i_h * stride_sh
+
+    for _ in range(length):
+        b_q = tl.load(p_q, mask=m_k, other=0.0).to(tl.float32)
+        b_k = tl.load(p_k, mask=m_k, other=0.0).to(tl.float32)
+        b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)
+        b_beta = tl.load(p_beta).to(tl.float32)
+        if QK_L2NORM:
+            b_q *= tl.rsqrt(_sum_rows(b_q * b_q, BK, 1) + 1e-6)
+            b_k *= tl.rsqrt(_sum_rows(b_k * b_k, BK, 1) + 1e-6)
+        if IS_KDA:
+            b_s *= tl.exp(tl.load(p_g, mask=m_k, other=0.0).to(tl.float32))[:, None]
+        else:
+            b_s *= tl.exp(tl.load(p_g).to(tl.float32))
+        b_u = b_beta * (b_v - _sum_rows(b_s * b_k[:, None], BK, BV))
+        # Fused by hand, in every tile: it saves registers, without which some tiles spill.
+        b_s = tl.fma(b_k[:, None], b_u[None, :], b_s)
+        b_o = scale * _sum_rows(b_s * b_q[:, None], BK, BV)
+        tl.store(p_o, b_o.to(p_o.dtype.element_ty), mask=m_v)
+        if p_tokens is not None:
+            tl.store(p_tokens + o_s, b_s, mask=m_s)
+            p_tokens += stride_st
+        p_q += stride_qt
+        p_k += stride_kt
+        p_v += stride_vt
+        p_g += stride_gt
+        p_beta += stride_bt
+        p_o += HV * V
+    p_final += i_nh * K * V
+    tl.store(p_final + o_s, b_s, mask=m_s)
+
+
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    qk_l2norm: bool = False,
+    inplace: bool = False,
+    token_states: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated delta rule, one token after another in one kernel; no gradients.
+
+    Everything but `initial_state` may be strided in its outer dimensions. All arithmetic is fp32.
+
+    Args:
+        q, k: ``[B, T, HK, K]`` in fp16, bf16 or fp32, any T including 0; K and V up to 256.
+        v: ``[B, T, HV, V]`` in q's dtype, HV a multiple of HK.
+        g: natural-log decay, at most 0: fp32 ``[B, T, HV]`` (GDN) or ``[B, T, HV, K]`` (KDA).
+        beta: ``[B, T, HV]`` in fp32 or q's dtype.
+        scale: factor on the output.
+        initial_state: fp32 ``[N, HV, K, V]``; zeros when None.
+        cu_seqlens: int32 or int64 ``[N + 1]``, boundaries of N sequences packed along T; then B is 1, else N is B.
+            A sequence without tokens hands its state through.
+        qk_l2norm: normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
+        inplace: write the final state into `initial_state` and return that very tensor.
+        token_states: fp32 ``[B, T, HV, K, V]``, each ``[K, V]`` contiguous; receives the state after every token.
+
+    Returns:
+        ``(o, final_state)``: ``[B, T, HV, V]`` in v's dtype and fp32 ``[N, HV, K, V]``.
+
+    Raises:
+        ValueError: `inplace` without an initial state or with one that is not contiguous fp32, or `token_states` with
+            another layout.
+
+    Source: Gated Delta Networks (arXiv 2412.06464), equation 10; Kimi Linear (arXiv 2510.26692), equation 1.
+    """
+    B, T, HK, K = q.shape
+    HV, V = v.shape[2:]
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    if inplace:
+        final_state = _check_inplace(initial_state)
+    else:
+        final_state = torch.empty(N, HV, K, V, dtype=torch.float32, device=q.device)
+        initial_state = None if initial_state is None else initial_state.contiguous()
+    if token_states is None:
+        stride_sb = stride_st = stride_sh = 0
+    elif token_states.stride()[3:] == (V, 1) and token_states.dtype == torch.float32:
+        stride_sb, stride_st, stride_sh = token_states.stride()[:3]
+    else:
+        raise ValueError(f"token_states needs contiguous float32 [K, V] matrices; it is {_layout(token_states)}")
+    o = torch.empty(B, T, HV, V, dtype=v.dtype, device=q.device)
+    BV, num_warps = launch_options(N * HV, K, V)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        _recurrent_kernel[(N * HV * triton.cdiv(V, BV),)](
+            p_q=q,
+            p_k=k,
+            p_v=v,
+            p_g=g,
+            p_beta=beta,
+            p_initial=initial_state,
+            p_final=final_state,
+            p_tokens=token_states,
+            p_bounds=cu_seqlens,
+            p_o=o,
+            scale=float(scale),
+            T=T,
+            stride_qb=q.stride(0), stride_qt=q.stride(1), stride_qh=q.stride(2),
+            stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=k.stride(2),
+            stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vh=v.stride(2),
+            stride_gb=g.stride(0), stride_gt=g.stride(1), stride_gh=g.stride(2),
+            stride_bb=beta.stride(0), stride_bt=beta.stride(1), stride_bh=beta.stride(2),
+            stride_sb=stride_sb, stride_st=stride_st, stride_sh=stride_sh,
+            HK=HK,
+            HV=HV,
+            K=K,
+            V=V,
+            BK=triton.next_power_of_2(K),
+            BV=BV,
+            IS_KDA=g.dim() == 4,
+            QK_L2NORM=qk_l2norm,
+            num_warps=num_warps,
+            enable_fp_fusion=FP_FUSION,
+        )  # fmt: skip
+    return o, final_state
+
+
+def _check_inplace(state: Tensor | None) -> Tensor:
+    if state is None:
+        raise ValueError("inplace=True needs an initial_state to write to; it is None")
+    if not state.is_contiguous() or state.dtype != torch.float32:
+        raise ValueError(f"inplace=True needs a contiguous float32 initial_state; it is {_layout(state)}")
+    return state
+
+
+def _layout(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)} with strides {x.stride()}"
+
+
+register(Kernel("recurrent_gdn", "triton", recurrent, why_not))
+register(Kernel("recurrent_kda", "triton", recurrent, why_not))

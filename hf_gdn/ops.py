@@ -1,0 +1,346 @@
+"""The functional API: the gated delta rule with flash-linear-attention's names, arguments and results.
+
+Code written for ``fla.ops`` runs unchanged on these four functions. They are `torch.library` operators
+(``torch.ops.hf_gdn.*``) with fake kernels, so `torch.compile(fullgraph=True)` does not break at them. Which kernel runs
+is the registry's business (`hf_gdn.registry`); calls that need gradients take a differentiable one.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import registry
+from .kernels import state_dtype
+
+__all__ = ["chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_gated_delta_rule", "fused_recurrent_kda"]
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _shape(x: Tensor) -> str:
+    return "[" + ", ".join(str(size) for size in x.shape) + "]"
+
+
+def _expect(name: str, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must be {letters} = [{', '.join(map(str, shape))}], got {_shape(x)}")
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    *, per_channel: bool,
+) -> None:  # fmt: skip
+    """Raise ValueError where shapes, dtypes or devices do not fit together. Reads no tensor's values."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [B, T, heads, dim], got {_shape(x)}")
+        if not x.is_floating_point() or x.dtype != q.dtype:
+            raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    batch, length, k_heads, k_dim = q.shape
+    v_heads, v_dim = v.shape[2:]
+    _expect("k", k, (batch, length, k_heads, k_dim), "[B, T, HK, K] like q")
+    _expect("v", v, (batch, length, v_heads, v_dim), "[B, T, HV, V]")
+    if k_heads == 0 or v_heads % k_heads:
+        raise ValueError(f"v's heads must be a multiple of q's and k's, got HV = {v_heads} and HK = {k_heads}")
+    if per_channel:
+        _expect("g", g, (batch, length, v_heads, k_dim), "[B, T, HV, K] (one decay per channel)")
+    else:
+        _expect("g", g, (batch, length, v_heads), "[B, T, HV] (one decay per head)")
+    _expect("beta", beta, (batch, length, v_heads), "[B, T, HV]")
+    sequences = batch
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
+            raise ValueError(
+                "cu_seqlens must be int32 or int64 of shape [N + 1], N >= 1, "
+                f"got {cu_seqlens.dtype} {_shape(cu_seqlens)}"
+            )
+        if batch != 1:
+            raise ValueError(f"with cu_seqlens the sequences are packed along T and B must be 1, got B = {batch}")
+        sequences = len(cu_seqlens) - 1
+    if initial_state is not None:
+        _expect("initial_state", initial_state, (sequences, v_heads, k_dim, v_dim), "[N, HV, K, V]")
+    named = dict(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    devices = {name: x.device for name, x in named.items() if x is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(
+            "all tensors must be on one device, got " + ", ".join(f"{n} on {d}" for n, d in devices.items())
+        )
+
+
+_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def check_bounds(cu_seqlens: Tensor, length: int) -> None:
+    """Raise ValueError unless cu_seqlens climbs from 0 to `length`.
+
+    Reading values off a GPU waits for it, so a tensor is read once, not once a layer.
+    """
+    state = (cu_seqlens._version, length)
+    if _checked.get(cu_seqlens) == state:
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in pairwise(bounds)):
+        shown = str(bounds if len(bounds) <= 16 else [*bounds[:8], "...", *bounds[-7:]])
+        raise ValueError(f"cu_seqlens must start at 0, never fall, and end at T = {length}, got {shown}")
+    _checked[cu_seqlens] = state
+
+
+# ---------------------------------------------------------------------------------------------------------- operators
+
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor{state} initial_state, Tensor? cu_seqlens, "
+    "float scale, bool qk_l2norm, str backend) -> {result}"
+)
+
+
+def _dims(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    return q.shape[2], v.shape[2], q.shape[3], v.shape[3]
+
+
+def _define(op: str, inplace: bool) -> Any:
+    """Make an operator of `op`; the in-place one updates initial_state and returns o alone."""
+
+    def run(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, backend):
+        if cu_seqlens is not None:
+            check_bounds(cu_seqlens, q.shape[1])
+        kernel = registry.select(op, q.device.type, q.dtype, _dims(q, v), backend, False)
+        o, state = kernel.fn(
+            q, k, v, g, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm,
+            **({"inplace": True} if inplace else {}),
+        )  # fmt: skip
+        return o if inplace else (o, state)
+
+    def fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, backend):
+        o = v.new_empty(v.shape)
+        if inplace:
+            return o
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        return o, v.new_empty((sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=state_dtype(v.dtype))
+
+    schema = _SCHEMA.format(
+        state="(a!)" if inplace else "?", result="Tensor" if inplace else "(Tensor o, Tensor final_state)"
+    )
+    name = f"hf_gdn::{op}{'_' if inplace else ''}"
+    operator = torch.library.custom_op(name, run, mutates_args=("initial_state",) if inplace else (), schema=schema)
+    operator.register_fake(fake)
+    return operator
+
+
+OPERATORS = {op: _define(op, False) for op in ("chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda")}
+INPLACE_OPERATORS = {op: _define(op, True) for op in ("recurrent_gdn", "recurrent_kda")}
+
+
+def launch(
+    kernel: registry.Kernel, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *,
+    scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None, qk_l2norm: bool, inplace: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Call a kernel the registry gave: directly, or as an operator where torch.compile cannot look into it.
+
+    Inputs are taken as `check` would have them. Returns ``(o, final_state)``.
+    """
+    if torch.compiler.is_compiling() and (not kernel.traceable or cu_seqlens is not None):
+        table = INPLACE_OPERATORS if inplace else OPERATORS
+        result = table[kernel.op](q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, kernel.backend)
+        return (result, initial_state) if inplace else result  # type: ignore[return-value]
+    options: dict[str, Any] = {"inplace": True} if inplace else {}
+    return kernel.fn(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        qk_l2norm=qk_l2norm,
+        **options,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- functions
+
+# Arguments of fla's functions that are served in their default meaning only.
+_FLA_DEFAULTS: dict[str, Any] = {
+    "gk": None, "gv": None, "state_v_first": False, "safe_gate": False, "disable_recompute": False,
+    "return_intermediate_states": False, "use_graph": False, "max_num_seqs": None, "cp_context": None,
+    "cu_seqlens_cpu": None, "chunk_indices": None, "head_first": False, "transpose_state_layout": False,
+}  # fmt: skip
+
+
+class _Activations(NamedTuple):
+    """What fla's kernels can do to the raw gate and beta."""
+
+    use_gate_in_kernel: bool
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    lower_bound: float | None
+    use_beta_sigmoid_in_kernel: bool
+    allow_neg_eigval: bool
+
+    def gate(self, name: str, g: Tensor) -> Tensor:
+        """-exp(A_log) softplus(g + dt_bias), or with a lower bound lower_bound sigmoid(exp(A_log) (g + dt_bias))."""
+        if not self.use_gate_in_kernel:
+            if (self.A_log, self.dt_bias, self.lower_bound) != (None, None, None):
+                raise TypeError(
+                    f"{name}(): A_log, dt_bias and lower_bound mean nothing without use_gate_in_kernel=True"
+                )
+            return g
+        x = g.float()
+        heads = (g.shape[2], 1) if g.dim() == 4 else (g.shape[2],)
+        if self.dt_bias is not None:
+            x = x + self.dt_bias.float().view(g.shape[2:])
+        if self.lower_bound is not None:
+            return self.lower_bound * torch.sigmoid(
+                x if self.A_log is None else self.A_log.float().exp().view(heads) * x
+            )
+        if self.A_log is None:
+            raise ValueError(f"{name}(): use_gate_in_kernel=True needs A_log of shape [HV], got None")
+        return -self.A_log.float().exp().view(heads) * F.softplus(x)
+
+    def beta(self, beta: Tensor) -> Tensor:
+        if not self.use_beta_sigmoid_in_kernel:
+            return beta
+        return torch.sigmoid(beta) * 2 if self.allow_neg_eigval else torch.sigmoid(beta)
+
+
+def _call(
+    name: str, op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, scale: float | None,
+    initial_state: Tensor | None, output_final_state: bool, qk_l2norm: bool, cu_seqlens: Tensor | None,
+    activations: _Activations, backend: str, others: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    for argument, value in others.items():
+        if argument not in _FLA_DEFAULTS:
+            raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
+        if value is not _FLA_DEFAULTS[argument]:
+            raise TypeError(
+                f"{name}() does not support {argument}={value!r}; only {_FLA_DEFAULTS[argument]!r} is served"
+            )
+    per_channel = op.endswith("kda")
+    if g is None:
+        g = v.new_zeros((*v.shape[:3], q.shape[-1]) if per_channel else v.shape[:3])
+    if beta is None:
+        beta = v.new_ones(v.shape[:3])
+    check(q, k, v, g, beta, initial_state, cu_seqlens, per_channel=per_channel)
+    dtype = state_dtype(v.dtype)
+    g = activations.gate(name, g).to(dtype)
+    beta = activations.beta(beta)
+    q, k, v, g, beta = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, g, beta))
+    if initial_state is not None:
+        initial_state = initial_state.to(dtype).contiguous()
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    tensors = (q, k, v, g, beta, initial_state)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        if cu_seqlens is not None:
+            check_bounds(cu_seqlens, q.shape[1])
+        kernel = registry.select(op, q.device.type, q.dtype, _dims(q, v), backend, True)
+        o, state = kernel.fn(
+            q, k, v, g, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm
+        )
+    else:
+        o, state = OPERATORS[op](q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, backend)
+    return o, state if output_final_state else None
+
+
+def chunk_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False, cu_seqlens: Tensor | None = None,
+    *, use_gate_in_kernel: bool = False, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
+    backend: str = "auto", **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Gated delta rule (GDN, one decay per head) over whole sequences, chunk by chunk.
+
+    Args:
+        q, k: ``[B, T, HK, K]``, float16, bfloat16 or float32 (float64 on the eager backend).
+        v: ``[B, T, HV, V]``, same dtype, HV a multiple of HK.
+        g: ``[B, T, HV]``, natural logarithm of the decay, at most 0.
+        beta: ``[B, T, HV]``, writing strength.
+        scale: factor on the output; ``K ** -0.5`` when None.
+        initial_state: ``[N, HV, K, V]``, N = B, or the number of packed sequences; zeros when None.
+        output_final_state: return the state after the last token.
+        use_qk_l2norm_in_kernel: normalise q and k over K first.
+        use_beta_sigmoid_in_kernel: beta is given before its sigmoid; `allow_neg_eigval` doubles it then.
+        cu_seqlens: ``[N + 1]`` int32 or int64, boundaries of sequences packed along T, B = 1.
+        use_gate_in_kernel: g is given before the gate, ``-exp(A_log) * softplus(g + dt_bias)``.
+        A_log, dt_bias: ``[HV]``, for `use_gate_in_kernel`.
+        backend: a backend's name, or ``"auto"``.
+
+    Returns:
+        o ``[B, T, HV, V]`` in v's dtype and the final state ``[N, HV, K, V]`` in fp32, or None.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or boundaries that do not fit; an unknown backend.
+        TypeError: an argument of fla's that is not supported, named.
+        BackendError: the backend asked for cannot serve the call.
+
+    Source: Gated Delta Networks (arXiv 2412.06464), section 3.3.
+    """
+    activations = _Activations(use_gate_in_kernel, A_log, dt_bias, None, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    return _call(
+        "chunk_gated_delta_rule", "chunk_gdn", q, k, v, g, beta, scale, initial_state,
+        output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, activations, backend, kwargs,
+    )  # fmt: skip
+
+
+def fused_recurrent_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, gk: None = None, gv: None = None,
+    beta: Tensor | None = None, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None, dt_bias: Tensor | None = None, use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False, *, cu_seqlens: Tensor | None = None, backend: str = "auto", **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Gated delta rule (GDN) token by token, for decoding. Arguments and results as in `chunk_gated_delta_rule`.
+
+    g None means no decay, beta None means ones; `gk` and `gv` (fla's further decays) are not supported.
+    """
+    activations = _Activations(use_gate_in_kernel, A_log, dt_bias, None, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    return _call(
+        "fused_recurrent_gated_delta_rule", "recurrent_gdn", q, k, v, g, beta, scale, initial_state,
+        output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, activations, backend, dict(kwargs, gk=gk, gv=gv),
+    )  # fmt: skip
+
+
+def chunk_kda(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False, use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False,
+    *, lower_bound: float | None = None, cu_seqlens: Tensor | None = None, A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None, backend: str = "auto", **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Kimi delta attention (KDA, one decay per channel) over whole sequences, chunk by chunk.
+
+    Arguments and results as in `chunk_gated_delta_rule`, but g is ``[B, T, HV, K]`` and may be as low as it likes,
+    dt_bias is ``[HV * K]``, and with `lower_bound` the gate is ``lower_bound * sigmoid(exp(A_log) * (g + dt_bias))``.
+
+    Source: Kimi Linear (arXiv 2510.26692), section 3.
+    """
+    activations = _Activations(
+        use_gate_in_kernel, A_log, dt_bias, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval
+    )
+    return _call(
+        "chunk_kda", "chunk_kda", q, k, v, g, beta, scale, initial_state,
+        output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, activations, backend, kwargs,
+    )  # fmt: skip
+
+
+def fused_recurrent_kda(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False, lower_bound: float | None = None,
+    *, cu_seqlens: Tensor | None = None, backend: str = "auto", **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Kimi delta attention (KDA) token by token, for decoding. Arguments and results as in `chunk_kda`."""
+    activations = _Activations(
+        use_gate_in_kernel, A_log, dt_bias, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval
+    )
+    return _call(
+        "fused_recurrent_kda", "recurrent_kda", q, k, v, g, beta, scale, initial_state,
+        output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, activations, backend, kwargs,
+    )  # fmt: skip

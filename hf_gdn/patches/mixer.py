@@ -1,0 +1,237 @@
+"""The one forward that replaces those of the patched layers: project -> mix -> norm -> out.
+
+What is particular to a model family (which Linear modules there are, how gates are made) is in its `Family`; everything
+here is common. The layer's own modules are called, so LoRA, quantized layers and hooks keep working, and the cache is
+transformers' own: convolution windows ``[B, C, width]`` in the model's dtype, states ``[B, HV, K, V]`` in fp32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations.accelerate import force_accelerate_hooks
+
+from .. import registry
+from ..ops import check_bounds, launch
+from ..registry import BackendError, warn_once
+
+
+class Dims(NamedTuple):
+    """Heads of q/k and of v, and their dimensions."""
+
+    num_k_heads: int
+    num_v_heads: int
+    head_k_dim: int
+    head_v_dim: int
+
+
+class Projected(NamedTuple):
+    """What a family's projections make of the hidden states ``[B, T, hidden]``."""
+
+    qkv: Tensor  # [B, T, C], q | k | v side by side, before the convolution
+    g: Tensor  # [B, T, HV] or [B, T, HV, K], natural-log decay, fp32
+    beta: Tensor  # [B, T, HV]
+    z: Tensor  # [B, T, HV, V], gate of the output norm
+
+
+class Family(ABC):
+    """What is particular to one class of layers. Instances are stateless.
+
+    Attributes:
+        name: transformers' model type, the name users give.
+        module: module of the layer class.
+        class_name: name of the layer class.
+        op: ``"gdn"`` (one decay per head) or ``"kda"`` (one per channel).
+        direct: children whose parameters are read without calling them; accelerate's offload hooks are fired for these.
+    """
+
+    name: str
+    module: str
+    class_name: str
+    op: str
+    direct: tuple[str, ...] = ("conv1d",)
+
+    @abstractmethod
+    def dims(self, layer: Any) -> Dims:
+        """Heads and dimensions of a layer."""
+
+    @abstractmethod
+    def project(self, layer: Any, x: Tensor) -> Projected:
+        """Run the layer's input projections on ``[B, T, hidden]``."""
+
+    @abstractmethod
+    def finish(self, layer: Any, o: Tensor, z: Tensor) -> Tensor:
+        """Gated norm and output projection of o ``[B, T, HV, V]``: ``[B, T, hidden]``."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How patched layers run."""
+
+    backend: str = "auto"
+    strict: bool = False
+
+
+class Unserved(Exception):
+    """The mixer cannot serve a call; the text says why."""
+
+
+# -------------------------------------------------------------------------------------------------------- convolution
+
+
+def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, length: int, sequence: Tensor | None) -> Tensor:
+    """Depthwise causal convolution as shifted multiply-adds, in fp32.
+
+    Args:
+        x: ``[B, L, C]``, L >= `length`; what comes before its last `length` rows is left context.
+        weight: ``[C, width]``; its last tap meets the row itself.
+        bias: ``[C]`` or None.
+        length: rows wanted.
+        sequence: ``[L]``, which packed sequence a row belongs to: taps do not reach into another one. Or None.
+
+    Returns:
+        ``[B, length, C]`` in fp32 (or float64).
+    """
+    width = weight.shape[1]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, taps = x.to(dtype), weight.to(dtype).unbind(1)
+    x = F.pad(x, (0, 0, max(0, width - 1 + length - x.shape[1]), 0))
+    start = x.shape[1] - length
+    out = x[:, start:] * taps[-1]
+    for back in range(1, width):
+        earlier = x[:, start - back : x.shape[1] - back]
+        if sequence is not None:
+            own = F.pad(sequence, (back, 0), value=-1)[: len(sequence)] == sequence
+            earlier = earlier * own[-length:, None]
+        out = (
+            torch.addcmul(out, earlier, taps[-1 - back])
+            if torch.is_grad_enabled()
+            else out.addcmul_(earlier, taps[-1 - back])
+        )
+    return out if bias is None else out + bias.to(dtype)
+
+
+def _conv(layer: Any, qkv: Tensor, cache: Any, cu_seqlens: Tensor | None) -> Tensor:
+    """Convolution and activation of qkv ``[B, T, C]``, reading and updating the cached window."""
+    length = qkv.shape[1]
+    weight, bias = layer.conv1d.weight.squeeze(1), layer.conv1d.bias
+    width = weight.shape[1]
+    sequence = None
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(length, device=qkv.device), right=True)
+    states = None if cache is None else cache.layers[layer.layer_idx]
+    if states is not None and length == 1 and width > 1 and states.has_previous_state[0] and not states.record_past:
+        # One token: shift the window in place, so that its address stays what CUDA graphs know.
+        window = states.conv_states[0]
+        window.copy_(torch.cat((window[:, :, 1:], qkv.transpose(1, 2)), -1))
+        dtype = torch.promote_types(qkv.dtype, torch.float32)
+        out = (window[:, :, -width:].to(dtype) * weight.to(dtype)).sum(-1)[:, None]
+        out = out if bias is None else out + bias.to(dtype)
+    else:
+        x = qkv
+        if cache is not None:
+            x = cache.update_conv_state(qkv.transpose(1, 2), layer.layer_idx, conv_kernel_size=width).transpose(1, 2)
+        out = _causal_conv(x, weight, bias, length, sequence)
+    return ACT2FN[layer.activation](out).to(qkv.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- recurrence
+
+
+def _check_state(family: Family, layer: Any, state: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if tuple(state.shape) != shape:
+        raise ValueError(
+            f"{family.name} layer {layer.layer_idx}: the cache's recurrent state must be [sequences, HV, K, V] = "
+            f"{list(shape)}, got {list(state.shape)}; a cache serves the batch it was filled with"
+        )
+    if state.device != x.device:
+        raise ValueError(
+            f"{family.name} layer {layer.layer_idx}: the cache's recurrent state is on {state.device}, "
+            f"the hidden states are on {x.device}"
+        )
+
+
+def _mix(
+    family: Family, settings: Settings, layer: Any, x: Tensor, cache: Any, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Everything up to the output norm. Returns o and its gate z, both ``[B, T, HV, V]``."""
+    k_heads, v_heads, k_dim, v_dim = family.dims(layer)
+    batch, length = x.shape[:2]
+    states = None if cache is None else cache.layers[layer.layer_idx]
+    state = states.recurrent_states[0] if states is not None and states.has_previous_state[0] else None
+    if state is not None:
+        sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        _check_state(family, layer, state, (sequences, v_heads, k_dim, v_dim), x)
+    qkv, g, beta, z = family.project(layer, x)
+    needs_grad = torch.is_grad_enabled() and qkv.requires_grad
+    request = (x.device.type, qkv.dtype, (k_heads, v_heads, k_dim, v_dim), settings.backend, needs_grad)
+    kernel = registry.select(f"recurrent_{family.op}", *request)
+    if length > kernel.max_tokens:
+        kernel = registry.select(f"chunk_{family.op}", *request)
+    qkv = _conv(layer, qkv, cache, cu_seqlens)
+    q, k, v = qkv.split((k_heads * k_dim, k_heads * k_dim, v_heads * v_dim), -1)
+    q, k, v = q.unflatten(-1, (k_heads, k_dim)), k.unflatten(-1, (k_heads, k_dim)), v.unflatten(-1, (v_heads, v_dim))
+    inplace = kernel.op.startswith("recurrent") and state is not None and not needs_grad and state.is_contiguous()
+    o, final = launch(
+        kernel, q, k, v, g, beta, scale=k_dim**-0.5, initial_state=state, cu_seqlens=cu_seqlens, qk_l2norm=True,
+        inplace=inplace,
+    )  # fmt: skip
+    if cache is not None and not inplace:
+        cache.update_recurrent_state(final, layer.layer_idx)
+    return o, z
+
+
+# ------------------------------------------------------------------------------------------------------------- forward
+
+
+def _check_served(
+    family: Family, settings: Settings, layer: Any, x: Tensor, cache: Any, kwargs: dict[str, Any]
+) -> None:
+    """Raise Unserved for calls that belong to the original forward."""
+    if torch.compiler.is_exporting():
+        raise Unserved("torch.export traces the original forward")
+    if kwargs.get("seq_idx") is not None:
+        raise Unserved("packed sequences are read from cu_seq_lens_q, seq_idx was given")
+    if cache is not None and not hasattr(cache.layers[layer.layer_idx], "recurrent_states"):
+        raise Unserved(f"layer {layer.layer_idx} of the {type(cache).__name__} holds no recurrent state")
+    dtype = layer.conv1d.weight.dtype
+    if settings.backend == "auto" and not x.dtype.is_floating_point:
+        raise Unserved(f"the hidden states are {x.dtype}")
+    if settings.backend == "auto" and not dtype.is_floating_point:
+        raise Unserved(f"the convolution's weights are {dtype}")
+
+
+def make_forward(family: Family, original: Callable[..., Tensor], settings: Settings) -> Callable[..., Tensor]:
+    """The forward that stands in for `original` on a family's class, with the same arguments and result."""
+
+    @force_accelerate_hooks(list(family.direct))
+    def forward(
+        self: nn.Module,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        try:
+            _check_served(family, settings, self, hidden_states, cache_params, kwargs)
+        except Unserved as reason:
+            if settings.strict:
+                raise BackendError(f"{family.name}: hf_gdn cannot serve this call: {reason}") from None
+            warn_once(f"{family.name}: the original forward runs: {reason}")
+            return original(self, hidden_states, cache_params, attention_mask, **kwargs)
+        if attention_mask is not None:
+            hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is not None and not torch.compiler.is_compiling():
+            check_bounds(cu_seqlens, hidden_states.shape[1])
+        o, z = _mix(family, settings, self, hidden_states, cache_params, cu_seqlens)
+        return family.finish(self, o, z)
+
+    return forward

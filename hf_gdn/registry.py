@@ -1,0 +1,281 @@
+"""Which kernel serves a call, and why the others do not.
+
+An `Op` is a mathematical function with an oracle; a `Kernel` is one implementation of it, named by its backend.
+`resolve` picks one for a `Request`. Nothing here imports a kernel library: built-in kernels and those of other
+packages (entry-point group ``hf_gdn.kernels``) are loaded the first time somebody asks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("hf_gdn")
+
+ENTRY_POINT_GROUP = "hf_gdn.kernels"
+# What "auto" means in this process; read once.
+DEFAULT_BACKEND = os.environ.get("HF_GDN_BACKEND") or "auto"
+# Importing a module registers its kernels. Within an op, "auto" tries them in this order.
+_BUILTIN = (
+    "hf_gdn.kernels.recurrent",
+    "hf_gdn.kernels.chunk_gdn",
+    "hf_gdn.kernels.chunk_kda",
+    "hf_gdn.kernels.fla",
+    "hf_gdn.kernels.eager",
+)
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot serve the call, or no backend can."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What has to be known of a call to say whether a kernel can serve it.
+
+    Args:
+        op: name of the op, one of `ops()`.
+        device_type: ``"cpu"``, ``"cuda"``, ...
+        dtype: dtype of q, k and v.
+        num_k_heads, num_v_heads: heads of q/k and of v, gates and state.
+        head_k_dim, head_v_dim: K and V.
+    """
+
+    op: str
+    device_type: str
+    dtype: torch.dtype
+    num_k_heads: int
+    num_v_heads: int
+    head_k_dim: int
+    head_v_dim: int
+
+    @classmethod
+    def of(cls, op: str, q: torch.Tensor, v: torch.Tensor) -> Request:
+        """The request that q ``[B, T, HK, K]`` and v ``[B, T, HV, V]`` make."""
+        return cls(op, q.device.type, q.dtype, q.shape[2], v.shape[2], q.shape[3], v.shape[3])
+
+
+@dataclass(frozen=True)
+class Op:
+    """A function to be served.
+
+    Args:
+        name: what kernels and requests call it.
+        reference: the oracle, with the kernels' own signature, in any float dtype.
+        make_inputs: ``make_inputs(B=, T=, HK=, HV=, K=, V=, dtype=, device=, seed=, decay=)`` returns the keyword
+            arguments of a call, for tests and benchmarks.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    make_inputs: Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an op.
+
+    Args:
+        op: name of the op it implements.
+        backend: name a user asks for it by.
+        fn: the function; its signature is the op's (see `hf_gdn.kernels`).
+        why_not: None when it serves the request, else one sentence that says why it does not.
+        differentiable: gradients flow through `fn`. A kernel without them hands calls that need gradients over to
+            the eager backend.
+        traceable: plain PyTorch that torch.compile may look into; others are called as opaque operators there.
+        max_tokens: for recurrent kernels, the tokens a call up to which it is used rather than the chunk kernel.
+    """
+
+    op: str
+    backend: str
+    fn: Callable[..., Any]
+    why_not: Callable[[Request], str | None]
+    differentiable: bool = False
+    traceable: bool = False
+    max_tokens: int = 16
+
+
+_ops: dict[str, Op] = {}
+_kernels: dict[str, list[Kernel]] = {}
+_table: dict[tuple[str, str], Kernel] = {}  # by op and backend
+_chosen: dict[tuple, str] = {}  # backends that `select` found, by request
+_loaded = False
+_lock = threading.RLock()
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Log a warning the first time it is given."""
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning(message)
+
+
+def register_op(op: Op) -> Op:
+    """Add an op. Raises ValueError when its name is taken."""
+    if op.name in _ops:
+        raise ValueError(f"op {op.name!r} is registered already; registered ops: {', '.join(_ops)}")
+    _ops[op.name] = op
+    _kernels[op.name] = []
+    return op
+
+
+def register(kernel: Kernel, *, before: str | None = None) -> Kernel:
+    """Add a kernel to its op.
+
+    Args:
+        kernel: the kernel.
+        before: name of the backend it goes ahead of in "auto"; last by default.
+
+    Raises:
+        ValueError: the op is unknown, it has a kernel of that backend already, or `before` has none.
+    """
+    _load_ops()
+    if kernel.op not in _ops:
+        raise ValueError(f"kernel {kernel.backend!r} is for op {kernel.op!r}; registered ops: {', '.join(_ops)}")
+    row = _kernels[kernel.op]
+    backends = [other.backend for other in row]
+    if kernel.backend in backends:
+        raise ValueError(
+            f"op {kernel.op!r} has a kernel of backend {kernel.backend!r} already; it has: {', '.join(backends)}"
+        )
+    if before is not None and before not in backends:
+        raise ValueError(
+            f"before={before!r}: op {kernel.op!r} has no such backend; it has: {', '.join(backends) or 'none'}"
+        )
+    row.insert(len(row) if before is None else backends.index(before), kernel)
+    _table[kernel.op, kernel.backend] = kernel
+    _chosen.clear()
+    return kernel
+
+
+def unregister(op: str, backend: str) -> None:
+    """Take a kernel out again. Raises ValueError when there is none."""
+    _kernels[op].remove(get(op, backend))
+    del _table[op, backend]
+    _chosen.clear()
+
+
+def _load_ops() -> None:
+    importlib.import_module("hf_gdn.kernels")
+
+
+def _load() -> None:
+    global _loaded
+    with _lock:
+        if _loaded:
+            return
+        _loaded = True  # first, since a plug-in may ask the registry what is there
+        try:
+            _load_ops()
+            for module in _BUILTIN:
+                importlib.import_module(module)
+            for entry_point in metadata.entry_points(group=ENTRY_POINT_GROUP):
+                target = entry_point.load()
+                if callable(target):
+                    target()
+        except BaseException:
+            _loaded = False
+            raise
+
+
+def ops() -> dict[str, Op]:
+    """All ops by name."""
+    _load()
+    return dict(_ops)
+
+
+def kernels(op: str | None = None) -> list[Kernel]:
+    """All kernels, or those of one op, in the order in which "auto" tries them."""
+    _load()
+    if op is None:
+        return [kernel for row in _kernels.values() for kernel in row]
+    if op not in _ops:
+        raise ValueError(f"unknown op {op!r}; registered ops: {', '.join(_ops)}")
+    return list(_kernels[op])
+
+
+def backends() -> list[str]:
+    """Names of all registered backends."""
+    return list(dict.fromkeys(kernel.backend for kernel in kernels()))
+
+
+def check_backend(backend: str) -> str:
+    """Return the backend's name, or raise ValueError when neither "auto" nor any kernel bears it."""
+    valid = ["auto", *backends()]
+    if backend not in valid:
+        raise ValueError(f"unknown backend {backend!r}; valid backends: {', '.join(valid)}")
+    return backend
+
+
+def get(op: str, backend: str) -> Kernel:
+    """The kernel of that op and backend. Raises ValueError when there is none."""
+    check_backend(backend)
+    row = kernels(op)
+    for kernel in row:
+        if kernel.backend == backend:
+            return kernel
+    raise ValueError(f"op {op!r} has no kernel of backend {backend!r}; it has: {', '.join(k.backend for k in row)}")
+
+
+def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False) -> Kernel:
+    """The kernel that serves a request.
+
+    Args:
+        request: the call to be served.
+        backend: ``"auto"`` takes the first that can, in declared order, and warns once when that is not the first;
+            any other name is that backend or an error.
+        needs_grad: gradients are wanted: a kernel without them hands over to the eager backend.
+
+    Raises:
+        ValueError: unknown op or backend.
+        BackendError: the backend named, or with "auto" every backend, refuses the request; the text is the refusal.
+    """
+    backend = DEFAULT_BACKEND if backend == "auto" else backend
+    if backend == "auto":
+        refusals = []
+        for kernel in kernels(request.op):
+            sentence = kernel.why_not(request)
+            if sentence is None:
+                break
+            refusals.append(f"{kernel.backend} {sentence}")
+        else:
+            raise BackendError(f"no backend serves {request.op}: " + "; ".join(refusals))
+        if refusals:
+            warn_once(f"running on the {kernel.backend} backend: {'; '.join(refusals)}")
+    else:
+        kernel = get(request.op, backend)
+        sentence = kernel.why_not(request)
+        if sentence is not None:
+            raise BackendError(f"backend {backend!r} cannot serve {request.op}: {sentence}")
+    if needs_grad and not kernel.differentiable:
+        logger.info("%s: %s has no backward, gradients go through the eager backend", request.op, kernel.backend)
+        return get(request.op, "eager")
+    return kernel
+
+
+@torch.compiler.assume_constant_result
+def _choose(
+    op: str, device_type: str, dtype: torch.dtype, dims: tuple[int, int, int, int], backend: str, needs_grad: bool
+) -> str:
+    key = (op, device_type, dtype, dims, backend, needs_grad)
+    chosen = _chosen.get(key)
+    if chosen is None:
+        kernel = resolve(Request(op, device_type, dtype, *dims), backend, needs_grad=needs_grad)
+        chosen = _chosen[key] = kernel.backend
+    return chosen
+
+
+def select(
+    op: str, device_type: str, dtype: torch.dtype, dims: tuple[int, int, int, int], backend: str, needs_grad: bool
+) -> Kernel:
+    """`resolve`, remembered: what hot paths and traced functions call. `dims` are HK, HV, K and V."""
+    return _table[op, _choose(op, device_type, dtype, dims, backend, needs_grad)]

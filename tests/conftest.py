@@ -1,0 +1,42 @@
+"""Common to all tests: no network, one thread, NaN in uninitialised memory, clean patches, tiny models."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+import hf_gdn
+from tests import tiny
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nan_in_uninitialised_memory():
+    torch.set_num_threads(1)  # tiny tensors: threads that wait for each other on a busy machine cost 30x
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _unpatched_afterwards():
+    yield
+    hf_gdn.unpatch()
+
+
+@pytest.fixture(params=sorted(tiny.CONFIGS))
+def family(request):
+    """Name of a family."""
+    return request.param

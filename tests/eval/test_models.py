@@ -1,0 +1,60 @@
+"""The embedded models: small, trained, and with a recurrent state that matters."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_gdn import patches
+from hf_gdn.eval import data, models, perplexity
+
+NAMES = [Path(path).name for path in models.embedded()]
+CHUNK_FUNCTION = {"qwen3_next": "torch_chunk_gated_delta_rule", "kimi_linear": "chunk_kimi_delta_attention"}
+pytestmark = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture
+def loaded(name):
+    return models.load(str(models.ASSETS / name), torch.device("cpu"), torch.float32)
+
+
+def test_size_and_parts(name, loaded):
+    assert len(NAMES) == 2
+    assert (models.ASSETS / name / "model.safetensors").stat().st_size <= 4_000_000
+    config = loaded.model.config
+    assert set(config.layer_types) == {"linear_attention", "full_attention"}
+    assert any("experts" in part for part, _ in loaded.model.named_modules())
+    assert 900 <= config.vocab_size <= 1100
+    text = "def f(x):\n\treturn 'é→'\n"
+    assert loaded.tokenizer.decode(loaded.tokenizer(text).input_ids) == text
+
+
+def cut(function):
+    """A chunk function that forgets its state every 64 tokens."""
+
+    def call(q, k, v, g, beta, **kwargs):
+        options = {**kwargs, "initial_state": None}
+        parts = zip(*(x.split(64, 1) for x in (q, k, v, g, beta)))
+        results = [function(a, b, c, g=d, beta=e, **options) for a, b, c, d, e in parts]
+        return torch.cat([o for o, _ in results], 1), results[-1][1]
+
+    return call
+
+
+def test_far_from_chance_and_worse_without_its_state(name, loaded, monkeypatch):
+    ids = models.windows(loaded.tokenizer, models.read_text(None), 512, 16)
+    whole = perplexity.perplexity(perplexity.one_pass(loaded.model, ids))
+    assert whole < 14
+    family = patches.families()[loaded.model.config.model_type]
+    module = importlib.import_module(family.module)
+    function = CHUNK_FUNCTION[family.name]
+    monkeypatch.setattr(module, function, cut(inspect.unwrap(getattr(module, function))))
+    assert perplexity.perplexity(perplexity.one_pass(loaded.model, ids)) > 1.02 * whole
+
+
+def test_held_out_modules_are_not_trained_on(name):
+    trained = {path.name for path in data.stdlib_files()}
+    assert len(trained) > 100
+    assert not trained & {"argparse.py", "fractions.py", "heapq.py", "statistics.py", "textwrap.py"}

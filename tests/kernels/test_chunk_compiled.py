@@ -1,0 +1,163 @@
+"""The chunk kernels compiled for cards that need not be there: shared memory within the limit, and no spills."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from hf_gdn.kernels.launch import HAS_TRITON, INTERPRET
+
+if INTERPRET or not HAS_TRITON:
+    pytest.skip("needs Triton's compiler: the package, and no TRITON_INTERPRET", allow_module_level=True)
+
+import triton.language as tl
+
+from hf_gdn.kernels import chunk_common, chunk_gdn, chunk_kda, chunk_kda_scores
+
+from .compiled import SHARED_LIMIT, TARGETS, Compiled, compile_for
+
+HK, HV = 16, 32
+# Bytes per thread that may be spilled, by kernel, target and the width of what makes it that wide (K, or BV of a scan).
+SPILLS = {
+    # MI300 keeps a few scalars (masks, pointers), never tiles, in spare lanes.
+    ("kda scores", "gfx942", 128): 32,
+    # The widest scan at 4 warps is a dozen registers over; with 8 it is none, but 4 were faster on the H200.
+    ("gdn scan", "sm_90", 64): 64,
+    ("gdn scan", "sm_100", 64): 128,
+    ("kda scan", "sm_100", 64): 32,
+    # mma operands of a [64, 256] tile lie in registers on the A100, whatever the number of warps.
+    ("gdn inverse", "sm_80", 256): 96,
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, what its launcher gives it beside the shape, and whether it is the scan."""
+
+    kernel: Any
+    fp32: tuple[str, ...]
+    constexprs: Callable[[int], dict[str, Any]]
+    num_warps: Callable[[int], int] = lambda BK: 4
+    key_tiles: int = 0
+
+
+LAUNCHES = {
+    "gdn inverse": Launch(
+        chunk_gdn._inverse_kernel,
+        ("p_g", "p_kin", "p_kout", "p_decay"),
+        lambda BK: {"BK": BK, "MERGE": tl.bfloat16, "QK_L2NORM": True},
+        num_warps=chunk_gdn.PREPARE_WARPS.__getitem__,
+    ),
+    "gdn scores": Launch(
+        chunk_gdn._scores_kernel,
+        ("p_g", "p_qin"),
+        lambda BK: {"BK": BK, "QK_L2NORM": True},
+        num_warps=chunk_gdn.PREPARE_WARPS.__getitem__,
+    ),
+    "gdn scan": Launch(
+        chunk_gdn._scan_kernel,
+        ("p_kin", "p_qin", "p_kout", "p_decay", "p_initial", "p_final"),
+        lambda BK: {"BK": BK},
+        key_tiles=2,
+    ),
+    "kda decay": Launch(
+        chunk_kda._decay_kernel,
+        ("p_g", "p_decay", "p_norms"),
+        lambda BK: {"BK": min(BK, chunk_kda.DECAY_TILE)},
+        num_warps=lambda BK: chunk_kda.DECAY_WARPS,
+    ),
+    "kda scores": Launch(
+        chunk_kda_scores.scores_kernel,
+        ("p_g", "p_n", "p_norms"),
+        lambda BK: {"BK": min(BK, chunk_kda.SCORES_TILE), "BC": chunk_kda.BLOCK, "INSIDE": tl.bfloat16},
+        num_warps=lambda BK: chunk_kda.SCORES_WARPS,
+    ),
+    "kda inverse": Launch(
+        chunk_kda_scores.inverse_kernel,
+        ("p_n",),
+        lambda BK: {"MERGE": tl.bfloat16},
+        num_warps=lambda BK: chunk_kda.INVERSE_WARPS,
+    ),
+    "kda scan": Launch(
+        chunk_kda._scan_kernel,
+        ("p_decay", "p_initial", "p_final"),
+        lambda BK: {"BK": BK},
+        key_tiles=3,
+    ),
+}
+
+
+def check(name: str, target: str, K: int = 128, V: int = 128, heads: int = HV, packed: bool = False) -> Compiled:
+    """Compile the kernel as it is launched on bf16 tensors on `target`, with all that is optional but packing."""
+    launch = LAUNCHES[name]
+    BK = chunk_common.padded(K)
+    constexprs = {"HK": HK, "HV": HV, "K": K, "V": V, "BT": chunk_common.CHUNK, "PRECISION": None}
+    num_warps, options, width = launch.num_warps(BK), {}, BK
+    if launch.key_tiles:
+        BV, num_warps, options["num_stages"] = chunk_common.scan_options(
+            heads, V, BK, 2, SHARED_LIMIT[target], launch.key_tiles
+        )
+        constexprs["BV"] = width = BV
+    constexprs |= launch.constexprs(BK)
+    tables = {"p_bounds": "*i64", "p_first": "*i64", "p_sequence": "*i64"}
+    constexprs |= {} if packed else dict.fromkeys(tables)
+    constexprs |= dict.fromkeys(("stride_gh", "stride_bh"), 1)  # Triton makes a constant of an integer that is 1
+    if name.startswith("kda"):
+        del constexprs["stride_gh"]
+    names = launch.kernel.arg_names
+    constexprs = {n: value for n, value in constexprs.items() if n in names}
+    signature = {}
+    for n in names:
+        if n not in constexprs:
+            by_name = {"scale": "fp32", **tables}
+            dtype = "*fp32" if n in launch.fp32 else "*bf16" if n.startswith("p_") else "i32"
+            signature[n] = by_name.get(n, dtype)
+    divisible = [n for n in signature if n.startswith("stride_")]
+    result = compile_for(launch.kernel, signature, constexprs, target, num_warps, divisible=divisible, **options)
+    assert result.shared <= SHARED_LIMIT[target], result
+    assert result.spills <= SPILLS.get((name, target, width), 0), result
+    return result
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_head_128(name, target):
+    check(name, target)
+
+
+SCANS = [name for name, launch in LAUNCHES.items() if launch.key_tiles]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("name", SCANS)
+def test_scan_of_many_heads(name, target):
+    check(name, target, heads=256)
+
+
+# Each kernel once at every other size, the targets in turn; on the tightest ones where it is the tile that grows.
+@pytest.mark.parametrize(
+    ("name", "target", "K", "V"),
+    [
+        ("gdn inverse", "sm_80", 256, 256),
+        ("gdn inverse", "gfx942", 96, 192),
+        ("gdn scores", "sm_80", 256, 256),
+        ("gdn scores", "sm_90", 96, 192),
+        ("kda decay", "sm_100", 96, 192),
+        ("kda scores", "sm_90", 256, 256),
+        *(("kda scan", target, 256, 256) for target in TARGETS),
+        ("gdn scan", "sm_80", 256, 256),
+        ("gdn scan", "gfx942", 256, 256),
+        ("gdn scan", "sm_80", 96, 192),
+        ("kda scan", "sm_90", 96, 192),
+    ],
+)
+def test_other_heads(name, target, K, V):
+    check(name, target, K, V)
+
+
+@pytest.mark.parametrize("name", ["gdn inverse", "kda scores", "kda scan"])
+def test_packed(name):
+    check(name, "sm_90", packed=True)

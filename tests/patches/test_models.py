@@ -1,0 +1,280 @@
+"""Patched models are the original models: tiny random weights, fp32, 1e-5 relative, identical tokens.
+
+The budget: both forwards sum the same fp32 products in another order, 2^-24 relative each over a few hundred terms and
+three layers, which stays under 1e-5; measured 1e-7 to 4e-7.
+"""
+
+import copy
+import logging
+from itertools import pairwise
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache, StaticCache
+
+import hf_gdn
+from hf_gdn import registry
+from hf_gdn.registry import BackendError
+from tests import tiny
+
+BUDGET = 1e-5
+
+
+@pytest.fixture
+def model(family):
+    return tiny.model(family)
+
+
+def logits(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def decode(model, ids, pieces, cache=None, mask=None):
+    """Logits of a sequence read in pieces through a cache."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    out, start = [], 0
+    for size in pieces:
+        part = slice(start, start + size)
+        attention = None if mask is None else mask[:, : part.stop]
+        out.append(logits(model, ids[:, part], past_key_values=cache, attention_mask=attention))
+        start += size
+    return torch.cat(out, 1)
+
+
+def compare(run, budget=BUDGET):
+    """Run original and patched; returns the patched result."""
+    wanted = run()
+    with hf_gdn.patched(strict=True):
+        got = run()
+    tiny.assert_close("logits", got, wanted, budget)
+    return got
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 63, 64, 65, 130])
+def test_full_forward(model, length):
+    ids, _ = tiny.batch(length=length)
+    compare(lambda: logits(model, ids))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_convolution_widths(family, width):
+    model = tiny.model(family, linear_conv_kernel_dim=width)
+    ids, _ = tiny.batch()
+    full = compare(lambda: logits(model, ids))
+    pieces = [40, 1, 1, 3, 1, 24]
+    compare(lambda: decode(model, ids, pieces))
+    with hf_gdn.patched():
+        tiny.assert_close("decode", decode(model, ids, pieces), full, BUDGET)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "tanh"])
+def test_activations(family, activation):
+    model = tiny.model(family, hidden_act=activation)
+    ids, _ = tiny.batch()
+    compare(lambda: decode(model, ids, [68, 1, 1]))
+
+
+def test_left_padding_and_unequal_lengths(model):
+    ids, mask = tiny.batch()
+    compare(lambda: logits(model, ids, attention_mask=mask)[mask.bool()])
+    pieces = [60, 1, 1, 8]
+    compare(lambda: decode(model, ids, pieces, mask=mask)[mask.bool()])
+    # A padded row equals the row alone.
+    with hf_gdn.patched():
+        row = mask[1].bool()
+        alone = logits(model, ids[1:2, row])
+        padded = logits(model, ids, attention_mask=mask)[1:2, row]
+    tiny.assert_close("padded row", padded, alone, BUDGET)
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 64, 69])
+def test_prefill_then_decode_is_the_full_forward(model, first):
+    ids, _ = tiny.batch()
+    pieces = [first] + [1] * min(5, 70 - first)
+    pieces += [70 - sum(pieces)] if sum(pieces) < 70 else []
+    got = compare(lambda: decode(model, ids, pieces))
+    tiny.assert_close("full", got, logits(model, ids), BUDGET)
+
+
+def test_static_cache(model):
+    ids, _ = tiny.batch()
+
+    def run():
+        return decode(model, ids, [60, 1, 1, 8], StaticCache(config=model.config, max_cache_len=80))
+
+    compare(run)
+
+
+def test_cache_keeps_its_tensors_and_unpatching_in_mid_conversation_works(model):
+    ids, _ = tiny.batch()
+    full = logits(model, ids)
+    cache = DynamicCache(config=model.config)
+    parts = [logits(model, ids[:, :20], past_key_values=cache)]
+    states = cache.layers[0]
+    addresses = states.conv_states[0].data_ptr(), states.recurrent_states[0].data_ptr()
+    for start in range(20, 70, 10):
+        context = hf_gdn.patched() if start % 20 else hf_gdn.unpatched()
+        with context:
+            for t in range(start, start + 10):
+                parts.append(logits(model, ids[:, t : t + 1], past_key_values=cache))
+    tiny.assert_close("switching", torch.cat(parts, 1), full, BUDGET)
+    assert addresses == (states.conv_states[0].data_ptr(), states.recurrent_states[0].data_ptr())
+    assert states.recurrent_states[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(num_beams=3),
+        dict(do_sample=True, top_k=20),
+        dict(cache_implementation="static", disable_compile=True),
+    ],
+    ids=["greedy", "beams", "sampling", "static_cache"],
+)
+def test_generate(model, options):
+    ids, mask = tiny.batch()
+
+    def run():
+        torch.manual_seed(0)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=12, **{"do_sample": False, **options})
+
+    wanted = run()
+    with hf_gdn.patched(strict=True):
+        assert torch.equal(run(), wanted)
+
+
+def test_patched_before_and_after_the_model_is_made(family, tmp_path):
+    ids, _ = tiny.batch()
+    wanted = logits(tiny.model(family), ids)
+    tiny.model(family).save_pretrained(tmp_path)
+    hf_gdn.patch()
+    from transformers import AutoModelForCausalLM
+
+    tiny.assert_close("config", logits(tiny.model(family), ids), wanted, BUDGET)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tiny.assert_close("loaded", logits(loaded, ids), wanted, BUDGET)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes(family, dtype):
+    """A layer's output is no further from the exact one than twice the original's (routers would amplify that)."""
+    model = tiny.model(family)
+    layer = tiny.mixer(model).to(dtype)
+    x = torch.randn(2, 70, 32).to(dtype)
+
+    def run(layer, x):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            parts = [layer(part, cache_params=cache) for part in x.split([60] + [1] * 10, 1)]
+            return layer(x), torch.cat(parts, 1)
+
+    with hf_gdn.patched(backend="eager"):
+        exact = run(copy.deepcopy(layer).double(), x.double())[0]
+    wanted = run(layer, x)
+    with hf_gdn.patched(strict=True):
+        got = run(layer, x)
+    for name, ours, original in zip(("prefill", "decode"), got, wanted):
+        assert ours.dtype == dtype
+        tiny.assert_close(name, ours, exact, 2 * tiny.error(original, exact))
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "non_reentrant"])
+def test_gradients(family, checkpointing):
+    ids, mask = tiny.batch()
+
+    def run():
+        model = tiny.model(family).train()
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    wanted = run()
+    with hf_gdn.patched(strict=True):
+        got = run()
+    assert set(got) == set(wanted)
+    # Some gradients (dt_bias) are small remainders of large terms that cancel: what counts there is fp32's relative
+    # rounding of the terms, of the order of the whole gradient.
+    whole = sum(x.square().sum() for x in wanted.values()).sqrt()
+    for name, gradient in wanted.items():
+        off = (got[name] - gradient).norm()
+        assert off <= 1e-4 * gradient.norm() + 1e-7 * whole, f"gradient of {name}: off by {off:.1e} of {whole:.1e}"
+
+
+def test_lora_on_the_projections(family):
+    ids, _ = tiny.batch()
+    model = tiny.model(family)
+    config = LoraConfig(r=4, target_modules=tiny.PROJECTIONS[family], init_lora_weights=False)
+    torch.manual_seed(1)
+    model = get_peft_model(model, config).eval()
+    plain = logits(tiny.model(family), ids)
+    got = compare(lambda: logits(model, ids))
+    assert tiny.error(got, plain) > 1e-3  # the adapters do something
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    wanted = gradients()
+    with hf_gdn.patched():
+        tiny.assert_close("gradients", gradients(), wanted, 1e-4)
+
+
+def test_packed_sequences_are_separate(model):
+    """cu_seq_lens_q cuts convolution and recurrence of the layer; transformers needs fla for this, or ignores it."""
+    layer = tiny.mixer(model)
+    x = torch.randn(1, 50, 32)
+    bounds = [0, 7, 8, 50]
+    with hf_gdn.patched(), torch.no_grad():
+        packed = layer(x, cu_seq_lens_q=torch.tensor(bounds, dtype=torch.int32))
+        for first, last in pairwise(bounds):
+            tiny.assert_close(f"{first}:{last}", packed[:, first:last], layer(x[:, first:last]), BUDGET)
+        with pytest.raises(ValueError, match="never fall"):
+            layer(x, cu_seq_lens_q=torch.tensor([0, 9, 8, 50]))
+
+
+def test_the_wrong_cache_is_refused(model):
+    ids, _ = tiny.batch()
+    cache = DynamicCache(config=model.config)
+    with hf_gdn.patched():
+        logits(model, ids[:2], past_key_values=cache)
+        before = [cache.layers[0].conv_states[0].clone(), cache.layers[0].recurrent_states[0].clone()]
+        with pytest.raises(ValueError, match=r"layer 0: the cache's recurrent state must be .* got \[2, "):
+            tiny.mixer(model)(torch.randn(3, 1, 32), cache_params=cache)
+    assert torch.equal(before[0], cache.layers[0].conv_states[0])
+    assert torch.equal(before[1], cache.layers[0].recurrent_states[0])
+
+
+def test_what_the_mixer_cannot_serve_goes_to_the_original(model, caplog, monkeypatch):
+    layer, x = tiny.mixer(model), torch.randn(1, 5, 32)
+    wanted = layer(x)
+    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    with hf_gdn.patched(), caplog.at_level(logging.WARNING, "hf_gdn"):
+        assert torch.equal(layer(x), wanted)
+        assert torch.equal(layer(x), wanted)
+    assert [m for m in caplog.messages if "the original forward runs: torch.export" in m] == caplog.messages[:1]
+    with hf_gdn.patched(strict=True), pytest.raises(BackendError, match="cannot serve this call: torch.export"):
+        layer(x)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiles_decode_and_prefill_without_a_break(family, backend):
+    """With a static cache, as generate() compiles it; experts as a batched product, which transformers can trace."""
+    model = tiny.model(family, num_experts=2)
+    model.set_experts_implementation("batched_mm")
+    ids, _ = tiny.batch(rows=1, length=20)
+    wanted = logits(model, ids)
+    hf_gdn.patch()
+    step = torch.compile(model.forward, fullgraph=True, backend=backend)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    parts = []
+    with torch.no_grad():
+        for part in (slice(0, 16), slice(16, 17), slice(17, 18), slice(18, 20)):
+            positions = torch.arange(20)[None, part]
+            parts.append(step(ids[:, part], past_key_values=cache, position_ids=positions).logits.clone())
+    tiny.assert_close("compiled", torch.cat(parts, 1), wanted, BUDGET)

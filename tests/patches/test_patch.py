@@ -1,0 +1,250 @@
+"""The machinery: swap, exact undo, contexts, what others did, and errors that leave nothing patched."""
+
+import importlib
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import cpu_offload, dispatch_model
+
+import hf_gdn
+from hf_gdn import patches, registry
+from hf_gdn.patches import PatchError
+from hf_gdn.registry import BackendError
+from tests import tiny
+
+FAMILIES = patches.families()
+
+
+def layer_class(name):
+    return getattr(importlib.import_module(FAMILIES[name].module), FAMILIES[name].class_name)
+
+
+def test_every_family_has_a_tiny_model():
+    assert set(tiny.CONFIGS) == set(FAMILIES)
+
+
+def test_undo_is_exact_and_patching_idempotent():
+    originals = {name: layer_class(name).forward for name in FAMILIES}
+    assert hf_gdn.patch().active
+    replaced = {name: layer_class(name).forward for name in FAMILIES}
+    assert all(replaced[name] is not originals[name] for name in FAMILIES)
+    hf_gdn.patch()
+    assert all(layer_class(name).forward is replaced[name] for name in FAMILIES)
+    hf_gdn.patch(backend="eager")
+    assert "eager" in str(hf_gdn.status())
+    assert not hf_gdn.unpatch().active
+    hf_gdn.unpatch()
+    assert all(layer_class(name).forward is originals[name] for name in FAMILIES)
+
+
+def test_one_family_alone(family):
+    status = hf_gdn.patch(family)
+    assert {row.name: row.state for row in status.families} == {
+        name: "patched" if name == family else "original" for name in FAMILIES
+    }
+
+
+def test_contexts_restore_what_was(family):
+    cls = layer_class(family)
+    original = cls.forward
+    with hf_gdn.patched(family):
+        ours = cls.forward
+        assert ours is not original
+        with hf_gdn.unpatched():
+            assert cls.forward is original
+        assert cls.forward is ours
+        with pytest.raises(RuntimeError, match="inside"), hf_gdn.patched(backend="eager"):
+            assert cls.forward is not ours
+            raise RuntimeError("inside")
+        assert cls.forward is ours
+    assert cls.forward is original
+
+
+def test_a_forward_that_others_replaced_is_left_in_place(family, caplog):
+    cls = layer_class(family)
+    original = cls.forward
+    hf_gdn.patch()
+
+    def theirs(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+        return original(self, hidden_states, cache_params, attention_mask, **kwargs)
+
+    try:
+        cls.forward = theirs
+        assert "replaced by" in str(hf_gdn.status())
+        with caplog.at_level(logging.WARNING, "hf_gdn"):
+            hf_gdn.unpatch()
+        assert cls.forward is theirs
+        assert "theirs" in caplog.text and "left in place" in caplog.text
+    finally:
+        cls.forward = original
+
+
+@pytest.mark.parametrize("broken", ["class", "signature", "module"])
+def test_a_transformers_that_does_not_fit_is_named_and_nothing_patched(broken, monkeypatch):
+    last = list(FAMILIES)[-1]
+    originals = {name: layer_class(name).forward for name in FAMILIES}
+    module = importlib.import_module(FAMILIES[last].module)
+    if broken == "class":
+        monkeypatch.delattr(module, FAMILIES[last].class_name)
+        text = f"has no class {FAMILIES[last].class_name}"
+    elif broken == "signature":
+        monkeypatch.setattr(layer_class(last), "forward", lambda self, x, y: x)
+        text = r"takes \(self, x, y\), expected \(self, hidden_states, cache_params, attention_mask, \.\.\.\)"
+    else:
+        monkeypatch.setattr(type(FAMILIES[last]), "module", "transformers.models.qwen3_next.elsewhere")
+        text = "has no module transformers.models.qwen3_next.elsewhere"
+    with pytest.raises(PatchError, match=text):
+        hf_gdn.patch()
+    assert not hf_gdn.status().active
+    monkeypatch.undo()
+    assert all(layer_class(name).forward is originals[name] for name in FAMILIES)
+
+
+def test_a_failure_half_way_is_undone(monkeypatch):
+    originals = {name: layer_class(name).forward for name in FAMILIES}
+    install, calls = patches._install, []
+
+    def failing(change):
+        calls.append(change)
+        if len(calls) == len(FAMILIES):
+            raise KeyboardInterrupt
+        install(change)
+
+    monkeypatch.setattr(patches, "_install", failing)
+    with pytest.raises(KeyboardInterrupt):
+        hf_gdn.patch()
+    assert not hf_gdn.status().active
+    assert all(layer_class(name).forward is originals[name] for name in FAMILIES)
+
+
+def test_absent_families_are_skipped_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(type(FAMILIES["kimi_linear"]), "module", "transformers.models.nowhere.modeling_nowhere")
+    status = hf_gdn.patch()
+    assert "absent from transformers" in str(status) and status.active
+    hf_gdn.unpatch()
+    with pytest.raises(PatchError, match="has no module"):
+        hf_gdn.patch("kimi_linear")
+
+
+def test_bad_names():
+    with pytest.raises(ValueError, match="unknown model family 'llama'; families: kimi_linear, qwen3_next"):
+        hf_gdn.patch(["qwen3_next", "llama"])
+    with pytest.raises(ValueError, match="unknown backend 'cudnn'; valid backends: auto, triton, fla, eager"):
+        hf_gdn.patch(backend="cudnn")
+    with pytest.raises(ValueError, match="unknown model family"):
+        hf_gdn.unpatch("llama")
+    assert not hf_gdn.status().active
+
+
+def test_a_named_backend_that_cannot_serve_raises(family):
+    model = tiny.model(family)
+    with hf_gdn.patched(backend="triton"), pytest.raises(BackendError, match="needs"), torch.no_grad():
+        model(tiny.batch()[0])
+
+
+def test_outside_the_tested_range_one_warning(monkeypatch, caplog):
+    monkeypatch.setattr(patches.transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(registry, "_warned", set())
+    with caplog.at_level(logging.WARNING, "hf_gdn"):
+        hf_gdn.patch()
+        hf_gdn.patch(backend="eager")
+    assert len([m for m in caplog.messages if "outside the tested range" in m]) == 1
+
+
+def test_disabled_by_environment(monkeypatch, caplog):
+    monkeypatch.setenv("HF_GDN_DISABLE", "1")
+    assert not hf_gdn.patch().active
+
+
+def test_layer_kernels_say_what_runs(family):
+    model = tiny.model(family)
+    assert set(patches.layer_kernels(model).values()) == {"original"}
+    with hf_gdn.patched():
+        found = patches.layer_kernels(model)
+    assert len(found) == 3
+    assert all("chunk" in row and "eager" in row for row in found.values())
+
+
+@pytest.mark.parametrize("when", ["dispatched_first", "patched_first"])
+@pytest.mark.parametrize("how", ["dispatch", "cpu_offload"])
+def test_models_dispatched_by_accelerate(family, how, when):
+    """Hooked layers hold the forward they were hooked with: both directions have to reach them."""
+    ids, _ = tiny.batch()
+    with torch.no_grad():
+        wanted = tiny.model(family)(ids).logits
+    model = tiny.model(family)
+
+    def dispatch():
+        if how == "dispatch":
+            dispatch_model(model, {"": "cpu"}, force_hooks=True)
+            assert hasattr(tiny.mixer(model), "_old_forward")
+        else:
+            cpu_offload(model, execution_device=torch.device("cpu"))
+            assert tiny.mixer(model).conv1d.weight.device.type == "meta"
+
+    if when == "patched_first":
+        hf_gdn.patch()
+        dispatch()
+    else:
+        dispatch()
+        hf_gdn.patch()
+    assert runs_ours(model, ids)
+    with torch.no_grad():
+        tiny.assert_close("patched", model(ids).logits, wanted, 1e-5)
+    hf_gdn.unpatch()
+    assert not runs_ours(model, ids)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, wanted)
+
+
+def runs_ours(model, ids) -> bool:
+    """Whether a forward goes through the mixer."""
+    family = FAMILIES[model.config.model_type]
+    calls, project = [], type(family).project
+    type(family).project = lambda self, layer, x: calls.append(1) or project(self, layer, x)
+    try:
+        with torch.no_grad():
+            model(ids)
+    finally:
+        type(family).project = project
+    return bool(calls)
+
+
+IMPORT = """
+import sys, time
+import transformers
+before = set(sys.modules)
+start = time.perf_counter()
+import hf_gdn
+print(time.perf_counter() - start)
+print(sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+hf_gdn.patch()
+print(sorted({name.partition(".")[0] for name in set(sys.modules) - before} & {"fla", "datasets", "rich", "typer"}))
+"""
+
+
+def test_import_is_light():
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+    seconds, imported, after_patch = done.stdout.splitlines()
+    assert float(seconds) < 0.3
+    assert imported == "['hf_gdn']"
+    assert after_patch == "[]"
+
+
+def test_works_without_triton(tmp_path):
+    (tmp_path / "triton.py").write_text("raise ImportError('no triton here')")
+    code = """
+import torch, hf_gdn
+from hf_gdn import registry, ops
+hf_gdn.patch()
+x = registry.ops()["chunk_kda"].make_inputs(T=3)
+ops.chunk_kda(x["q"], x["k"], x["v"], x["g"], x["beta"])
+print(registry.get("chunk_kda", "triton").why_not(registry.Request.of("chunk_kda", x["q"], x["v"])))
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert out.stdout.strip() == "needs the triton package, which is not installed", out.stderr

@@ -1,0 +1,168 @@
+"""The functional API: fla's names and semantics, operators, errors."""
+
+import itertools
+
+import pytest
+import torch
+
+from hf_gdn import ops, registry
+from hf_gdn.registry import BackendError
+from tests.tiny import assert_close, error
+
+FUNCTIONS = {
+    "chunk_gdn": ops.chunk_gated_delta_rule,
+    "recurrent_gdn": ops.fused_recurrent_gated_delta_rule,
+    "chunk_kda": ops.chunk_kda,
+    "recurrent_kda": ops.fused_recurrent_kda,
+}
+pytestmark = pytest.mark.parametrize("op", FUNCTIONS)
+
+
+def make(op, **kwargs):
+    """Keyword arguments of the public function, with a state."""
+    inputs = registry.ops()[op].make_inputs(**{"T": 70, "HK": 2, "HV": 4, "K": 8, "V": 12, **kwargs})
+    return {name: inputs[name] for name in ("q", "k", "v", "g", "beta", "initial_state")}
+
+
+def oracle(op, inputs, **kwargs):
+    exact = {n: None if x is None else x.double() for n, x in inputs.items()}
+    return registry.ops()[op].reference(**exact, scale=inputs["q"].shape[-1] ** -0.5, **kwargs)
+
+
+def test_agrees_with_the_oracle(op):
+    inputs = make(op)
+    o, state = FUNCTIONS[op](**inputs, output_final_state=True)
+    wanted = oracle(op, inputs)
+    assert_close("o", o, wanted[0], 1e-5)
+    assert_close("state", state, wanted[1], 1e-5)
+    assert FUNCTIONS[op](**inputs)[1] is None
+    scaled, _ = FUNCTIONS[op](**inputs, scale=1.0)
+    assert_close("scale", scaled, wanted[0] * 8**0.5, 1e-5)
+
+
+def test_l2norm_and_packing(op):
+    inputs = make(op)
+    bounds = torch.tensor([0, 3, 3, 70], dtype=torch.int32)
+    inputs["initial_state"] = torch.randn(3, 4, 8, 12)
+    o, state = FUNCTIONS[op](**inputs, cu_seqlens=bounds, use_qk_l2norm_in_kernel=True, output_final_state=True)
+    wanted = oracle(op, inputs, cu_seqlens=bounds, qk_l2norm=True)
+    assert_close("o", o, wanted[0], 1e-5)
+    assert_close("state", state, wanted[1], 1e-5)
+
+
+def test_gate_and_beta_in_kernel(op):
+    inputs = make(op)
+    raw = torch.randn_like(inputs["g"])
+    A_log, dt_bias = torch.randn(4), torch.randn(raw.shape[2:])
+    rate = A_log.exp().view(4, *[1] * (raw.dim() - 3))
+    g = -rate * torch.nn.functional.softplus(raw + dt_bias)
+    beta = torch.randn_like(inputs["beta"])
+    wanted, _ = FUNCTIONS[op](**{**inputs, "g": g, "beta": 2 * beta.sigmoid()})
+    got, _ = FUNCTIONS[op](
+        **{**inputs, "g": raw, "beta": beta}, use_gate_in_kernel=True, A_log=A_log, dt_bias=dt_bias.flatten(),
+        use_beta_sigmoid_in_kernel=True, allow_neg_eigval=True,
+    )  # fmt: skip
+    assert_close("o", got, wanted, 1e-6)
+    with pytest.raises(ValueError, match="needs A_log"):
+        FUNCTIONS[op](**inputs, use_gate_in_kernel=True)
+    with pytest.raises(TypeError, match="mean nothing without use_gate_in_kernel"):
+        FUNCTIONS[op](**inputs, A_log=A_log)
+    if op.endswith("kda"):
+        bounded, _ = FUNCTIONS[op](**{**inputs, "g": raw}, use_gate_in_kernel=True, A_log=A_log, lower_bound=-5.0)
+        wanted, _ = FUNCTIONS[op](**{**inputs, "g": -5 * torch.sigmoid(rate * raw)})
+        assert_close("bounded gate", bounded, wanted, 1e-6)
+
+
+def test_operators_pass_opcheck(op):
+    inputs = make(op, T=5)
+    bounds = torch.tensor([0, 2, 5])
+    for cu_seqlens, state in itertools.product((None, bounds), (None, inputs["initial_state"])):
+        if state is not None and cu_seqlens is not None:
+            state = torch.cat((state, state))
+        arguments = (*(inputs[n] for n in ("q", "k", "v", "g", "beta")), state, cu_seqlens, 0.3, True, "eager")
+        torch.library.opcheck(ops.OPERATORS[op], arguments)
+        if op in ops.INPLACE_OPERATORS and state is not None:
+            torch.library.opcheck(ops.INPLACE_OPERATORS[op], arguments)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiles_without_a_break(op, backend):
+    inputs = make(op)
+
+    def function(q, k, v, g, beta, initial_state):
+        o, state = FUNCTIONS[op](q * 2, k, v, g, beta=beta, initial_state=initial_state, output_final_state=True)
+        return o + 1, state
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for got, wanted in zip(compiled(**inputs), function(**inputs)):
+        assert_close(op, got, wanted, 1e-6)
+
+
+def test_gradients_are_the_oracles_and_compile(op):
+    inputs = make(op, T=20)
+    leaves = [x.clone().requires_grad_() for x in inputs.values()]
+
+    def loss(q, k, v, g, beta, initial_state):
+        o, state = FUNCTIONS[op](q, k, v, g, beta=beta, initial_state=initial_state, output_final_state=True)
+        return o.square().sum() + state.sum()
+
+    exact = [x.double().requires_grad_() for x in inputs.values()]
+    o, state = registry.ops()[op].reference(*exact[:5], scale=8**-0.5, initial_state=exact[5])
+    wanted = torch.autograd.grad(o.square().sum() + state.sum(), exact)
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        for name, got, want in zip(inputs, torch.autograd.grad(function(*leaves), leaves), wanted):
+            assert_close(f"gradient of {name}", got, want, 1e-5)
+
+
+def test_unsupported_arguments_are_named(op):
+    inputs = make(op)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        FUNCTIONS[op](**inputs, colour=1)
+    with pytest.raises(TypeError, match="does not support state_v_first=True"):
+        FUNCTIONS[op](**inputs, state_v_first=True)
+    FUNCTIONS[op](**inputs, state_v_first=False)
+
+
+def test_wrong_shapes_and_devices(op):
+    inputs = make(op)
+    kda = op.endswith("kda")
+    bad = [
+        ({"q": inputs["q"][0]}, r"q must be \[B, T, heads, dim\], got \[70, 2, 8\]"),
+        ({"k": inputs["k"][:, :69]}, r"k must be \[B, T, HK, K\] like q = \[1, 70, 2, 8\], got \[1, 69, 2, 8\]"),
+        ({"v": inputs["v"][:, :, :3], "beta": inputs["beta"][:, :, :3]}, "HV = 3 and HK = 2"),
+        ({"g": inputs["g"][..., 0] if kda else inputs["g"][..., None]}, r"g must be \[B, T, HV"),
+        ({"beta": inputs["beta"][..., :2]}, r"beta must be \[B, T, HV\] = \[1, 70, 4\], got \[1, 70, 2\]"),
+        ({"initial_state": inputs["initial_state"][..., :5]}, r"initial_state must be \[N, HV, K, V\]"),
+        ({"k": inputs["k"].double()}, "one floating-point dtype"),
+        ({"beta": inputs["beta"].to("meta")}, "all tensors must be on one device, got q on cpu.*beta on meta"),
+        ({"cu_seqlens": torch.tensor([0.0, 70.0])}, "cu_seqlens must be int32 or int64"),
+        ({"cu_seqlens": torch.tensor([0, 50, 40, 70])}, r"never fall, and end at T = 70, got \[0, 50, 40, 70\]"),
+        ({"cu_seqlens": torch.tensor([0, 60])}, "end at T = 70"),
+    ]
+    for change, text in bad:
+        arguments = {**inputs, **change}
+        if "cu_seqlens" in change:
+            arguments["initial_state"] = None
+        with pytest.raises(ValueError, match=text):
+            FUNCTIONS[op](**arguments)
+    with pytest.raises(ValueError, match="B must be 1, got B = 2"):
+        doubled = {n: torch.cat((x, x)) for n, x in inputs.items() if n != "initial_state"}
+        FUNCTIONS[op](**doubled, cu_seqlens=torch.tensor([0, 70]))
+
+
+def test_bounds_changed_in_place_are_read_again(op):
+    inputs = {**make(op), "initial_state": None}
+    bounds = torch.tensor([0, 30, 70])
+    FUNCTIONS[op](**inputs, cu_seqlens=bounds)
+    bounds[1] = 80
+    with pytest.raises(ValueError, match="never fall"):
+        FUNCTIONS[op](**inputs, cu_seqlens=bounds)
+
+
+def test_backends_by_name(op):
+    inputs = make(op)
+    assert error(FUNCTIONS[op](**inputs, backend="eager")[0], FUNCTIONS[op](**inputs)[0]) == 0
+    with pytest.raises(BackendError, match="backend 'triton' cannot serve .* needs"):
+        FUNCTIONS[op](**inputs, backend="triton")
+    with pytest.raises(ValueError, match="unknown backend 'gpu'; valid backends: auto, triton"):
+        FUNCTIONS[op](**inputs, backend="gpu")

@@ -1,0 +1,128 @@
+"""Which kernel serves, and what the refusals say."""
+
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_gdn import registry
+from hf_gdn.registry import BackendError, Kernel, Request
+
+REQUEST = Request("chunk_gdn", "cpu", torch.float32, 2, 4, 64, 64)
+
+
+@pytest.fixture
+def extra():
+    """A kernel of a backend "extra" that is taken out again."""
+    kernel = Kernel("chunk_gdn", "extra", lambda **kwargs: "extra", lambda request: None)
+    yield kernel
+    if kernel in registry.kernels("chunk_gdn"):
+        registry.unregister("chunk_gdn", "extra")
+
+
+def test_every_op_has_an_oracle_inputs_and_an_eager_kernel():
+    assert set(registry.ops()) == {"chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda"}
+    for name, op in registry.ops().items():
+        assert registry.get(name, "eager").why_not(dataclasses.replace(REQUEST, op=name)) is None
+        o, state = op.reference(**op.make_inputs(T=3, K=4, V=4))
+        assert o.shape == (1, 3, 2, 4) and state.shape == (1, 2, 4, 4)
+
+
+def test_declared_order():
+    for op in registry.ops():
+        assert [kernel.backend for kernel in registry.kernels(op)] == ["triton", "fla", "eager"]
+
+
+def test_auto_takes_the_first_that_serves_and_warns_once(caplog, monkeypatch):
+    monkeypatch.setattr(registry, "_warned", set())
+    with caplog.at_level(logging.WARNING, "hf_gdn"):
+        assert registry.resolve(REQUEST).backend == "eager"
+        assert registry.resolve(REQUEST).backend == "eager"
+    assert len(caplog.messages) == 1
+    assert "eager" in caplog.text and "needs" in caplog.text
+
+
+def test_refusals_are_one_sentence_each():
+    for kernel in registry.kernels():
+        if kernel.backend != "eager":
+            sentence = kernel.why_not(dataclasses.replace(REQUEST, op=kernel.op))
+            assert sentence.startswith("needs") and "\n" not in sentence
+
+
+def test_a_backend_asked_for_by_name_never_falls_back():
+    with pytest.raises(BackendError, match=r"backend 'triton' cannot serve chunk_gdn: needs .*cpu"):
+        registry.resolve(REQUEST, "triton")
+
+
+def test_when_no_backend_serves_each_says_why():
+    with pytest.raises(BackendError, match=r"no backend serves chunk_gdn: triton .*; fla .*; eager serves floating"):
+        registry.resolve(dataclasses.replace(REQUEST, dtype=torch.int8))
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: registry.resolve(REQUEST, "cuda"), "unknown backend 'cuda'; valid backends: auto, triton, fla, eager"),
+        (lambda: registry.kernels("conv"), "unknown op 'conv'; registered ops: chunk_gdn"),
+        (lambda: registry.register_op(registry.ops()["chunk_gdn"]), "op 'chunk_gdn' is registered already"),
+        (lambda: registry.register(registry.get("chunk_gdn", "eager")), "has a kernel of backend 'eager' already"),
+        (lambda: registry.register(dataclasses.replace(registry.get("chunk_gdn", "eager"), op="x")), "is for op 'x'"),
+    ],
+    ids=["backend", "op", "duplicate_op", "duplicate_kernel", "kernel_of_no_op"],
+)
+def test_errors_name_what_is_valid(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_a_kernel_can_go_ahead_of_others(extra):
+    with pytest.raises(ValueError, match="before='nobody'"):
+        registry.register(extra, before="nobody")
+    registry.register(extra, before="triton")
+    assert registry.kernels("chunk_gdn")[0] is extra
+    assert registry.resolve(REQUEST) is extra
+    dims = (2, 4, 64, 64)
+    assert registry.select("chunk_gdn", "cpu", torch.float32, dims, "auto", False) is extra
+    registry.unregister("chunk_gdn", "extra")
+    assert registry.select("chunk_gdn", "cpu", torch.float32, dims, "auto", False).backend == "eager"
+
+
+def test_gradients_go_to_the_eager_backend(extra):
+    registry.register(extra)
+    assert registry.resolve(REQUEST, "extra", needs_grad=True).backend == "eager"
+    assert registry.resolve(REQUEST, "extra").backend == "extra"
+
+
+PLUGIN = """
+import dataclasses
+from hf_gdn import registry
+
+def load():
+    eager = registry.get("chunk_gdn", "eager")
+    registry.register(dataclasses.replace(eager, backend="plugin"), before="triton")
+"""
+
+
+def test_packages_add_kernels_through_an_entry_point(tmp_path):
+    (tmp_path / "some_plugin.py").write_text(PLUGIN)
+    info = tmp_path / "some_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[hf_gdn.kernels]\nplugin = some_plugin:load\n")
+    code = "from hf_gdn import registry; print([k.backend for k in registry.kernels('chunk_gdn')])"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "['plugin', 'triton', 'fla', 'eager']"
+
+
+def test_environment_names_the_default_backend():
+    code = (
+        "from hf_gdn import registry as r; import torch; r.resolve(r.Request('chunk_gdn','cpu',torch.float32,1,1,8,8))"
+    )
+    env = {**os.environ, "HF_GDN_BACKEND": "fla"}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "backend 'fla' cannot serve chunk_gdn" in out.stderr
