@@ -73,9 +73,13 @@ def env() -> None:
 
 def main() -> None:
     """Entry point: prints errors a user can mend as one line and exits 2."""
+    import transformers
+
     from .patches import PatchError
     from .registry import BackendError
 
+    transformers.logging.set_verbosity_error()  # that its own functions are slow is what the report is about
+    transformers.logging.disable_progress_bar()
     try:
         app()
     except (UserError, BackendError, PatchError) as error:

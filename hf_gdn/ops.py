@@ -81,8 +81,9 @@ def check_bounds(cu_seqlens: Tensor, length: int) -> None:
 
     Reading values off a GPU waits for it, so a tensor is read once, not once a layer.
     """
-    state = (cu_seqlens._version, length)
-    if _checked.get(cu_seqlens) == state:
+    # Tensors made in inference mode have no version to tell a change by.
+    state = None if cu_seqlens.is_inference() else (cu_seqlens._version, length)
+    if state is not None and _checked.get(cu_seqlens) == state:
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in pairwise(bounds)):

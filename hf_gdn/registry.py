@@ -250,7 +250,7 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
         else:
             raise BackendError(f"no backend serves {request.op}: " + "; ".join(refusals))
         if refusals:
-            warn_once(f"running on the {kernel.backend} backend: {'; '.join(refusals)}")
+            warn_once(f"hf_gdn runs on the {kernel.backend} backend: {'; '.join(refusals)}")
     else:
         kernel = get(request.op, backend)
         sentence = kernel.why_not(request)

@@ -104,14 +104,13 @@ def read_text(path: str | None) -> Text:
 
 
 def windows(tokenizer: Any, text: Text, context: int, limit: int) -> Tensor:
-    """Consecutive windows of tokens, ``[N, context]`` with N at most `limit`; a shorter text makes one window.
+    """Windows of tokens spread evenly over a text, ``[N, context]`` with N at most `limit`.
 
-    Raises UserError when the text has fewer than 16 tokens.
+    A text shorter than a window makes one shorter window. Raises UserError when it has fewer than 16 tokens.
     """
-    characters = 16 * context * limit  # far more than is needed: tokenizing the whole of a long text takes time
-    ids = tokenizer(text.text[:characters], return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+    ids = tokenizer(text.text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
     if len(ids) < 16:
         raise UserError(f"text {text.source!r} has {len(ids)} tokens; at least 16 are needed")
     context = min(context, len(ids))
-    count = min(limit, len(ids) // context)
-    return ids[: count * context].view(count, context)
+    whole = ids[: len(ids) // context * context].view(-1, context)
+    return whole[torch.linspace(0, len(whole) - 1, min(limit, len(whole))).round().long()]

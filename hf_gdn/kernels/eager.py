@@ -11,8 +11,10 @@ The oracle is `hf_gdn.kernels.reference.delta_rule`. Everything runs in the stat
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,19 @@ SLAB = 512
 def l2norm(x: Tensor) -> Tensor:
     """x / sqrt(sum x^2 + 1e-6) over the last dimension."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def _without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep autocast from rounding the state's products to 16 bits."""
+
+    @functools.wraps(fn)
+    def call(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(q.device.type):
+            return fn(q, *args, **kwargs)
+        with torch.autocast(q.device.type, enabled=False):
+            return fn(q, *args, **kwargs)
+
+    return call
 
 
 class _Products(NamedTuple):
@@ -141,6 +156,7 @@ def _packed(fn, q, k, v, g, beta, *, cu_seqlens: Tensor, initial_state: Tensor |
     return torch.cat(outputs, 1), torch.cat(states, 0)
 
 
+@_without_autocast
 def chunk(
     q: Tensor,
     k: Tensor,
@@ -191,6 +207,7 @@ def chunk(
     return o.transpose(1, 2).contiguous(), state
 
 
+@_without_autocast
 def recurrent(
     q: Tensor,
     k: Tensor,

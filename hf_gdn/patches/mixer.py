@@ -191,9 +191,7 @@ def _mix(
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
-def _check_served(
-    family: Family, settings: Settings, layer: Any, x: Tensor, cache: Any, kwargs: dict[str, Any]
-) -> None:
+def _check_served(layer: Any, cache: Any, kwargs: dict[str, Any]) -> None:
     """Raise Unserved for calls that belong to the original forward."""
     if torch.compiler.is_exporting():
         raise Unserved("torch.export traces the original forward")
@@ -201,11 +199,6 @@ def _check_served(
         raise Unserved("packed sequences are read from cu_seq_lens_q, seq_idx was given")
     if cache is not None and not hasattr(cache.layers[layer.layer_idx], "recurrent_states"):
         raise Unserved(f"layer {layer.layer_idx} of the {type(cache).__name__} holds no recurrent state")
-    dtype = layer.conv1d.weight.dtype
-    if settings.backend == "auto" and not x.dtype.is_floating_point:
-        raise Unserved(f"the hidden states are {x.dtype}")
-    if settings.backend == "auto" and not dtype.is_floating_point:
-        raise Unserved(f"the convolution's weights are {dtype}")
 
 
 def make_forward(family: Family, original: Callable[..., Tensor], settings: Settings) -> Callable[..., Tensor]:
@@ -220,7 +213,7 @@ def make_forward(family: Family, original: Callable[..., Tensor], settings: Sett
         **kwargs: Any,
     ) -> Tensor:
         try:
-            _check_served(family, settings, self, hidden_states, cache_params, kwargs)
+            _check_served(self, cache_params, kwargs)
         except Unserved as reason:
             if settings.strict:
                 raise BackendError(f"{family.name}: hf_gdn cannot serve this call: {reason}") from None

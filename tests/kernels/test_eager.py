@@ -89,6 +89,12 @@ def test_l2norm_inside(op):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_autocast_rounds_nothing(op):
+    with torch.autocast("cpu", torch.bfloat16):
+        check(op, make(op, "odd_dims"), BUDGET[torch.float32])
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_split_is_whole(op):
     fn, inputs = registry.get(op, "eager").fn, make(op, "odd_dims")
     whole, final = fn(**inputs)
