@@ -38,7 +38,7 @@ def report(
     context: Annotated[int, typer.Option(min=16, help="Tokens a window.")] = 256,
     windows: Annotated[int, typer.Option(min=1, help="Windows to score.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of generation.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of generation.")] = 9,
 ) -> None:
     """Is the patched model still the same, and how much faster does it generate? Exits 1 when it is not the same."""
     from .eval import report as job

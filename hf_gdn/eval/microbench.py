@@ -10,6 +10,7 @@ import datetime
 import importlib
 import inspect
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from .. import registry
 from ..errors import UserError
 from ..registry import Request
 from . import machine, models
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts the memory, is talkative
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..patches import families
+from ..patches import all_families
 from . import data
 
 ASSETS = Path(__file__).parent / "assets"
@@ -71,10 +71,10 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> Loaded:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"model {name!r} cannot be read: {_first_line(error)}") from error
-    if config.model_type not in families():
+    if config.model_type not in all_families():
         raise UserError(
             f"model {name!r} is of type {config.model_type!r}, which hf_gdn does not patch; "
-            f"types: {', '.join(families())}"
+            f"types: {', '.join(all_families())}"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

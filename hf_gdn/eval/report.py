@@ -38,9 +38,9 @@ class Options:
     backend: str = "auto"
     context: int = 256
     windows: int = 16
-    prompt: int = 64
+    prompt: int = 256
     new_tokens: int = 64
-    rounds: int = 5
+    rounds: int = 9
 
 
 def _both(run: Callable[[], Any], backend: str) -> dict[str, Any]:

@@ -30,7 +30,12 @@ SLAB = 512
 
 def l2norm(x: Tensor) -> Tensor:
     """x / sqrt(sum x^2 + 1e-6) over the last dimension."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    return x * torch.rsqrt(torch.linalg.vecdot(x, x) + 1e-6).unsqueeze(-1)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which takes microseconds also where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -229,38 +234,44 @@ def recurrent(
             scale=scale, qk_l2norm=qk_l2norm, inplace=inplace, token_states=token_states,
         )  # fmt: skip
     state = _start(v, q.shape[-1], initial_state)
-    length = q.shape[1]
-    group = v.shape[2] // k.shape[2]
-    both = torch.stack((k, q), 3).to(state.dtype)  # [B, T, HK, 2, K]: one pass over the state serves k and q
+    batch, length, k_heads, k_dim = k.shape
+    v_heads, v_dim = v.shape[2:]
+    heads = (batch, length, k_heads, v_heads // k_heads)  # value heads, R of them to a key head
+    both = _cast(torch.stack((k, q), 3), state.dtype)  # [B, T, HK, 2, K]
     if qk_l2norm:
         both = l2norm(both)
-    if group > 1:
-        both = both.repeat_interleave(group, 2)
-    decay = g.to(state.dtype).exp()
-    decay = decay[..., None] if g.dim() == 3 else decay
-    reads = both * decay[..., None, :]  # S^T k after the decay is (decay k)^T S before it
-    kq = (both[..., 0, :] * both[..., 1, :]).sum(-1, keepdim=True)
-    values, beta = v.to(state.dtype), beta.to(state.dtype)[..., None]
+    decay = _cast(g, state.dtype).exp().view(*heads, 1 if g.dim() == 3 else k_dim)
+    values = _cast(v, state.dtype).view(*heads, v_dim)
+    strengths = _cast(beta, state.dtype).view(*heads, 1)
     # A tensor of our own to update in place: the caller's when asked to, else a copy. Autograd needs every version.
-    own = not (torch.is_grad_enabled() and any(x.requires_grad for x in (both, values, decay, beta, state)))
+    own = not (torch.is_grad_enabled() and any(x.requires_grad for x in (both, values, decay, strengths, state)))
     if own and not inplace:
         state = state.clone()
+    now = state.view(len(state), *heads[2:], k_dim, v_dim)
     outputs = []
-    for t in range(length):
-        read = reads[:, t] @ state  # [B, HV, 2, V]
-        u = (values[:, t] - read[..., 0, :]) * beta[:, t]
-        outputs.append(torch.addcmul(read[..., 1, :], kq[:, t], u))
-        key, u = both[:, t, :, 0, :, None], u[..., None, :]
-        if own:
-            state.mul_(decay[:, t, :, :, None]).addcmul_(key, u)
-        else:
-            state = torch.addcmul(state * decay[:, t, :, :, None], key, u)
+    for t, token in enumerate(zip(*(x.unbind(1) for x in (both, values, decay, strengths)))):
+        o, now = _token(*token, now, own)
+        outputs.append(o)
         if token_states is not None:
-            token_states[:, t] = state
-    o = torch.stack(outputs, 1).mul_(scale).to(v.dtype) if outputs else torch.empty_like(v)
+            token_states[:, t] = now.flatten(1, 2)
+    o = _cast(torch.stack(outputs, 1).mul_(scale).view(v.shape), v.dtype) if outputs else torch.empty_like(v)
+    state = state if own else now.flatten(1, 2)
     if inplace and initial_state is not None and state is not initial_state:
         state = initial_state.copy_(state)
     return o, state
+
+
+def _token(both: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor, own: bool) -> tuple[Tensor, Tensor]:
+    """One token: both = (k, q) ``[B, HK, 2, K]``, v ``[B, HK, R, V]``, decay ``[B, HK, R, 1 or K]``, beta
+    ``[B, HK, R, 1]``, state ``[B, HK, R, K, V]``, updated in place when it is our own. Returns o before its scale.
+    """
+    # S^T k after the decay is (decay k)^T S before it, so that one pass over the state serves k and q.
+    known, answer = ((both.unsqueeze(2) * decay.unsqueeze(3)) @ state).unbind(3)
+    u = (v - known) * beta
+    k, q = both.unsqueeze(2).unbind(3)  # [B, HK, 1, K]
+    o = torch.addcmul(answer, torch.linalg.vecdot(k, q).unsqueeze(-1), u)
+    k, u, decay = k.unsqueeze(-1), u.unsqueeze(3), decay.unsqueeze(-1)
+    return o, state.mul_(decay).addcmul_(k, u) if own else torch.addcmul(state * decay, k, u)
 
 
 def why_not(request: Request) -> str | None:

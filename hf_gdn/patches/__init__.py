@@ -27,7 +27,7 @@ from .. import registry
 from ..registry import logger, warn_once
 from .mixer import Family, Settings, make_forward
 
-__all__ = ["FamilyStatus", "PatchError", "Status", "families", "patch", "patched", "status", "unpatch", "unpatched"]
+__all__ = ["FamilyStatus", "PatchError", "Status", "all_families", "patch", "patched", "status", "unpatch", "unpatched"]
 
 TESTED_TRANSFORMERS = ("5.17", "5.23")
 _ARGUMENTS = ["self", "hidden_states", "cache_params", "attention_mask"]
@@ -78,7 +78,7 @@ _patches: dict[str, _Patch] = {}
 _lock = threading.RLock()
 
 
-def families() -> dict[str, Family]:
+def all_families() -> dict[str, Family]:
     """All families by name: every module beside this one that has a FAMILY."""
     found = {}
     for info in pkgutil.iter_modules(__path__):
@@ -86,6 +86,16 @@ def families() -> dict[str, Family]:
         if family is not None:
             found[family.name] = family
     return found
+
+
+def _choose(names: Iterable[str] | str | None) -> dict[str, Family]:
+    """The families named, all for None. Raises ValueError for an unknown name."""
+    known = all_families()
+    wanted = [names] if isinstance(names, str) else list(known if names is None else names)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ValueError(f"unknown model family {', '.join(map(repr, unknown))}; families: {', '.join(known)}")
+    return {name: known[name] for name in wanted}
 
 
 def _absent(family: Family) -> bool:
@@ -190,18 +200,13 @@ def patch(families: Iterable[str] | str | None = None, *, backend: str = "auto",
         if os.environ.get("HF_GDN_DISABLE", "0") not in ("", "0"):
             warn_once("HF_GDN_DISABLE is set: patch() does nothing")
             return status()
-        known = _families()
         registry.check_backend(backend)
-        names = [families] if isinstance(families, str) else list(known if families is None else families)
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ValueError(f"unknown model family {', '.join(map(repr, unknown))}; families: {', '.join(known)}")
+        chosen = _choose(families)
         _check_transformers()
         settings = Settings(registry.DEFAULT_BACKEND if backend == "auto" else backend, strict)
         registry.check_backend(settings.backend)
         wanted = dict(_patches)
-        for name in names:
-            family = known[name]
+        for name, family in chosen.items():
             if families is None and _absent(family):
                 continue
             cls = _layer_class(family)
@@ -231,12 +236,7 @@ def unpatch(families: Iterable[str] | str | None = None) -> Status:
         ValueError: an unknown family.
     """
     with _lock:
-        known = _families()
-        names = [families] if isinstance(families, str) else list(known if families is None else families)
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ValueError(f"unknown model family {', '.join(map(repr, unknown))}; families: {', '.join(known)}")
-        for name in names:
+        for name in _choose(families):
             if name in _patches:
                 _remove(_patches[name])
         return status()
@@ -269,7 +269,7 @@ def unpatched() -> Iterator[Status]:
 def status() -> Status:
     """What is patched, family by family, on which backend."""
     rows = []
-    for name, family in _families().items():
+    for name, family in all_families().items():
         change = _patches.get(name)
         if _absent(family):
             state = f"absent from transformers {transformers.__version__}"
@@ -286,7 +286,7 @@ def status() -> Status:
 def original_forward(family: str) -> Callable[..., Any]:
     """transformers' own forward of a family's layers, patched or not."""
     change = _patches.get(family)
-    cls: Any = _layer_class(_families()[family])
+    cls: Any = _layer_class(all_families()[family])
     return change.original if change is not None else cls.forward
 
 
@@ -297,7 +297,7 @@ def layer_kernels(model: torch.nn.Module) -> dict[str, str]:
         Layer's name in the model -> ``"chunk_gdn: triton, recurrent_gdn: triton"``, or ``"original"`` when its class is
         not patched.
     """
-    names = {family.class_name for family in _families().values()}
+    names = {family.class_name for family in all_families().values()}
     layers = {}
     for name, module in model.named_modules():
         change = next((change for change in _patches.values() if isinstance(module, change.cls)), None)
@@ -315,6 +315,3 @@ def layer_kernels(model: torch.nn.Module) -> dict[str, str]:
         elif type(module).__name__ in names:
             layers[name] = "original"
     return layers
-
-
-_families = families  # `families` is the name of an argument above

@@ -130,16 +130,18 @@ def _conv(layer: Any, qkv: Tensor, cache: Any, cu_seqlens: Tensor | None) -> Ten
     if states is not None and length == 1 and width > 1 and states.has_previous_state[0] and not states.record_past:
         # One token: shift the window in place, so that its address stays what CUDA graphs know.
         window = states.conv_states[0]
-        window.copy_(torch.cat((window[:, :, 1:], qkv.transpose(1, 2)), -1))
+        size = window.shape[2]
+        window.copy_(torch.cat((window.narrow(2, 1, size - 1), qkv.transpose(1, 2)), -1))
         dtype = torch.promote_types(qkv.dtype, torch.float32)
-        out = (window[:, :, -width:].to(dtype) * weight.to(dtype)).sum(-1)[:, None]
+        out = torch.linalg.vecdot(window.narrow(2, size - width, width).to(dtype), weight.to(dtype)).unsqueeze(1)
         out = out if bias is None else out + bias.to(dtype)
     else:
         x = qkv
         if cache is not None:
             x = cache.update_conv_state(qkv.transpose(1, 2), layer.layer_idx, conv_kernel_size=width).transpose(1, 2)
         out = _causal_conv(x, weight, bias, length, sequence)
-    return ACT2FN[layer.activation](out).to(qkv.dtype)
+    activate = F.silu if layer.activation == "silu" else ACT2FN[layer.activation]
+    return activate(out).to(qkv.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------- recurrence
@@ -176,8 +178,9 @@ def _mix(
     if length > kernel.max_tokens:
         kernel = registry.select(f"chunk_{family.op}", *request)
     qkv = _conv(layer, qkv, cache, cu_seqlens)
-    q, k, v = qkv.split((k_heads * k_dim, k_heads * k_dim, v_heads * v_dim), -1)
-    q, k, v = q.unflatten(-1, (k_heads, k_dim)), k.unflatten(-1, (k_heads, k_dim)), v.unflatten(-1, (v_heads, v_dim))
+    q, k, v = qkv.split_with_sizes((k_heads * k_dim, k_heads * k_dim, v_heads * v_dim), -1)
+    q, k = q.view(batch, length, k_heads, k_dim), k.view(batch, length, k_heads, k_dim)
+    v = v.view(batch, length, v_heads, v_dim)
     inplace = kernel.op.startswith("recurrent") and state is not None and not needs_grad and state.is_contiguous()
     o, final = launch(
         kernel, q, k, v, g, beta, scale=k_dim**-0.5, initial_state=state, cu_seqlens=cu_seqlens, qk_l2norm=True,

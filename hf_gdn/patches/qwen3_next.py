@@ -18,6 +18,7 @@ class Qwen3Next(Family):
     module = "transformers.models.qwen3_next.modeling_qwen3_next"
     class_name = "Qwen3NextGatedDeltaNet"
     op = "gdn"
+    direct = ("conv1d", "norm")
 
     def dims(self, layer: Any) -> Dims:
         return Dims(layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
@@ -25,16 +26,19 @@ class Qwen3Next(Family):
     def project(self, layer: Any, x: Tensor) -> Projected:
         k_heads, v_heads, k_dim, v_dim = self.dims(layer)
         group = v_heads // k_heads
-        per_head = layer.in_proj_qkvz(x).unflatten(-1, (k_heads, -1))
-        q, k, v, z = per_head.split((k_dim, k_dim, group * v_dim, group * v_dim), -1)
-        b, a = (y.flatten(2) for y in layer.in_proj_ba(x).unflatten(-1, (k_heads, -1)).split((group, group), -1))
+        per_head = layer.in_proj_qkvz(x).view(*x.shape[:2], k_heads, -1)
+        q, k, v, z = per_head.split_with_sizes((k_dim, k_dim, group * v_dim, group * v_dim), -1)
+        ba = layer.in_proj_ba(x).view(*x.shape[:2], k_heads, 2, group)
+        b, a = ba.transpose(2, 3).reshape(*x.shape[:2], 2, v_heads).unbind(2)
         g = -layer.A_log.float().exp() * F.softplus(a.float() + layer.dt_bias)
         qkv = torch.cat((q.flatten(2), k.flatten(2), v.flatten(2)), -1)
         return Projected(qkv, g, b.sigmoid(), z.reshape(*x.shape[:2], v_heads, v_dim))
 
     def finish(self, layer: Any, o: Tensor, z: Tensor) -> Tensor:
-        o = layer.norm(o.reshape(-1, o.shape[-1]), z.reshape(-1, z.shape[-1]))
-        return layer.out_proj(o.view(*z.shape[:2], -1))
+        norm = layer.norm
+        # The weight is applied in the model's dtype, the gate in fp32.
+        o = norm.weight * F.rms_norm(o.float(), o.shape[-1:], eps=norm.variance_epsilon).to(o.dtype)
+        return layer.out_proj((o * F.silu(z.float())).to(z.dtype).flatten(2))
 
 
 FAMILY = Qwen3Next()

@@ -47,7 +47,7 @@ def test_far_from_chance_and_worse_without_its_state(name, loaded, monkeypatch):
     ids = models.windows(loaded.tokenizer, models.read_text(None), 512, 16)
     whole = perplexity.perplexity(perplexity.one_pass(loaded.model, ids))
     assert whole < 14
-    family = patches.families()[loaded.model.config.model_type]
+    family = patches.all_families()[loaded.model.config.model_type]
     module = importlib.import_module(family.module)
     function = CHUNK_FUNCTION[family.name]
     monkeypatch.setattr(module, function, cut(inspect.unwrap(getattr(module, function))))

@@ -16,7 +16,7 @@ from hf_gdn.patches import PatchError
 from hf_gdn.registry import BackendError
 from tests import tiny
 
-FAMILIES = patches.families()
+FAMILIES = patches.all_families()
 
 
 def layer_class(name):
