@@ -35,7 +35,7 @@ def report(
     ] = None,
     output: Annotated[str, typer.Option(help="Folder for report.json and report.md.")] = "hf-gdn-report",
     backend: Backend = "auto",
-    context: Annotated[int, typer.Option(min=16, help="Tokens a window.")] = 256,
+    context: Annotated[int, typer.Option(min=16, help="Tokens a window.")] = 512,
     windows: Annotated[int, typer.Option(min=1, help="Windows to score.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of generation.")] = 9,

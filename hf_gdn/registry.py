@@ -23,7 +23,8 @@ logger = logging.getLogger("hf_gdn")
 ENTRY_POINT_GROUP = "hf_gdn.kernels"
 # What "auto" means in this process; read once.
 DEFAULT_BACKEND = os.environ.get("HF_GDN_BACKEND") or "auto"
-# Importing a module registers its kernels. Within an op, "auto" tries them in this order.
+# The order in which "auto" tries backends; others come last unless they say where. Whoever is imported first.
+_ORDER = ("triton", "fla", "eager")
 _BUILTIN = (
     "hf_gdn.kernels.recurrent",
     "hf_gdn.kernels.chunk_gdn",
@@ -151,6 +152,8 @@ def register(kernel: Kernel, *, before: str | None = None) -> Kernel:
         raise ValueError(
             f"before={before!r}: op {kernel.op!r} has no such backend; it has: {', '.join(backends) or 'none'}"
         )
+    if before is None and kernel.backend in _ORDER:
+        before = next((b for b in _ORDER[_ORDER.index(kernel.backend) + 1 :] if b in backends), None)
     row.insert(len(row) if before is None else backends.index(before), kernel)
     _table[kernel.op, kernel.backend] = kernel
     _chosen.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import platform
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -83,6 +84,11 @@ def baseline(family: str) -> dict[str, str]:
     return {name: implementation(forward.__globals__[name]) for name in names if name in forward.__globals__}
 
 
+def console() -> Console:
+    """Standard output, wide enough for tables where it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
 def show() -> None:
     """Print every op and backend with "serves" or its refusal, and the versions."""
     table = Table("op", "backend", "device", "verdict", title="hf_gdn backends")
@@ -91,8 +97,8 @@ def show() -> None:
         for device in devices:
             request = registry.Request(kernel.op, device, torch.float32, 16, 32, 128, 128)
             table.add_row(kernel.op, kernel.backend, device, kernel.why_not(request) or "serves")
-    console = Console()
-    console.print(table)
+    out = console()
+    out.print(table)
     for name, version in versions().items():
-        console.print(f"{name} {version}", highlight=False)
-    console.print(str(status()), highlight=False)
+        out.print(f"{name} {version}", highlight=False)
+    out.print(str(status()), highlight=False)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -190,8 +189,7 @@ def main(device_name: str | None, json_file: str | None) -> bool:
                 f"{row.ms:.3f}", f"{row.speedup:.2f}x", f"{row.extra_mib:.1f}", f"{row.memory_ratio:.2f}"
             ]  # fmt: skip
             table.add_row(row.op, str(row.batch), str(row.tokens), row.backend, *cells, f"{row.error:.1e}")
-    console = Console()
-    console.print(table)
+    machine.console().print(table)
     result = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.machine(device), "versions": machine.versions(), "dtype": str(dtype),

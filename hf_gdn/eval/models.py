@@ -81,6 +81,8 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> Loaded:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UserError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    if not tokenizer("text").input_ids:
+        raise UserError(f"model {name!r} cannot be loaded: it has no tokenizer that reads text")
     label = Path(name).name if name in embedded() else name
     model.to(device)  # type: ignore[arg-type]
     return Loaded(label, model.eval(), tokenizer)

@@ -36,7 +36,7 @@ class Options:
     device: str | None = None
     dtype: str | None = None
     backend: str = "auto"
-    context: int = 256
+    context: int = 512
     windows: int = 16
     prompt: int = 256
     new_tokens: int = 64
@@ -129,7 +129,7 @@ def build(options: Options, console: Console, command: str) -> dict[str, Any]:
     if not names:
         raise UserError(f"the embedded models are missing from {models.ASSETS}; name one with --model")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         results = [evaluate(name, options, progress) for name in names]
     return {
         "schema": SCHEMA,
@@ -207,7 +207,9 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 def show(report: dict[str, Any], console: Console) -> None:
     """Print the report."""
-    table = Table(*_HEADER, title="hf_gdn report")
+    table = Table(title="hf_gdn report")
+    for name in _HEADER:
+        table.add_column(name, no_wrap=True)
     for row in rows(report):
         table.add_row(*row)
     console.print(table)
@@ -245,7 +247,7 @@ def main(options: Options, output: str) -> bool:
     """Run, show and write the report. Returns whether parity held."""
     folder = prepare(output)
     report = build(options, Console(stderr=True), " ".join(["hf-gdn", *sys.argv[1:]]))
-    console = Console()
+    console = machine.console()
     show(report, console)
     for path in write(report, folder):
         console.print(f"wrote {path}", highlight=False)

@@ -249,8 +249,9 @@ def recurrent(
         state = state.clone()
     now = state.view(len(state), *heads[2:], k_dim, v_dim)
     outputs = []
-    for t, token in enumerate(zip(*(x.unbind(1) for x in (both, values, decay, strengths)))):
-        o, now = _token(*token, now, own)
+    tokens = zip(both.unbind(1), values.unbind(1), decay.unbind(1), strengths.unbind(1))
+    for t, (kq, value, fade, strength) in enumerate(tokens):
+        o, now = _token(kq, value, fade, strength, now, own)
         outputs.append(o)
         if token_states is not None:
             token_states[:, t] = now.flatten(1, 2)

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from hf_gdn import cli, registry
-from hf_gdn.eval import microbench, models, report
+from hf_gdn.eval import data, microbench, models, report
 from tests import tiny
 
 SMALL = ("--context", "64", "--windows", "4", "--new-tokens", "4", "--rounds", "1")
@@ -90,9 +90,10 @@ def test_nan_fails_the_verdict():
 def test_a_model_and_a_text_of_ones_own(tmp_path, family):
     source = next(path for path in models.embedded() if family in path)
     text = tmp_path / "text.txt"
-    text.write_text("def f(x):\n    return x + 1\n" * 40)
+    text.write_text(data.held_out_text()[:200_000])
+    size = ("--context", "256", "--windows", "8", "--new-tokens", "4", "--rounds", "1")
     code, _, err = run(
-        "report", *SMALL, "--model", source, "--text", str(text), "--dtype", "bfloat16", "--device", "cpu",
+        "report", *size, "--model", source, "--text", str(text), "--dtype", "bfloat16", "--device", "cpu",
         "--output", str(tmp_path / "out"),
     )  # fmt: skip
     assert code == 0, err
@@ -119,7 +120,7 @@ def folder(tmp_path_factory):
     [
         (["--model", "{}/nowhere"], "model '{}/nowhere' cannot be read"),
         (["--model", "{}/llama"], "is of type 'llama', which hf_gdn does not patch; types: kimi_linear, qwen3_next"),
-        (["--model", "{}/no_tokenizer"], "model '{}/no_tokenizer' cannot be loaded"),
+        (["--model", "{}/no_tokenizer"], "model '{}/no_tokenizer' cannot be loaded: it has no tokenizer"),
         (["--text", "{}/nothing.txt"], "text '{}/nothing.txt' cannot be read as UTF-8"),
         (["--text", "{}/binary.txt"], "cannot be read as UTF-8"),
         (["--text", "{}/empty.txt"], "text '{}/empty.txt' is empty"),

@@ -280,3 +280,15 @@ def test_compiles_without_a_break(family, backend):
             positions = torch.arange(first, last)[None]
             parts.append(run(ids[:, first:last], past_key_values=cache, position_ids=positions).logits.clone())
     tiny.assert_close("compiled", torch.cat(parts, 1), wanted, BUDGET)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(family):
+    """The Triton kernels inside a model: prefill, pieces and decode against the original on the same card."""
+    model = tiny.model(family).cuda()
+    ids, mask = (x.cuda() for x in tiny.batch())
+    wanted = logits(model, ids, attention_mask=mask)[mask.bool()]
+    pieces = decode(model, ids, [40, 1, 1, 3, 1, 24])
+    with hf_gdn.patched(backend="triton", strict=True):
+        tiny.assert_close("prefill", logits(model, ids, attention_mask=mask)[mask.bool()], wanted, BUDGET)
+        tiny.assert_close("decode", decode(model, ids, [40, 1, 1, 3, 1, 24]), pieces, BUDGET)
