@@ -3,7 +3,7 @@
 A Qwen3-Next and a Kimi-Linear model learn the standard library's source code, so
 that perplexity on its held-out modules reacts when a replaced kernel is wrong.
 
-    python scripts/train_tiny.py --family both --minutes 13
+    python scripts/train_tiny.py --family both --minutes 35
     python scripts/train_tiny.py --check
 
 ``--minutes`` anneals the learning rate over wall time; ``--steps`` makes a run
@@ -228,7 +228,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=[*CONFIGS, "both"], default="both")
     parser.add_argument("--output", type=Path, default=ROOT / "hf_gdn" / "eval" / "assets")
-    parser.add_argument("--minutes", type=float, default=13.0, help="training time per model")
+    parser.add_argument("--minutes", type=float, default=35.0, help="training time per model")
     parser.add_argument("--steps", type=int, help="training steps, instead of --minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", action="store_true", help="only check the saved models")
