@@ -1,18 +1,147 @@
-"""hf-gdn: report, kernels, env. Exit codes: 0 fine, 1 parity failed, 2 something given cannot be used."""
+"""hf-gdn: report, ppl, speed, kernels, compare, env; `accelerate launch -m hf_gdn.eval` is the same command.
+
+Exit codes: 0 fine; 1 not the same model, or slower than before; 2 something given cannot be used; 130 interrupted.
+"""
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
-from typing import Annotated
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from .errors import UserError
 
+if TYPE_CHECKING:
+    from .eval.report import Job
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-Backend = Annotated[str, typer.Option(help="Backend to run on: auto, or the name of one that then has to serve.")]
+# ------------------------------------------------------------------------------------------------------------- options
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", help="Folder or hub name, repeatable; the two embedded models by default."),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        help="Random weights at this config: qwen3_next-80b, kimi_linear-48b, an embedded model's, or a path."
+    ),
+]
+Layers = Annotated[int | None, typer.Option(min=1, help="Layers to keep of --config.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Field of --config to change, e.g. num_experts=16.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
+Attention = Annotated[
+    str | None, typer.Option("--attn", help="Attention implementation; transformers' choice by default.")
+]
+DeviceMap = Annotated[str | None, typer.Option(help="Spread a model over devices: auto, balanced, ...")]
+TensorParallel = Annotated[bool, typer.Option("--tp", help="Split a model over the processes by its own plan.")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text", help=".txt, .jsonl or .parquet, repeatable; held-out standard library modules by default."),
+]
+Field = Annotated[str, typer.Option(help="Field of .jsonl and .parquet files and data sets that holds the text.")]
+Dataset = Annotated[str | None, typer.Option(help="NAME or NAME:CONFIG of a data set to score.")]
+Split = Annotated[str, typer.Option(help="Split of --dataset.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the best there is by default.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; float32 on a CPU and for the embedded models by default."),
+]
+Backend = Annotated[str, typer.Option(help="Backend to run on: auto, or the name of one that then has to serve.")]
+Context = Annotated[int, typer.Option(min=2, help="Tokens a window.")]
+Stride = Annotated[int | None, typer.Option(min=1, help="Tokens between two windows; --context by default.")]
+Windows = Annotated[int, typer.Option(min=0, help="Windows to score, evenly spread; 0 for all.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows a forward; by the size of the logits by default.")]
+Mode = Annotated[str, typer.Option(help="How the text is read: prefill, decode, mixed; several with commas.")]
+Tolerance = Annotated[
+    list[str] | None, typer.Option(help="Bound to change, repeatable: ppl_ratio=, kl_mean=, same_top=.")
+]
+Batch = Annotated[str, typer.Option(help="Batch sizes, with commas; 1,8 on a GPU and 1,4 elsewhere by default.")]
+Prompt = Annotated[
+    str, typer.Option(help="Prompt lengths, with commas; 512,4096 on a GPU, 128,512 elsewhere by default.")
+]
+NewTokens = Annotated[int | None, typer.Option(min=2, help="Tokens to generate; 128, or 64 on a CPU, by default.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Timed turns of each.")]
+Variant = Annotated[str, typer.Option(help="How generate runs: eager, static, compile; several with commas.")]
+OUTPUT = typer.Option(help="Folder for report.json, .md, .csv and .html.")
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was interrupted in the output folder.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars and no tables, the verdict alone.")]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _sizes(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in _names(text))
+    except ValueError as error:
+        raise UserError(f"{option} {text}: expected whole numbers with commas between them, e.g. 1,8") from error
+
+
+def _job(kind: str, given: dict[str, Any]) -> Job:
+    """A job from a command's options, as they are called in Python."""
+    from .eval import ppl, speed
+    from .eval.models import Source
+    from .eval.report import Job
+
+    names, config = given.pop("model") or (), given.pop("config")
+    layers, settings = given.pop("layers"), tuple(given.pop("set") or ())
+    if config is not None and names:
+        raise UserError("--model and --config were both given; expected one of them")
+    if config is None and (layers is not None or settings):
+        raise UserError("--layers and --set change a --config, and none was given")
+    where = {
+        "revision": given.pop("revision"),
+        "attention": given.pop("attn"),
+        "device_map": given.pop("device_map"),
+        "tensor_parallel": given.pop("tp"),
+    }
+    if config is not None:
+        sources: tuple[Source, ...] = (Source(config, random=True, layers=layers, settings=settings, **where),)
+    else:
+        sources = tuple(Source(name, **where) for name in names)
+    job: dict[str, Any] = {"text_field": given.pop("field", "text")}
+    if kind != "speed":
+        job["ppl"] = ppl.Options(
+            _names(given.pop("mode")), given.pop("batch_size"), tuple(given.pop("tolerance") or ())
+        )
+    if kind != "ppl":
+        job["speed"] = speed.Options(
+            _sizes("--batch", given.pop("batch")), _sizes("--prompt", given.pop("prompt")), given.pop("new_tokens"),
+            given.pop("rounds"), _names(given.pop("variant")),
+        )  # fmt: skip
+    return Job(kind=kind, sources=sources, text=tuple(given.pop("text") or ()), **job, **given)
+
+
+def _run(kind: str, given: dict[str, Any]) -> None:
+    from .eval import report
+
+    job = _job(kind, given)
+    _finish(job.output, lambda: report.main(job, _command()))
+
+
+def _command() -> str:
+    return shlex.join(["hf-gdn", *sys.argv[1:]])
+
+
+def _finish(output: str, run: Callable[[], bool]) -> None:
+    """Run, and turn what came of it into an exit code."""
+    try:
+        passed = run()
+    except KeyboardInterrupt:
+        _stop(f"interrupted; --resume --output {output} with the same options goes on from here", 130)
+    if not passed:
+        raise typer.Exit(1)
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
 
 
 @app.callback()
@@ -22,44 +151,85 @@ def _root() -> None:
 
 @app.command()
 def report(
-    model: Annotated[
-        list[str] | None, typer.Option(help="Model name or path, repeatable; the two embedded models by default.")
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option(help="UTF-8 file to score; the standard library's held-out modules by default.")
-    ] = None,
-    device: Device = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16; float32 on a CPU and for the embedded models by default."),
-    ] = None,
-    output: Annotated[str, typer.Option(help="Folder for report.json and report.md.")] = "hf-gdn-report",
-    backend: Backend = "auto",
-    context: Annotated[int, typer.Option(min=16, help="Tokens a window.")] = 512,
-    windows: Annotated[int, typer.Option(min=1, help="Windows to score.")] = 16,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of generation.")] = 9,
-) -> None:
+    model: Models = None, config: Config = None, layers: Layers = None, set: Settings = None, revision: Revision = None,
+    attn: Attention = None, device_map: DeviceMap = None, tp: TensorParallel = False,
+    text: Texts = None, field: Field = "text", dataset: Dataset = None, split: Split = "test",
+    device: Device = None, dtype: Dtype = None, backend: Backend = "auto",
+    context: Context = 512, stride: Stride = None, windows: Windows = 16, batch_size: BatchSize = None,
+    mode: Mode = "prefill,decode,mixed", tolerance: Tolerance = None,
+    batch: Batch = "", prompt: Prompt = "", new_tokens: NewTokens = None, rounds: Rounds = 5,
+    variant: Variant = "eager",
+    output: Annotated[str, OUTPUT] = "hf-gdn-report",
+    resume: Resume = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
     """Is the patched model still the same, and how much faster does it generate? Exits 1 when it is not the same."""
-    from .eval import report as job
+    _run("report", dict(locals()))
 
-    options = job.Options(
-        models=tuple(model or ()), text=text, device=device, dtype=dtype, backend=backend, context=context,
-        windows=windows, new_tokens=new_tokens, rounds=rounds,
-    )  # fmt: skip
-    if not job.main(options, output):
-        raise typer.Exit(1)
+
+@app.command()
+def ppl(
+    model: Models = None, config: Config = None, layers: Layers = None, set: Settings = None, revision: Revision = None,
+    attn: Attention = None, device_map: DeviceMap = None, tp: TensorParallel = False,
+    text: Texts = None, field: Field = "text", dataset: Dataset = None, split: Split = "test",
+    device: Device = None, dtype: Dtype = None, backend: Backend = "auto",
+    context: Context = 512, stride: Stride = None, windows: Windows = 16, batch_size: BatchSize = None,
+    mode: Mode = "prefill", tolerance: Tolerance = None,
+    output: Annotated[str, OUTPUT] = "hf-gdn-ppl",
+    resume: Resume = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Perplexity, KL divergence and other distances of the patched model from the original. Exits 1 when too large."""
+    _run("ppl", dict(locals()))
+
+
+@app.command()
+def speed(
+    model: Models = None, config: Config = None, layers: Layers = None, set: Settings = None, revision: Revision = None,
+    attn: Attention = None, device_map: DeviceMap = None, tp: TensorParallel = False,
+    text: Texts = None, field: Field = "text", dataset: Dataset = None, split: Split = "test",
+    device: Device = None, dtype: Dtype = None, backend: Backend = "auto",
+    batch: Batch = "", prompt: Prompt = "", new_tokens: NewTokens = None, rounds: Rounds = 5,
+    variant: Variant = "eager",
+    output: Annotated[str, OUTPUT] = "hf-gdn-speed",
+    resume: Resume = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Time to first token, time per token and memory of generate, original and patched in turns."""
+    _run("speed", dict(locals()))
 
 
 @app.command()
 def kernels(
-    device: Device = None,
-    json_file: Annotated[str | None, typer.Option("--json", help="File for the rows, as JSON.")] = None,
-) -> None:
-    """Time every op on every backend that serves it, against transformers' own function, error checked."""
-    from .eval import microbench
+    shape: Annotated[str, typer.Option(help="Named shapes, with commas: qwen3_next-80b, kimi_linear-48b, ...")] = "",
+    op: Annotated[str, typer.Option(help="Ops, with commas; all of the shapes by default.")] = "",
+    backend: Annotated[str, typer.Option(help="Backends, with commas; every one that can serve by default.")] = "",
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "",
+    tokens: Annotated[str, typer.Option(help="Tokens of chunk ops, with commas.")] = "",
+    direction: Annotated[str, typer.Option(help="forward, backward (the two together), or both.")] = "forward",
+    device: Device = None, dtype: Dtype = None,
+    gpu_graph: Annotated[bool, typer.Option("--gpu-graph", help="Time replays of a CUDA graph.")] = False,
+    seconds: Annotated[float, typer.Option(help="Budget of one measurement.")] = 1.0,
+    output: Annotated[str, OUTPUT] = "hf-gdn-kernels", resume: Resume = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Time every op on every backend that serves it, error checked, against this machine's own ceilings."""
+    from .eval import report
+    from .eval.microbench import Options
 
-    if not microbench.main(device, json_file):
+    options = Options(
+        _names(shape), _names(op), _names(backend), _sizes("--batch", batch), _sizes("--tokens", tokens),
+        _names(direction), dtype, device, gpu_graph, seconds,
+    )  # fmt: skip
+    _finish(output, lambda: report.main_kernels(options, output, resume, quiet, _command()))
+
+
+@app.command()
+def compare(
+    before: Annotated[str, typer.Argument(help="A report.json.")],
+    after: Annotated[str, typer.Argument(help="Another one of the same kind.")],
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Slow-down that is no regression, as a share.")] = 0.05,
+) -> None:
+    """Two reports side by side. Exits 1 when the second is a regression."""
+    from .eval import compare as job
+
+    if not job.main(before, after, tolerance):
         raise typer.Exit(1)
 
 
@@ -72,9 +242,10 @@ def env() -> None:
 
 
 def main() -> None:
-    """Entry point: prints errors a user can mend as one line and exits 2."""
+    """Entry point: prints errors a user can mend as one line and exits 2. Of several processes the first one prints."""
     import transformers
 
+    from .eval.ranks import RankFailure
     from .patches import PatchError
     from .registry import BackendError
 
@@ -83,8 +254,17 @@ def main() -> None:
     try:
         app()
     except (UserError, BackendError, PatchError) as error:
-        print(f"hf-gdn: {error}", file=sys.stderr)
-        sys.exit(2)
+        _stop(str(error), 2)
+    except RankFailure as error:
+        _stop(str(error), 1)
+
+
+def _stop(text: str, code: int) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"hf-gdn: {text}", file=sys.stderr)
+    else:
+        time.sleep(2)  # a launcher ends all processes when one has; let the first print before
+    sys.exit(code)
 
 
 if __name__ == "__main__":

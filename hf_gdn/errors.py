@@ -5,3 +5,10 @@ from __future__ import annotations
 
 class UserError(Exception):
     """Something the user gave cannot be used; the text says what was expected and what came."""
+
+
+def reason(error: Exception) -> str:
+    """Why an operation failed, on one line: the system's words for an OSError, else the text's first line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

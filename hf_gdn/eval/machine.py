@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import platform
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +26,7 @@ PACKAGES = (
     "transformers",
     "accelerate",
     "flash-linear-attention",
+    "flash-qla",
     "causal-conv1d",
     "kernels",
 )
@@ -52,9 +55,24 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["gpu"] = properties.name
+        found["gpus"] = torch.cuda.device_count()
         found["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
         found["cuda"] = torch.version.cuda or torch.version.hip
     return found
+
+
+def clocks(device: torch.device) -> dict[str, str]:
+    """Driver and clocks at this moment, as far as the system tells."""
+    if device.type == "cuda":
+        fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+        command = ["nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={fields}", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return {"driver": "unknown: nvidia-smi does not run"}
+        return dict(zip(fields.split(","), (value.strip() for value in done.stdout.split(","))))
+    frequency = psutil.cpu_freq()
+    return {"cpu_mhz": f"{frequency.current:.0f}"} if frequency is not None else {}
 
 
 def _processor() -> str:

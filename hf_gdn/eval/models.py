@@ -1,46 +1,105 @@
-"""Loading what is evaluated: models, tokenizers, texts, devices. Every failure is a `UserError`."""
+"""Loading what is evaluated: models from a folder, the hub or a bare config, and devices. Failures are `UserError`."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..patches import all_families
-from . import data
+from .ranks import Ranks
 
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+T = TypeVar("T")
+
+# Released models by the name --config knows them by: their own config.json's values where they are not the defaults of
+# transformers' config classes.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_next-80b": (
+        "qwen3_next",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+         "max_position_embeddings": 262144, "intermediate_size": 5120},
+    ),
+    "kimi_linear-48b": (
+        "kimi_linear",
+        {"layer_types": ["full_attention" if i in (4, 8, 12, 16, 20, 24, 27) else "linear_attention"
+                         for i in range(1, 28)]},
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Text:
-    """A text to be scored and where it is from."""
+class Source:
+    """Which model, and how it is to be loaded.
 
-    source: str
-    text: str
+    Args:
+        name: folder, hub name, or the name of an embedded model; for a model with random weights, a config: a name of
+            `CONFIGS`, of an embedded model, a folder, a config file or a hub name.
+        random: random weights at that config.
+        layers: keep only so many layers (random weights).
+        settings: config fields to change, like ``"num_experts=16"`` (random weights).
+        revision: of a hub model.
+        attention: attention implementation, transformers' choice by default.
+        device_map: accelerate's, e.g. ``"auto"``.
+        tensor_parallel: split over the processes after transformers' own plan.
+    """
+
+    name: str
+    random: bool = False
+    layers: int | None = None
+    settings: tuple[str, ...] = ()
+    revision: str | None = None
+    attention: str | None = None
+    device_map: str | None = None
+    tensor_parallel: bool = False
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: the folder's last part for a path."""
+        label = Path(self.name).name if Path(self.name).exists() else self.name
+        layers = f", {self.layers} layers" if self.layers else ""
+        return f"{label} (random{layers})" if self.random else label
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode with its tokenizer."""
+    """A model in evaluation mode with its tokenizer, None for random weights."""
 
-    name: str
+    source: Source
     model: Any
     tokenizer: Any
+    dtype: str
+
+    @property
+    def config(self) -> Any:
+        """The language model's config."""
+        return self.model.config.get_text_config()
 
 
 def embedded() -> list[str]:
-    """Paths of the two tiny trained models that come with the package."""
-    return [str(path) for path in sorted(ASSETS.iterdir()) if (path / "config.json").is_file()]
+    """Names of the two tiny trained models that come with the package."""
+    return sorted(path.name for path in ASSETS.iterdir() if (path / "config.json").is_file())
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or the best there is."""
+def _path(name: str) -> str:
+    return str(ASSETS / name) if name in embedded() and not Path(name).exists() else name
+
+
+# -------------------------------------------------------------------------------------------------------------- devices
+
+
+def pick_device(name: str | None, ranks: Ranks | None = None) -> torch.device:
+    """The device asked for, or the best there is; with several processes the one accelerate gave to this process."""
+    if ranks is not None and ranks.device is not None:
+        if name is not None and torch.device(name).index is not None:
+            raise UserError(f"--device {name} names one device; with several processes give cpu, cuda or nothing")
+        return ranks.device
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -63,56 +122,96 @@ def pick_dtype(name: str | None, model: str, device: torch.device) -> torch.dtyp
     return DTYPES[name]
 
 
-def load(name: str, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """Load a model and its tokenizer from a folder or the hub."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+# --------------------------------------------------------------------------------------------------------------- models
 
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {name!r} cannot be read: {_first_line(error)}") from error
-    if config.model_type not in all_families():
+
+def load(source: Source, device: torch.device, dtype: torch.dtype) -> Loaded:
+    """Load, or make, a model; with its tokenizer unless its weights are random."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = read_config(source)
+    if config.model_type not in all_families() and config.get_text_config().model_type not in all_families():
         raise UserError(
-            f"model {name!r} is of type {config.model_type!r}, which hf_gdn does not patch; "
+            f"model {source.name!r} is of type {config.model_type!r}, which hf_gdn does not patch; "
             f"types: {', '.join(all_families())}"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    if source.random and (source.tensor_parallel or source.device_map is not None):
+        raise UserError("--tp and --device-map load a checkpoint; a --config has none")
+    if source.tensor_parallel and source.device_map is not None:
+        raise UserError("--tp and --device-map were both given; expected one of them")
+    name = str(dtype).removeprefix("torch.")
+    options: dict[str, Any] = {} if source.attention is None else {"attn_implementation": source.attention}
+    if source.random:
+
+        def make() -> Any:
+            torch.manual_seed(0)
+            with torch.device(device):
+                return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+
+        return Loaded(source, _tried(source, "made", make).eval(), None, name)
+    if source.device_map is not None:
+        options["device_map"] = source.device_map
+    if source.tensor_parallel:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(tp_plan="auto")
+    where = _path(source.name)
+    hub = {} if source.revision is None else {"revision": source.revision}
+    tokenizer = _tried(source, "loaded", lambda: AutoTokenizer.from_pretrained(where, **hub))
     if not tokenizer("text").input_ids:
-        raise UserError(f"model {name!r} cannot be loaded: it has no tokenizer that reads text")
-    label = Path(name).name if name in embedded() else name
-    model.to(device)  # type: ignore[arg-type]
-    return Loaded(label, model.eval(), tokenizer)
+        raise UserError(f"model {source.name!r} cannot be loaded: it has no tokenizer that reads text")
+    model = _tried(source, "loaded", lambda: AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **hub, **options))
+    if source.device_map is None and not source.tensor_parallel:
+        model.to(device)  # type: ignore[arg-type]
+    return Loaded(source, model.eval(), tokenizer, name)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def read_config(source: Source) -> Any:
+    """The model's config, cut and changed as `source` says."""
+    from transformers import AutoConfig
+
+    hub = {} if source.revision is None else {"revision": source.revision}
+
+    def read() -> Any:
+        if source.random and source.name in CONFIGS:
+            model_type, values = CONFIGS[source.name]
+            return AutoConfig.for_model(model_type, **values)
+        return AutoConfig.from_pretrained(_path(source.name), **hub)
+
+    known = f"; known to --config: {', '.join([*CONFIGS, *embedded()])}" if source.random else ""
+    config = _tried(source, "read", read, known)
+    changes = dict(_setting(config, text) for text in source.settings)
+    if source.layers is not None:
+        if not 1 <= source.layers <= config.num_hidden_layers:
+            raise UserError(f"--layers must be between 1 and {config.num_hidden_layers}, got {source.layers}")
+        changes["num_hidden_layers"] = source.layers
+        for name in ("layer_types", "mlp_layer_types"):
+            if getattr(config, name, None) is not None:
+                changes[name] = list(getattr(config, name))[: source.layers]
+    if changes:
+        config = _tried(source, "changed", lambda: type(config)(**{**config.to_dict(), **changes}))
+    return config
 
 
-def read_text(path: str | None) -> Text:
-    """The text of a UTF-8 file; None takes the held-out modules of the Python standard library."""
-    if path is None:
-        return Text("held-out modules of the Python standard library", data.held_out_text())
+def _setting(config: Any, text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    if not hasattr(config, name):
+        raise UserError(f"--set {text}: {config.model_type} configs have no field {name!r}")
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"text {path!r} cannot be read as UTF-8: {_first_line(error)}") from error
-    if not text.strip():
-        raise UserError(f"text {path!r} is empty")
-    return Text(path, text)
+        return name, json.loads(value)
+    except ValueError as error:
+        raise UserError(f"--set {text}: expected FIELD=VALUE with VALUE as JSON, e.g. num_experts=16") from error
 
 
-def windows(tokenizer: Any, text: Text, context: int, limit: int) -> Tensor:
-    """Windows of tokens spread evenly over a text, ``[N, context]`` with N at most `limit`.
+def _tried(source: Source, verb: str, work: Callable[[], T], hint: str = "") -> T:
+    try:
+        return work()
+    except (OSError, ValueError, ImportError) as error:  # what transformers raises for what it cannot find or read
+        raise UserError(f"model {source.name!r} cannot be {verb}: {reason(error)}{hint}") from error
 
-    A text shorter than a window makes one shorter window. Raises UserError when it has fewer than 16 tokens.
-    """
-    ids = tokenizer(text.text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
-    if len(ids) < 16:
-        raise UserError(f"text {text.source!r} has {len(ids)} tokens; at least 16 are needed")
-    context = min(context, len(ids))
-    whole = ids[: len(ids) // context * context].view(-1, context)
-    return whole[torch.linspace(0, len(whole) - 1, min(limit, len(whole))).round().long()]
+
+def check_length(loaded: Loaded, tokens: int, what: str) -> None:
+    """Raise UserError when the model's positions do not reach that far."""
+    limit = getattr(loaded.config, "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise UserError(f"{what} is {tokens} tokens; {loaded.source.label} takes {limit} at most")

@@ -1,4 +1,4 @@
-"""Perplexity of windows of tokens, read in one pass or token by token through the cache."""
+"""Logits of windows of tokens, read in one forward, token by token through the cache, or both."""
 
 from __future__ import annotations
 
@@ -12,44 +12,49 @@ from torch import Tensor
 Step = Callable[[int], None]
 
 
-def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of every target: logits ``[B, T, vocabulary]``, targets ``[B, T]``; ``[B, T]`` in float64."""
-    return torch.log_softmax(logits.double(), -1).gather(-1, targets[..., None]).squeeze(-1)
+def _nothing(tokens: int) -> None:
+    """Progress that nobody watches."""
 
 
 @torch.inference_mode()
-def one_pass(model: Any, ids: Tensor, batch: int = 8, step: Step = lambda tokens: None) -> Tensor:
-    """Teacher-forced in one forward a window: runs the prefill kernels.
-
-    Args:
-        model: a causal language model.
-        ids: ``[N, L]`` windows of tokens.
-        batch: windows a forward.
-        step: called with the number of tokens done.
-
-    Returns:
-        Log-probability of each token given those before it in its window, ``[N, L - 1]`` in float64.
-    """
-    scores = []
-    for part in ids.to(model.device).split(batch):
-        logits = model(part[:, :-1], use_cache=False).logits
-        scores.append(_log_probs(logits, part[:, 1:]).cpu())
-        step(part.numel())
-    return torch.cat(scores)
+def prefill(model: Any, ids: Tensor, step: Step = _nothing) -> Tensor:
+    """Logits ``[B, T, vocabulary]`` of tokens ``[B, T]`` in one forward: runs the chunk kernels."""
+    logits = model(ids.to(model.device), use_cache=False).logits
+    step(ids.numel())
+    return logits
 
 
 @torch.inference_mode()
-def token_by_token(model: Any, ids: Tensor, step: Step = lambda tokens: None) -> Tensor:
-    """The same, one token a forward through the cache: runs the decode kernels."""
+def decode(model: Any, ids: Tensor, step: Step = _nothing) -> Tensor:
+    """The same, one token a forward through the cache: runs the recurrent kernels."""
+    return _continued(model, ids, 0, step)
+
+
+@torch.inference_mode()
+def mixed(model: Any, ids: Tensor, step: Step = _nothing) -> Tensor:
+    """The same, the first half in one forward, the rest token by token: what `generate` does."""
+    return _continued(model, ids, max(1, ids.shape[1] // 2), step)
+
+
+def _continued(model: Any, ids: Tensor, prefix: int, step: Step) -> Tensor:
     ids = ids.to(model.device)
-    cache = None
-    scores = []
-    for t in range(ids.shape[1] - 1):
-        out = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+    cache, logits = None, []
+    pieces = ([ids[:, :prefix]] if prefix else []) + list(ids[:, prefix:].split(1, 1))
+    for piece in pieces:
+        out = model(piece, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        scores.append(_log_probs(out.logits, ids[:, t + 1 : t + 2]).cpu())
-        step(len(ids))
-    return torch.cat(scores, 1)
+        logits.append(out.logits)
+        step(piece.numel())
+    return torch.cat(logits, 1)
+
+
+MODES: dict[str, Callable[..., Tensor]] = {"prefill": prefill, "decode": decode, "mixed": mixed}
+
+
+def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target: logits ``[B, T, vocabulary]``, targets ``[B, T]``; ``[B, T]`` in float64."""
+    targets = targets.to(logits.device)
+    return torch.log_softmax(logits.double(), -1).gather(-1, targets[..., None]).squeeze(-1).cpu()
 
 
 def perplexity(log_probs: Tensor) -> float:

@@ -3,252 +3,287 @@
 from __future__ import annotations
 
 import datetime
-import json
-import math
-import sys
+import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich import box
+from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from .. import __version__, registry
 from ..errors import UserError
-from ..patches import layer_kernels, patched, unpatched
-from . import machine, models, perplexity, speed
+from ..patches import layer_kernels, patched
+from . import journal as journals
+from . import machine, microbench, models, page, ppl, progress, sheets, speed, texts
+from . import output as formats
+from .journal import Journal, Work, write_whole
+from .models import Loaded, Source
+from .ranks import Ranks
 
-SCHEMA = 1
-# Largest |ratio - 1| of the two perplexities. In fp32 both models compute the same sums in another order (1e-7 relative
-# a layer); in 16 bits the roundings between the steps differ, 2^-9 relative in bf16, and average out over the tokens.
-TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-3}
+# Version of the layout of report.json (docs/report.md).
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to run. `models` are names or paths; the embedded ones when empty."""
+class Job:
+    """What to run. "report" is parity and speed, "ppl" and "speed" one of them.
 
-    models: tuple[str, ...] = ()
-    text: str | None = None
+    Args:
+        kind: ``"report"``, ``"ppl"`` or ``"speed"``.
+        sources: the models.
+        text: files to be scored; with no data set either, the embedded text.
+        text_field: field of .jsonl and .parquet files and of the data set.
+        dataset, split: a data set of the `datasets` library.
+        device, dtype, backend: None for the defaults.
+        context, stride, windows: tokens a window, tokens between two, how many (0: all).
+        ppl, speed: how they run.
+        output: folder.
+        resume: go on with an interrupted run.
+        quiet: no progress bars and no tables.
+    """
+
+    kind: str = "report"
+    sources: tuple[Source, ...] = ()
+    text: tuple[str, ...] = ()
+    text_field: str = "text"
+    dataset: str | None = None
+    split: str = "test"
     device: str | None = None
     dtype: str | None = None
     backend: str = "auto"
     context: int = 512
+    stride: int | None = None
     windows: int = 16
-    prompt: int = 256
-    new_tokens: int = 64
-    rounds: int = 9
+    ppl: ppl.Options = field(default_factory=ppl.Options)
+    speed: speed.Options = field(default_factory=speed.Options)
+    output: str = "hf-gdn-report"
+    resume: bool = False
+    quiet: bool = False
 
 
-def _both(run: Callable[[], Any], backend: str) -> dict[str, Any]:
-    """Run on the original and on the patched model."""
-    with unpatched():
-        original = run()
-    with patched(backend=backend, strict=True):
-        return {"original": original, "patched": run()}
+def _check(job: Job) -> None:
+    """Raise UserError for what can be seen to be wrong before anything is loaded."""
+    try:
+        registry.check_backend(job.backend)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if job.text and job.dataset is not None:
+        raise UserError("--text and --dataset were both given; expected one of them")
+    if job.context < 2 or job.windows < 0:
+        raise UserError(f"--context must be at least 2 and --windows 0 or more, got {job.context} and {job.windows}")
+    ppl.check(job.ppl)
 
 
-def _parity(runs: dict[str, torch.Tensor], tolerance: float) -> dict[str, Any]:
-    values = {name: perplexity.perplexity(scores) for name, scores in runs.items()}
-    ratio = values["patched"] / values["original"] if values["original"] else math.nan
-    return {**values, "ratio": ratio, "passed": bool(abs(ratio - 1) <= tolerance)}  # NaN fails
+def _read_text(job: Job) -> texts.Text:
+    if job.dataset is not None:
+        return texts.read_dataset(job.dataset, job.split, job.text_field)
+    return texts.read_files(job.text, job.text_field) if job.text else texts.embedded()
 
 
-def evaluate(name: str, options: Options, progress: Progress | None = None) -> dict[str, Any]:
-    """Evaluate one model: its part of the report. Raises UserError for what cannot be used."""
-    device = models.pick_device(options.device)
-    dtype = models.pick_dtype(options.dtype, name, device)
-    text = models.read_text(options.text)
-    loaded = models.load(name, device, dtype)
-    ids = models.windows(loaded.tokenizer, text, options.context, options.windows)
-    with patched(backend=options.backend, strict=True):
-        kernels = layer_kernels(loaded.model)  # a backend that cannot serve says so before anything is computed
-    dtype_name = str(dtype).removeprefix("torch.")
+def _tokens(job: Job, loaded: Loaded, text: texts.Text) -> tuple[Tensor, str]:
+    """Tokens ``[L]`` to be scored, and where they are from; random ones for a model without tokenizer."""
+    if loaded.tokenizer is not None:
+        return texts.tokenize(loaded.tokenizer, text), text.source
+    random = torch.Generator().manual_seed(0)
+    length = (job.windows or 16) * job.context
+    return torch.randint(0, loaded.config.vocab_size, (length,), generator=random), "random tokens"
 
-    def bar(label: str, total: int) -> Callable[[int], None]:
-        if progress is None:
-            return lambda done: None
-        task = progress.add_task(f"{loaded.name}: {label}", total=total)
-        return lambda done: progress.advance(task, done)
 
-    tolerance = TOLERANCE[dtype_name]
-    step = bar("perplexity, one pass", 2 * ids.numel())
-    prefill = _both(lambda: perplexity.one_pass(loaded.model, ids, step=step), options.backend)
-    step = bar("perplexity, token by token", 2 * (ids.numel() - len(ids)))
-    decode = _both(lambda: perplexity.token_by_token(loaded.model, ids, step=step), options.backend)
+def evaluate(job: Job, source: Source, text: texts.Text, device: torch.device, work: Work) -> dict[str, Any]:
+    """Evaluate one model: its entry in the report, in the main process; an empty dict in the others."""
+    dtype = models.pick_dtype(job.dtype, source.name, device)
+    ranks = work.ranks
 
-    prompt = ids[:1, : options.prompt].to(device)
-    step = bar("generate", 2 * (options.rounds + 1))
+    def load() -> Loaded:
+        loaded = models.load(source, device, dtype)
+        with patched(backend=job.backend, strict=True):
+            layer_kernels(loaded.model)  # a backend that cannot serve says so before anything is computed
+        return loaded
 
-    def run(context: Callable[[], Any]) -> tuple[torch.Tensor, float]:
-        with context():
-            return speed.generate(loaded.model, prompt, options.new_tokens)
-
-    speeds, same = speed.in_turns(
-        {
-            "original": lambda: run(unpatched),
-            "patched": lambda: run(lambda: patched(backend=options.backend, strict=True)),
-        },
-        options.rounds,
-        lambda: step(1),
-    )
-    result = {
-        "model": loaded.name,
-        "model_type": loaded.model.config.model_type,
-        "parameters": sum(p.numel() for p in loaded.model.parameters()),
-        "dtype": dtype_name,
-        "attention": loaded.model.config._attn_implementation,
-        "baseline": machine.baseline(loaded.model.config.model_type),
-        "kernels": kernels,
-        "text": {"source": text.source, "windows": len(ids), "tokens_each": ids.shape[1]},
-        "tolerance": tolerance,
-        "perplexity": {"one_pass": _parity(prefill, tolerance), "token_by_token": _parity(decode, tolerance)},
-        "generate": {
-            "prompt_tokens": prompt.shape[1],
-            "new_tokens": options.new_tokens,
-            "rounds": options.rounds,
-            **{name: asdict(value) for name, value in speeds.items()},
-            "speedup": speeds["patched"].median / speeds["original"].median,
-            "same_tokens": same,
-        },
-    }
-    result["passed"] = all(mode["passed"] for mode in result["perplexity"].values())
+    loaded = ranks.each(load)
+    ids, origin = _tokens(job, loaded, text)
+    result = _manifest(job, loaded)
+    if job.kind != "speed":
+        windows = texts.windows(ids, job.context, job.stride, job.windows or None, origin)
+        result["parity"] = ppl.measure(loaded, windows, origin, job.ppl, job.backend, work)
+    if job.kind != "ppl":
+        prompts = None if loaded.tokenizer is None else ids
+        result["speed"] = speed.measure(loaded, prompts, job.speed, job.backend, work)
+    if not ranks.main:
+        return {}
+    result["passed"] = all(result[part]["passed"] for part in ("parity", "speed") if part in result)
     return result
 
 
-def build(options: Options, console: Console, command: str) -> dict[str, Any]:
-    """Run the whole report, with progress on `console`."""
-    try:
-        registry.check_backend(options.backend)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    names = list(options.models) or models.embedded()
-    if not names:
-        raise UserError(f"the embedded models are missing from {models.ASSETS}; name one with --model")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        results = [evaluate(name, options, progress) for name in names]
+def _manifest(job: Job, loaded: Loaded) -> dict[str, Any]:
+    """What was evaluated and on which code it ran."""
+    config, source = loaded.model.config, loaded.source
+    with patched(backend=job.backend, strict=True):
+        kernels = layer_kernels(loaded.model)
     return {
-        "schema": SCHEMA,
-        "hf_gdn": __version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "machine": machine.machine(models.pick_device(options.device)),
-        "versions": machine.versions(),
-        "results": results,
-        "passed": all(result["passed"] for result in results),
+        "model": source.label,
+        "name": source.name,
+        "revision": getattr(config, "_commit_hash", None) or source.revision,
+        "model_type": loaded.config.model_type,
+        "random_weights": source.random,
+        "settings": list(source.settings),
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "dtype": loaded.dtype,
+        "attention": loaded.config._attn_implementation,
+        "device_map": {
+            name: str(place) for name, place in (getattr(loaded.model, "hf_device_map", None) or {}).items()
+        },
+        "tensor_parallel": source.tensor_parallel,
+        "baseline": machine.baseline(loaded.config.model_type),
+        "kernels": kernels,
     }
 
 
-# -------------------------------------------------------------------------------------------------------------- output
+def build(job: Job, ranks: Ranks, command: str) -> dict[str, Any]:
+    """Run a job.
 
-_HEADER = ("model", "measure", "original", "patched", "ratio", "verdict")
+    Returns:
+        The report (docs/report.md) in the main process, an empty dict in the others.
 
-
-def rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The report's table, a row per model and measure."""
-    table: list[tuple[str, ...]] = []
-    for result in report["results"]:
-        for mode, label in (("one_pass", "perplexity, one pass"), ("token_by_token", "perplexity, token by token")):
-            values = result["perplexity"][mode]
-            verdict = "same" if values["passed"] else f"NOT THE SAME (more than {result['tolerance']:g} off)"
-            table.append(
-                (result["model"], label, f"{values['original']:.4f}", f"{values['patched']:.4f}",
-                 f"{values['ratio']:.7f}", verdict)
-            )  # fmt: skip
-        made = result["generate"]
-        tokens = "same tokens" if made["same_tokens"] else "other tokens"
-        medians = (f"{made[name]['median']:.1f}" for name in ("original", "patched"))
-        table.append((result["model"], "generate, tokens/s", *medians, f"{made['speedup']:.2f}x", tokens))
-    return table
-
-
-def _conditions(report: dict[str, Any]) -> list[str]:
-    """What the table was measured on, a line each."""
-    where, lines = report["machine"], []
-    device = where.get("gpu", where["processor"])
-    lines.append(f"machine: {device} ({where['device']}, {where['threads']} threads)")
-    lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
-    for result in report["results"]:
-        text, made = result["text"], result["generate"]
-        functions = ", ".join(f"{name}: {where}" for name, where in result["baseline"].items())
-        kernels = "; ".join(sorted(set(result["kernels"].values())))
-        lines.append(
-            f"{result['model']}: {result['parameters']:,} parameters, {result['dtype']}, "
-            f"attention {result['attention']}; {text['windows']} windows of {text['tokens_each']} tokens, "
-            f"{text['source']}; generate: {made['prompt_tokens']} + {made['new_tokens']} tokens, batch 1, "
-            f"median of {made['rounds']}, in turns"
-        )
-        lines.append(f"{result['model']}: original ran on {functions}; patched on {kernels}")
-    return lines
+    Raises:
+        UserError: something given cannot be used; nothing is overwritten then.
+    """
+    _check(job)
+    device = models.pick_device(job.device, ranks)
+    sources = job.sources or tuple(Source(name) for name in models.embedded())
+    job = replace(job, sources=sources)
+    speed.plan(job.speed, device)
+    text = ranks.each(lambda: _read_text(job))
+    told = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "quiet")}
+    told["text_sha256"] = hashlib.sha256(text.text.encode()).hexdigest()
+    journal = ranks.main_only(lambda: _journal(told, device, job.output, job.resume))
+    results = []
+    with progress.bars(ranks.main and not job.quiet) as bars:
+        for number, source in enumerate(sources):
+            work = Work(ranks, journal, bars, f"{number}-")
+            results.append(evaluate(job, source, text, device, work))
+    if journal is None:
+        return {}
+    report = {
+        **_head(job.kind, command, ranks, device),
+        "backend": job.backend,
+        "results": results,
+        "passed": all(result["passed"] for result in results),
+    }
+    write(report, journals.prepare(job.output))
+    journal.remove()
+    return report
 
 
-def verdict(report: dict[str, Any]) -> str:
-    """One sentence."""
-    speedups = ", ".join(f"{result['generate']['speedup']:.2f}x" for result in report["results"])
-    if report["passed"]:
-        return f"PASSED: perplexity is the original's; generation speed {speedups}"
-    bad = ", ".join(result["model"] for result in report["results"] if not result["passed"])
-    return f"FAILED: perplexity is not the original's: {bad}"
+def build_kernels(
+    options: microbench.Options, output: str, resume: bool, quiet: bool, ranks: Ranks, command: str
+) -> dict[str, Any]:
+    """Time kernels; arguments and result as for `build`."""
+    options = replace(options, device=str(models.pick_device(options.device, ranks)))
+    cases = {microbench.key(case): case for case in ranks.each(lambda: microbench.plan(options))}
+    device, dtype = microbench.target(options)
+    journal = ranks.main_only(lambda: _journal({"kind": "kernels", **asdict(options)}, device, output, resume))
+    with progress.bars(ranks.main and not quiet) as bars:
+        step = bars.add("kernels", len(cases), "rows")
+        work = Work(ranks, journal, bars)
+
+        def compute(key: str) -> dict[str, Any]:
+            row = microbench.measure(cases[key], options)
+            step(1)
+            return row
+
+        rows = work.fill(cases, compute, spread=False)
+    if journal is None:
+        return {}
+    limits = microbench.ceilings(device, dtype)
+    rows = microbench.with_shares(microbench.with_ratios(rows), limits)
+    report = {
+        **_head("kernels", command, ranks, device),
+        "ceilings": limits,
+        "left_out": microbench.left_out(options),
+        "results": [],
+        "kernels": rows,
+        "passed": all(row["passed"] is not False for row in rows),
+    }
+    write(report, journals.prepare(output))
+    journal.remove()
+    return report
 
 
-def to_markdown(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
-    lines = [f"# hf_gdn report, {report['date']}", "", f"**{verdict(report)}**", ""]
-    lines.append("| " + " | ".join(_HEADER) + " |")
-    lines.append("|" + "---|" * len(_HEADER))
-    lines += ["| " + " | ".join(row) + " |" for row in rows(report)]
-    lines += ["", *(f"- {line}" for line in _conditions(report)), f"- command: `{report['command']}`", ""]
-    return "\n".join(lines)
+def _journal(told: dict[str, Any], device: torch.device, output: str, resume: bool) -> Journal:
+    told = {**told, "schema": SCHEMA, "machine": machine.machine(device), "versions": machine.versions()}
+    return Journal(journals.prepare(output), told, resume)
 
 
-def show(report: dict[str, Any], console: Console) -> None:
-    """Print the report."""
-    table = Table(title="hf_gdn report")
-    for name in _HEADER:
-        table.add_column(name, no_wrap=True)
-    for row in rows(report):
-        table.add_row(*row)
-    console.print(table)
-    for line in _conditions(report):
-        console.print(line, style="dim", highlight=False)
-    console.print(verdict(report), style="bold green" if report["passed"] else "bold red")
+def _head(kind: str, command: str, ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """What every report says of itself."""
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "hf_gdn": __version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "processes": ranks.count,
+        "machine": {**machine.machine(device), **machine.clocks(device)},
+        "versions": machine.versions(),
+    }
 
 
-def prepare(output: str) -> Path:
-    """Make the output folder and see that it can be written, before hours of work."""
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"output folder {output!r} cannot be written: {error.strerror}") from error
-    return folder
+FILES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "report.json": formats.to_json,
+    "report.md": formats.to_markdown,
+    "report.csv": formats.to_csv,
+    "report.html": page.to_html,
+}
 
 
-def write(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Write report.json and report.md, each whole or not at all."""
-    strict = json.loads(json.dumps(report), parse_constant=lambda name: None)  # NaN is no JSON
-    texts = {"report.json": json.dumps(strict, indent=2) + "\n", "report.md": to_markdown(report)}
-    paths = []
+def write(report: dict[str, Any], folder: Path) -> None:
+    """Write the report in all formats, each file whole or not at all."""
+    texts = {name: make(report) for name, make in FILES.items()}
     for name, text in texts.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        paths.append(partial.replace(folder / name))
-    return paths
+        write_whole(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
 
 
-def main(options: Options, output: str) -> bool:
-    """Run, show and write the report. Returns whether parity held."""
-    folder = prepare(output)
-    report = build(options, Console(stderr=True), " ".join(["hf-gdn", *sys.argv[1:]]))
+def show(report: dict[str, Any], folder: str, quiet: bool) -> None:
+    """Print the report; when quiet, its verdict alone."""
     console = machine.console()
-    show(report, console)
-    for path in write(report, folder):
-        console.print(f"wrote {path}", highlight=False)
-    return bool(report["passed"])
+    if not quiet:
+        for sheet in sheets.sheets(report):
+            table = Table(
+                *sheet.header, title=sheet.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+            )
+            for row in sheet.rows:
+                table.add_row(*map(escape, row))
+            console.print(table)
+        for name, value in formats.conditions(report):
+            console.print(f"{name}: {value}", style="dim", highlight=False, markup=False)
+    style = "bold green" if report["passed"] else "bold red"
+    console.print(formats.verdict(report), style=style, highlight=False, markup=False)
+    console.print(f"wrote {', '.join(str(Path(folder) / name) for name in FILES)}", highlight=False, markup=False)
+
+
+def main(job: Job, command: str) -> bool:
+    """Run a job, write its report and show it. Returns whether it passed, in all processes."""
+    ranks = Ranks(job.device, any(source.tensor_parallel for source in job.sources))
+    return _main(job.output, job.quiet, ranks, lambda: build(job, ranks, command))
+
+
+def main_kernels(options: microbench.Options, output: str, resume: bool, quiet: bool, command: str) -> bool:
+    """The same for kernels: returns whether every result was right."""
+    ranks = Ranks(options.device)
+    return _main(output, quiet, ranks, lambda: build_kernels(options, output, resume, quiet, ranks, command))
+
+
+def _main(output: str, quiet: bool, ranks: Ranks, run: Callable[[], dict[str, Any]]) -> bool:
+    try:
+        report = run()
+        if ranks.main:
+            show(report, output, quiet)
+        return ranks.from_main(lambda: bool(report["passed"]))
+    finally:
+        ranks.close()

@@ -2,22 +2,21 @@
 
 import importlib
 import inspect
-from pathlib import Path
 
 import pytest
 import torch
 
 from hf_gdn import patches
-from hf_gdn.eval import data, models, perplexity
+from hf_gdn.eval import data, models, perplexity, texts
 
-NAMES = [Path(path).name for path in models.embedded()]
+NAMES = models.embedded()
 CHUNK_FUNCTION = {"qwen3_next": "torch_chunk_gated_delta_rule", "kimi_linear": "chunk_kimi_delta_attention"}
 pytestmark = pytest.mark.parametrize("name", NAMES)
 
 
 @pytest.fixture
 def loaded(name):
-    return models.load(str(models.ASSETS / name), torch.device("cpu"), torch.float32)
+    return models.load(models.Source(name), torch.device("cpu"), torch.float32)
 
 
 def test_size_and_parts(name, loaded):
@@ -44,14 +43,15 @@ def cut(function):
 
 
 def test_far_from_chance_and_worse_without_its_state(name, loaded, monkeypatch):
-    ids = models.windows(loaded.tokenizer, models.read_text(None), 512, 16)
-    whole = perplexity.perplexity(perplexity.one_pass(loaded.model, ids))
+    ids = texts.windows(texts.tokenize(loaded.tokenizer, texts.embedded()), 512, None, 16).ids
+    whole = perplexity.perplexity(perplexity.log_probs(perplexity.prefill(loaded.model, ids[:, :-1]), ids[:, 1:]))
     assert whole < 14
     family = patches.all_families()[loaded.model.config.model_type]
     module = importlib.import_module(family.module)
     function = CHUNK_FUNCTION[family.name]
     monkeypatch.setattr(module, function, cut(inspect.unwrap(getattr(module, function))))
-    assert perplexity.perplexity(perplexity.one_pass(loaded.model, ids)) > 1.02 * whole
+    forgetful = perplexity.log_probs(perplexity.prefill(loaded.model, ids[:, :-1]), ids[:, 1:])
+    assert perplexity.perplexity(forgetful) > 1.02 * whole
 
 
 def test_held_out_modules_are_not_trained_on(name):

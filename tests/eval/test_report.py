@@ -1,20 +1,26 @@
-"""The report and the command: passes on the real kernels, fails on a broken one, and refuses bad input in one line."""
+"""The commands: pass on the real kernels, fail on a broken one, write every format, refuse bad input in one line."""
 
+import csv
 import dataclasses
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from hf_gdn import cli, registry
-from hf_gdn.eval import data, microbench, models, report
+from hf_gdn.eval import data, models, output, report
 from tests import tiny
 
-SMALL = ("--context", "64", "--windows", "4", "--new-tokens", "4", "--rounds", "1")
+PARITY = ("--context", "64", "--windows", "4")
+SPEED = ("--batch", "1,2", "--prompt", "8,16", "--new-tokens", "4", "--rounds", "1")
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments, **env):
@@ -23,37 +29,105 @@ def run(*arguments, **env):
         [sys.executable, "-m", "hf_gdn", *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, **env},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         timeout=300,
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def invoke(*arguments):
+    """The command in this process."""
+    return CliRunner().invoke(cli.app, list(map(str, arguments)))
 
 
 @pytest.fixture(scope="module")
 def default_report(tmp_path_factory):
     """One real run of the main job, small."""
     folder = tmp_path_factory.mktemp("report") / "new" / "folder"
-    return folder, run("report", *SMALL, "--output", str(folder))
+    return folder, run("report", *PARITY, *SPEED, "--output", str(folder))
 
 
-def test_default_report(default_report):
+@pytest.fixture(scope="module")
+def found(default_report):
+    return json.loads((default_report[0] / "report.json").read_text())
+
+
+def test_default_report(default_report, found):
     folder, (code, out, err) = default_report
     assert code == 0, err
     assert "PASSED" in out and "Traceback" not in err
-    result = json.loads((folder / "report.json").read_text())
-    assert result["passed"] and result["schema"] == report.SCHEMA
-    assert {r["model_type"] for r in result["results"]} == {"qwen3_next", "kimi_linear"}
-    for model in result["results"]:
-        for mode in ("one_pass", "token_by_token"):
-            values = model["perplexity"][mode]
-            assert abs(values["ratio"] - 1) < 1e-5 and 2 < values["original"] < 60
-        assert model["generate"]["same_tokens"] and model["generate"]["speedup"] > 0
-        assert set(model["baseline"].values()) <= {"torch", "fla", "causal_conv1d"} and len(model["baseline"]) == 4
-        assert len(model["kernels"]) == 3 and all("eager" in kernel for kernel in model["kernels"].values())
-    assert result["machine"]["device"] == "cpu" and result["versions"]["torch"] == torch.__version__
+    assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "report.csv", "report.html"}
+    assert found["passed"] and found["schema"] == report.SCHEMA and found["kind"] == "report"
+    assert {r["model_type"] for r in found["results"]} == {"qwen3_next", "kimi_linear"}
+    for result in found["results"]:
+        rows = {row["name"]: row for row in result["parity"]["comparisons"]}
+        assert list(rows)[:3] == ["prefill", "decode", "mixed"] and len(rows) == 5
+        for row in rows.values():
+            assert row["grade"] == "same" and abs(row["statistics"]["ppl_ratio"]["value"] - 1) < 1e-5
+            assert 2 < row["statistics"]["ppl_original"]["value"] < 60
+        cells = result["speed"]["cells"]
+        assert [(cell["batch"], cell["prompt"]) for cell in cells] == [(1, 8), (1, 16), (2, 8), (2, 16)]
+        assert all(cell["tokens"]["verdict"] == "same" and cell["speedup"]["generate"]["median"] > 0 for cell in cells)
+
+
+def test_the_manifest_says_what_ran(found):
+    assert found["machine"]["device"] == "cpu" and found["machine"]["threads"] == 1
+    assert found["versions"]["torch"] == torch.__version__ and found["command"].startswith("hf-gdn report --context 64")
+    assert found["processes"] == 1 and found["backend"] == "auto" and found["date"].endswith("+00:00")
+    for result in found["results"]:
+        assert set(result["baseline"].values()) <= {"torch", "fla", "causal_conv1d"} and len(result["baseline"]) == 4
+        assert len(result["kernels"]) == 3 and all("eager" in kernel for kernel in result["kernels"].values())
+        assert result["dtype"] == "float32" and result["attention"] == "sdpa" and result["parameters"] > 1e6
+
+
+def names(value):
+    """All keys of a report, those of layers, versions and the like aside."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield key
+            if key not in ("kernels", "baseline", "versions", "machine", "device_map", "tolerance"):
+                yield from names(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from names(part)
+
+
+def test_every_key_is_documented(found, tmp_path):
+    assert (
+        invoke("kernels", "--op", "recurrent_kda", "--batch", "1", "--seconds", "0.01", "--output", tmp_path).exit_code
+        == 0
+    )
+    kernels = json.loads((tmp_path / "report.json").read_text())
+    text = (ROOT / "docs" / "report.md").read_text()
+    assert f"version {report.SCHEMA}" in text
+    keys = {*names(found), *names(kernels), *names(kernels["kernels"])}
+    missing = sorted(key for key in keys if f"`{key}`" not in text)
+    assert not missing, f"docs/report.md says nothing of {missing}"
+
+
+def test_markdown_and_csv(default_report, found):
+    folder, _ = default_report
     markdown = (folder / "report.md").read_text()
-    assert "**PASSED" in markdown and "| kimi_linear-tiny | perplexity, one pass |" in markdown
-    assert "original ran on" in markdown and "command: `hf-gdn report" in markdown
+    assert "**PASSED: kimi_linear-tiny is the same model and generates" in markdown
+    assert "### qwen3_next-tiny: is it the same model?" in markdown and "| prefill | " in markdown
+    assert "original: torch" not in markdown and "causal_conv1d_fn: torch" in markdown
+    assert "command: hf-gdn report --context 64" in markdown
+    rows = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text())))
+    assert tuple(rows[0]) == output.CSV_HEADER
+    by_name = {(row["model"], row["item"], row["side"], row["measure"]): row for row in rows}
+    statistic = found["results"][0]["parity"]["comparisons"][0]["statistics"]["ppl_ratio"]
+    row = by_name["kimi_linear-tiny", "prefill", "", "ppl_ratio"]
+    assert float(row["value"]) == statistic["value"] and float(row["error"]) == statistic["error"]
+    cell = found["results"][1]["speed"]["cells"][3]
+    row = by_name["qwen3_next-tiny", "eager, 2 × 16", "patched", "ttft_ms"]
+    assert float(row["value"]) == cell["patched"]["ttft_ms"]["median"] and float(row["low"]) <= float(row["high"])
+    assert float(by_name["qwen3_next-tiny", "eager, 2 × 16", "original", "tpot_ms_p90"]["value"]) > 0
+
+
+def test_json_has_no_nan():
+    assert json.loads(output.to_json({"a": [float("nan"), {"b": float("inf")}, 1.5]})) == {
+        "a": [None, {"b": None}, 1.5]
+    }
 
 
 @pytest.fixture
@@ -72,33 +146,72 @@ def broken():
 
 
 def test_a_broken_kernel_fails_the_report(broken, tmp_path):
-    arguments = ["report", *SMALL, "--output", str(tmp_path), "--backend", "broken"]
-    result = CliRunner().invoke(cli.app, arguments)
+    result = invoke("report", *PARITY, *SPEED, "--output", tmp_path, "--backend", "broken")
     assert result.exit_code == 1, result.output
-    assert "FAILED" in result.output and "NOT THE SAME" in result.output
+    assert "FAILED" in result.output and "DIFFERENT" in result.output
     written = json.loads((tmp_path / "report.json").read_text())
-    assert not written["passed"]
-    for model in written["results"]:
-        assert not model["perplexity"]["one_pass"]["passed"] and not model["perplexity"]["token_by_token"]["passed"]
+    assert not written["passed"] and not any(model["passed"] for model in written["results"])
+    page = (tmp_path / "report.html").read_text()
+    assert "<b>FAILED</b>: kimi_linear-tiny, prefill: DIFFERENT (perplexity ratio" in page
 
 
-def test_nan_fails_the_verdict():
-    scores = {"original": torch.zeros(3), "patched": torch.tensor([0.0, float("nan"), 0.0])}
-    assert not report._parity(scores, 1e-4)["passed"]
+def test_bounds_decide_the_exit_code(broken, tmp_path):
+    loose = [part for name in ("ppl_ratio=1e9", "kl_mean=1e9", "same_top=0") for part in ("--tolerance", name)]
+    arguments = ["ppl", *PARITY, "--backend", "broken", "--quiet", "--output", tmp_path]
+    assert invoke(*arguments).exit_code == 1
+    assert invoke(*arguments, *loose).exit_code == 0
 
 
-def test_a_model_and_a_text_of_ones_own(tmp_path, family):
-    source = next(path for path in models.embedded() if family in path)
-    text = tmp_path / "text.txt"
-    text.write_text(data.held_out_text()[:200_000])
-    size = ("--context", "256", "--windows", "8", "--new-tokens", "4", "--rounds", "1")
+def test_ppl_and_speed_are_halves_of_the_report(tmp_path):
+    assert invoke("ppl", *PARITY, "--stride", "32", "--quiet", "--output", tmp_path / "ppl").exit_code == 0
+    assert invoke("speed", *SPEED, "--quiet", "--output", tmp_path / "speed").exit_code == 0
+    ppl, speed = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("ppl", "speed"))
+    assert all("parity" in result and "speed" not in result for result in ppl["results"])
+    assert all("speed" in result and "parity" not in result for result in speed["results"])
+    assert ppl["results"][0]["parity"]["scored"] == 63 + 3 * 32
+    assert (tmp_path / "ppl" / "report.html").exists() and (tmp_path / "speed" / "report.md").exists()
+
+
+def test_a_model_and_texts_of_ones_own(tmp_path, family):
+    source = models.ASSETS / next(name for name in models.embedded() if family in name)
+    (tmp_path / "a.txt").write_text(data.held_out_text()[:100_000])
+    rows = data.held_out_text()[100_000:200_000].split("\n\n")
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in rows))
     code, _, err = run(
-        "report", *size, "--model", source, "--text", str(text), "--dtype", "bfloat16", "--device", "cpu",
-        "--output", str(tmp_path / "out"),
+        "ppl", "--context", "256", "--windows", "8", "--model", str(source),
+        "--text", str(tmp_path / "a.txt"), "--text", str(tmp_path / "b.jsonl"), "--field", "body", "--dtype", "bfloat16", "--device", "cpu", "--output",
+        str(tmp_path / "out"),
     )  # fmt: skip
     assert code == 0, err
-    result = json.loads((tmp_path / "out" / "report.json").read_text())["results"]
-    assert len(result) == 1 and result[0]["dtype"] == "bfloat16" and result[0]["tolerance"] == 2e-3
+    (result,) = json.loads((tmp_path / "out" / "report.json").read_text())["results"]
+    assert result["dtype"] == "bfloat16" and result["parity"]["tolerance"]["ppl_ratio"] == 2e-3
+    assert result["parity"]["text"].endswith("b.jsonl") and result["name"] == str(source)
+
+
+def test_random_weights_at_a_config(tmp_path):
+    arguments = ["--config", "qwen3_next-80b", "--layers", "4", "--set", "hidden_size=64", "--set", "num_experts=4",
+                 "--set", "vocab_size=512", "--set", "num_experts_per_tok=2"]  # fmt: skip
+    result = invoke("report", *arguments, *PARITY, *SPEED, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert found["random_weights"] and found["settings"][0] == "hidden_size=64" and len(found["kernels"]) == 3
+    assert found["model"] == "qwen3_next-80b (random, 4 layers)" and found["parity"]["text"] == "random tokens"
+
+
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_known_configs_are_the_released_models(name):
+    """Their sizes as published: 80 and 48 billion parameters, without making them."""
+    config = models.read_config(models.Source(name, random=True))
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    billions = float(re.search(r"-(\d+)b", name).group(1))
+    assert count / 1e9 == pytest.approx(billions, rel=0.03)
+    assert config.layer_types.count("full_attention") / len(config.layer_types) == pytest.approx(0.25, abs=0.02)
+    short = models.read_config(models.Source(name, random=True, layers=8))
+    assert len(short.layer_types) == short.num_hidden_layers == 8
+    assert short.layer_types == config.layer_types[:8] and short.layer_types[3] == "full_attention"
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +221,7 @@ def folder(tmp_path_factory):
     (root / "empty.txt").write_text(" \n")
     (root / "short.txt").write_text("x = 1")
     (root / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (root / "rows.jsonl").write_text('{"body": "x"}\n')
     (root / "file").write_text("")
     tiny.model("qwen3_next").save_pretrained(root / "no_tokenizer")
     (root / "llama").mkdir()
@@ -119,33 +233,58 @@ def folder(tmp_path_factory):
     ("arguments", "text"),
     [
         (["--model", "{}/nowhere"], "model '{}/nowhere' cannot be read"),
+        (["--model", "nobody/nothing"], "model 'nobody/nothing' cannot be read"),
         (["--model", "{}/llama"], "is of type 'llama', which hf_gdn does not patch; types: kimi_linear, qwen3_next"),
         (["--model", "{}/no_tokenizer"], "model '{}/no_tokenizer' cannot be loaded: it has no tokenizer"),
+        (
+            ["--config", "gpt-5"],
+            "known to --config: qwen3_next-80b, kimi_linear-48b, kimi_linear-tiny, qwen3_next-tiny",
+        ),
+        (["--config", "qwen3_next-tiny", "--model", "x"], "--model and --config were both given"),
+        (["--config", "qwen3_next-tiny", "--layers", "9"], "--layers must be between 1 and 4, got 9"),
+        (
+            ["--config", "qwen3_next-tiny", "--set", "depth=9"],
+            "--set depth=9: qwen3_next configs have no field 'depth'",
+        ),
+        (["--config", "qwen3_next-tiny", "--set", "num_experts=x"], "expected FIELD=VALUE with VALUE as JSON"),
+        (["--config", "qwen3_next-tiny", "--tp"], "--tp needs several processes"),
+        (["--config", "qwen3_next-tiny", "--device-map", "auto"], "load a checkpoint; a --config has none"),
+        (["--layers", "2"], "--layers and --set change a --config, and none was given"),
         (["--text", "{}/nothing.txt"], "text '{}/nothing.txt' cannot be read as UTF-8"),
         (["--text", "{}/binary.txt"], "cannot be read as UTF-8"),
         (["--text", "{}/empty.txt"], "text '{}/empty.txt' is empty"),
-        (["--text", "{}/short.txt"], "at least 16 are needed"),
+        (["--text", "{}/short.txt"], "a window takes 64; give a shorter --context"),
+        (["--text", "{}/rows.jsonl"], "line 1 has no field 'text'; fields: body (--field)"),
+        (["--text", "{}/file", "--dataset", "x"], "--text and --dataset were both given"),
+        (["--dataset", "nobody/nothing:en"], "data set 'nobody/nothing:en', split 'test', cannot be loaded"),
+        (["--context", "5000", "--windows", "1"], "--context is 5000 tokens; kimi_linear-tiny takes 4096 at most"),
+        (["--stride", "65"], "--stride must be between 1 and --context 64, got 65"),
+        (["--mode", "prefill,both"], "--mode both is not known; modes: prefill, decode, mixed"),
+        (["--tolerance", "kl=1"], "--tolerance kl=1: no bound 'kl'; bounds: ppl_ratio, kl_mean, same_top"),
+        (["--variant", "graph"], "--variant graph is not known; variants: eager, static, compile"),
+        (["--batch", "one"], "--batch one: expected whole numbers"),
+        (["--prompt", "0"], "--prompt and --rounds must be at least 1"),
         (["--device", "warp"], "--device warp cannot be used; devices here: cpu"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--dtype", "int8"], "--dtype int8 is not known; dtypes: float32, bfloat16, float16"),
         (["--output", "{}/file"], "output folder '{}/file' cannot be written"),
         (["--backend", "triton"], "backend 'triton' cannot serve"),
         (["--backend", "gpu"], "unknown backend 'gpu'; valid backends: auto, triton, fla, eager"),
-        (["--context", "1"], "--context"),
     ],
-    ids=lambda value: value[0].strip("-") + "_" + value[1].split("/")[-1] if isinstance(value, list) else None,
+    ids=lambda value: "_".join(part.strip("-").split("/")[-1] for part in value) if isinstance(value, list) else None,
 )
 def test_bad_input_is_one_line(arguments, text, folder, tmp_path, monkeypatch, capsys):
-    arguments = ["hf-gdn", "report", "--output", str(tmp_path), *(a.format(folder) for a in arguments)]
-    monkeypatch.setattr(sys, "argv", arguments)
+    (tmp_path / "report.json").write_text("an earlier report")
+    arguments = ["report", *PARITY, *SPEED, "--output", str(tmp_path), *(a.format(folder) for a in arguments)]
+    monkeypatch.setattr(sys, "argv", ["hf-gdn", *arguments])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2
     err = capsys.readouterr().err
-    assert text.format(folder) in err.replace("\n", " ") and "Traceback" not in err
-    if "--context" not in arguments:
-        assert err.startswith("hf-gdn: ") and err.count("\n") == 1, err
-    assert not list(tmp_path.iterdir())
+    lines = [line for line in err.splitlines() if not line.startswith("hf_gdn runs on")]
+    assert text.format(folder) in err and lines[0].startswith("hf-gdn: ") and len(lines) == 1, err
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert (tmp_path / "report.json").read_text() == "an earlier report"
 
 
 def test_no_traceback_from_the_command_itself(tmp_path):
@@ -161,11 +300,38 @@ def test_env_lists_every_kernel():
     assert "serves" in out and "needs a CUDA device; the tensors are on cpu" in out and "torch " in out
 
 
-@pytest.mark.parametrize("op", ["chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda"])
-def test_kernels_prints_no_time_for_a_wrong_result(op, broken):
-    case = dataclasses.replace(next(c for c in microbench.CASES if c.op == op), tokens=3, k_heads=2, v_heads=2)
-    rows = microbench.measure(case, torch.device("cpu"), torch.float32, seconds=0.01)
-    by_backend = {row.backend: row for row in rows}
-    assert by_backend["transformers"].speedup == 1 and by_backend["eager"].ms > 0
-    assert by_backend["eager"].error < 1e-5 and by_backend["eager"].extra_mib > 0
-    assert by_backend["broken"].ms != by_backend["broken"].ms and by_backend["broken"].error > 1e-2
+def test_kernels_command(tmp_path, broken):
+    arguments = ["kernels", "--op", "recurrent_gdn,recurrent_kda", "--batch", "1", "--seconds", "0.01", "--output"]
+    result = invoke(*arguments, tmp_path / "a", "--backend", "transformers,eager")
+    assert result.exit_code == 0 and "PASSED: 4 results of 4" in result.output, result.output
+    found = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert found["kind"] == "kernels" and found["ceilings"]["copy_gb_s"] > 0 and len(found["kernels"]) == 4
+    assert all(row["share_bandwidth"] > 0 and row["speedup"] > 0 for row in found["kernels"])
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "recurrent_kda, kimi_linear-48b, float32" in page
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "a" / "report.csv").read_text())))
+    assert {row["side"] for row in rows} == {"transformers", "eager"}
+    result = invoke(*arguments, tmp_path / "b")
+    assert (
+        result.exit_code == 1 and "FAILED: recurrent_gdn, qwen3_next-80b, 1 × 1, broken: wrong result" in result.output
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--shape", "llama"], "--shape llama is not known; shapes: qwen3_next-80b"),
+        (["--op", "softmax"], "--op softmax is not known; ops: chunk_gdn"),
+        (["--backend", "magic"], "--backend magic is not known; backends: transformers"),
+        (["--backend", "triton"], "backend 'triton' cannot serve chunk_gdn at qwen3_next-80b: needs a CUDA device"),
+        (["--gpu-graph"], "--gpu-graph needs a CUDA device; the device is cpu"),
+        (["--tokens", "x"], "--tokens x: expected whole numbers"),
+    ],
+)
+def test_bad_input_of_kernels(arguments, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hf-gdn", "kernels", "--output", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and text in err and err.count("\n") == 1, err
+    assert not list(tmp_path.iterdir())

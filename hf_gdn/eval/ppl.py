@@ -1,0 +1,205 @@
+"""Is it still the same model? Logits of original and patched on the same weights and windows, token by token."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, reason
+from ..patches import patched, unpatched
+from . import parity, perplexity
+from .journal import Row, Work
+from .models import Loaded, check_length
+from .texts import Windows
+
+# Logits of one model and one way of reading that are held at a time: windows a forward by default.
+_LOGITS = 1 << 26
+# Edges of the histogram of KL divergences, in powers of ten.
+_DECADES = range(-18, 3)
+# Points of the trace along the text.
+_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Options:
+    """How windows are read.
+
+    Args:
+        modes: names of `perplexity.MODES`.
+        batch: windows a forward; None for as many as a moderate amount of logits allows, 16 at most.
+        tolerance: changes to the bounds, like ``"kl_mean=1e-3"``.
+    """
+
+    modes: tuple[str, ...] = ("prefill", "decode", "mixed")
+    batch: int | None = None
+    tolerance: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two runs to be compared; a run is a side, "original" or "patched", and a mode."""
+
+    name: str
+    reference: tuple[str, str]
+    subject: tuple[str, str]
+    decides: bool = True
+
+
+def check(options: Options) -> None:
+    """Raise UserError for options that cannot be used."""
+    unknown = [mode for mode in options.modes if mode not in perplexity.MODES]
+    if unknown or not options.modes:
+        raise UserError(f"--mode {','.join(unknown)} is not known; modes: {', '.join(perplexity.MODES)}")
+    for dtype in parity.TOLERANCE:
+        parity.bounds(dtype, options.tolerance)
+
+
+def _pairs(modes: tuple[str, ...]) -> list[_Pair]:
+    pairs = [_Pair(mode, ("original", mode), ("patched", mode)) for mode in modes]
+    if "mixed" in modes:
+        for side in ("patched", "original"):
+            name = f"{side}: prefill-then-decode against one forward"
+            pairs.append(_Pair(name, (side, "prefill"), (side, "mixed"), decides=side == "patched"))
+    return pairs
+
+
+def measure(
+    loaded: Loaded,
+    windows: Windows,
+    source: str,
+    options: Options,
+    backend: str,
+    work: Work,
+) -> dict[str, Any]:
+    """Compare the original and the patched model on windows.
+
+    Args:
+        loaded: the model.
+        windows: the windows.
+        source: name of the text.
+        options: how to read them.
+        backend: which the patched layers run on.
+        work: the processes, which share the windows, and where their rows are kept.
+
+    Returns:
+        The "parity" part of a report (docs/report.md) in the main process, an empty dict in the others.
+    """
+    context = windows.ids.shape[1]
+    check_length(loaded, context, "--context")
+    pairs = _pairs(options.modes)
+    runs = list(dict.fromkeys(run for pair in pairs for run in (pair.reference, pair.subject)))
+    batch = options.batch or max(1, min(16, _LOGITS // (context * loaded.config.vocab_size)))
+    parts = list(zip(windows.ids.split(batch), windows.first.split(batch)))
+    step = work.bars.add(f"{loaded.source.label}: parity", len(runs) * windows.ids[:, 1:].numel(), "tokens")
+
+    def compute(key: str) -> Row:
+        ids, _ = parts[int(key.rpartition("-")[2])]
+        try:
+            return _compare(loaded.model, ids, runs, pairs, backend, lambda done: step(done * work.ranks.shards))
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{len(ids)} windows of {context} tokens at a time do not fit into memory ({reason(error)}); "
+                "give a smaller --batch-size or --context"
+            ) from error
+
+    rows = work.fill([f"ppl-{i:05d}" for i in range(len(parts))], compute)
+    if not rows:
+        return {}
+    position = torch.arange(1, context)
+    scored = position >= windows.first[:, None]
+    window = torch.arange(len(windows.ids))[:, None].expand_as(scored)[scored]
+    place = (windows.begin[:, None] + position)[scored]
+    tolerance = parity.bounds(loaded.dtype, options.tolerance)
+    comparisons = []
+    for number, pair in enumerate(pairs):
+        names = [name.partition(".")[2] for name in rows[0] if name.startswith(f"{number}.")]
+        tokens = {name: torch.cat([row[f"{number}.{name}"] for row in rows])[scored] for name in names}
+        statistics = parity.summarize(tokens, window)
+        verdict = parity.grade(statistics, loaded.dtype, tolerance)
+        comparisons.append(
+            {
+                "name": pair.name,
+                "decides": pair.decides,
+                "grade": verdict.grade,
+                "why": verdict.why,
+                "first_bad": _first_bad(pair, tokens, window, place),
+                "statistics": statistics,
+                "kl_histogram": _histogram(tokens["kl"]),
+                "trace": _trace(tokens, place),
+            }
+        )
+    return {
+        "text": source,
+        "text_tokens": windows.text_tokens,
+        "context": context,
+        "windows": len(windows.ids),
+        "scored": windows.scored,
+        "batch": batch,
+        "tolerance": tolerance,
+        "comparisons": comparisons,
+        "passed": all(row["grade"] == "same" for row in comparisons if row["decides"]),
+    }
+
+
+def _compare(
+    model: Any,
+    ids: Tensor,
+    runs: list[tuple[str, str]],
+    pairs: list[_Pair],
+    backend: str,
+    step: Callable[[int], None],
+) -> Row:
+    """Per-token numbers of each pair on some windows; names are the pair's number, a dot and `parity.compare`'s."""
+    sides: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "original": unpatched,
+        "patched": lambda: patched(backend=backend, strict=True),
+    }
+    logits = {}
+    for side, mode in runs:
+        with sides[side]():
+            logits[side, mode] = perplexity.MODES[mode](model, ids[:, :-1], step)
+    row: Row = {}
+    for number, pair in enumerate(pairs):
+        found = parity.compare(logits[pair.reference], logits[pair.subject], ids[:, 1:])
+        row |= {f"{number}.{name}": values for name, values in found.items()}
+    return row
+
+
+def _first_bad(pair: _Pair, tokens: dict[str, Tensor], window: Tensor, place: Tensor) -> dict[str, Any] | None:
+    """Where the first logit is that is not finite: run, window and the token of the text that it was to predict."""
+    bad = (tokens["bad_p"] + tokens["bad_q"]).nonzero()
+    if not len(bad):
+        return None
+    first = int(bad[0])
+    side, mode = pair.reference if tokens["bad_p"][first] else pair.subject
+    return {"run": f"{side}, {mode}", "window": int(window[first]), "text_token": int(place[first])}
+
+
+def _histogram(kl: Tensor) -> dict[str, Any]:
+    """Tokens by KL divergence: ``edges`` in nats, ``counts`` between them; the first counts all below its edge too."""
+    edges = [10.0**decade for decade in _DECADES]
+    finite = kl[kl.isfinite()]
+    cuts = torch.bucketize(finite, torch.tensor(edges, dtype=torch.float64), right=True).clamp(1, len(edges) - 1)
+    counts = torch.bincount(cuts - 1, minlength=len(edges) - 1)
+    return {"edges": edges, "counts": counts.tolist()}
+
+
+def _trace(tokens: dict[str, Tensor], place: Tensor) -> dict[str, Any]:
+    """Log-probability of patched less original along the text, in stretches: ``scored``, how many tokens were scored
+    before, ``token``, where in the text it begins, ``mean`` and the largest distance from zero, ``largest``."""
+    order = place.argsort(stable=True)
+    difference = (tokens["log_q"] - tokens["log_p"])[order]
+    edges = torch.linspace(0, len(order), min(_POINTS, len(order)) + 1).round().long().tolist()
+    stretches = [difference[a:b] for a, b in itertools.pairwise(edges)]
+    return {
+        "scored": edges[:-1],
+        "token": place[order][edges[:-1]].tolist(),
+        "mean": [part.mean().item() for part in stretches],
+        "largest": [part.abs().max().item() for part in stretches],
+    }

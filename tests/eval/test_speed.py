@@ -1,0 +1,194 @@
+"""Timing: turns alternate, tokens are compared, and a fast wrong answer does not count."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hf_gdn import registry
+from hf_gdn.errors import UserError
+from hf_gdn.eval import models, speed
+from hf_gdn.eval.journal import Journal, Work
+from hf_gdn.eval.ranks import Ranks
+from tests import tiny
+
+CPU = torch.device("cpu")
+
+
+def call(tokens, first=1.0, between=(0.5, 0.5), peak=10.0):
+    return speed.Call(torch.tensor(tokens), first, between, first + sum(between), peak)
+
+
+def test_turns_alternate():
+    order = []
+
+    def run(name):
+        def one():
+            order.append(name)
+            return call([[1]])
+
+        return one
+
+    steps = []
+    calls = speed.in_turns({"a": run("a"), "b": run("b")}, 1, 2, steps.append)
+    assert order == ["a", "b"] * 3 and len(calls["a"]) == 3 and sum(steps) == 6
+
+
+def test_figures_by_hand():
+    cell = speed.Cell(2, 10, 3, "eager")
+    cold = call([[1, 2, 3]] * 2, first=9.0, peak=99.0)
+    calls = [cold, call([[1, 2, 3]] * 2, 1.0, (0.5, 0.3)), call([[1, 2, 3]] * 2, 2.0, (0.1, 0.1), 20.0)]
+    found = speed.summarize(cell, calls, 1)
+    assert found["ttft_ms"] == {"median": 1500.0, "low": 1000.0, "high": 2000.0}
+    assert found["tpot_ms"]["median"] == pytest.approx(200.0) and found["tpot_ms"]["p90"] == pytest.approx(600.0)
+    assert found["prefill_tokens_s"]["median"] == pytest.approx((20 / 1 + 20 / 2) / 2)
+    assert found["decode_tokens_s"]["high"] == pytest.approx(2 * 2 / 0.2)
+    assert found["generate_tokens_s"]["low"] == pytest.approx(6 / 2.2)
+    assert found["peak_mib"] == 20.0 and found["first_call_s"] == 10.0
+    ratios = speed._ratios([call([[1]], 2.0, (1.0,))], [call([[1]], 1.0, (0.25,))])
+    assert ratios["prefill"]["median"] == 2 and ratios["decode"]["median"] == 4
+    assert ratios["generate"]["median"] == 3 / 1.25
+
+
+def test_times_are_those_of_generate(family):
+    model = tiny.model(family)
+    ids, _ = tiny.batch(2, 20)
+    found = speed.generate(model, ids, 5)
+    assert found.tokens.shape == (2, 5) and len(found.between) == 4 and min(found.between) > 0
+    assert 0 < found.first < found.seconds and found.first + sum(found.between) <= found.seconds
+    assert found.peak_mib is None or found.peak_mib > 50
+    wanted = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=5, min_new_tokens=5
+    )
+    assert torch.equal(found.tokens, wanted[:, 20:])
+
+
+class Fixed(torch.nn.Module):
+    """Always the same logits."""
+
+    device = CPU
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits = torch.tensor(logits)
+
+    def forward(self, ids, use_cache):
+        return SimpleNamespace(logits=self.logits.expand(*ids.shape, -1))
+
+
+def test_tokens_same_tied_and_other():
+    prompt, tokens = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[1, 2, 3], [3, 2, 1]])
+    eps = torch.finfo(torch.float32).eps
+    model = Fixed(1.0, 1.0 + 8 * eps, 0.0, 1.0)
+    assert speed.compare_tokens(model, prompt, tokens, tokens, "float32") == {"verdict": "same"}
+    tied = torch.tensor([[1, 2, 3], [1, 2, 1]])
+    found = speed.compare_tokens(model, prompt, tokens, tied, "float32")
+    assert found == {"verdict": "tie", "row": 1, "token": 0, "gap": pytest.approx(8 * eps)}
+    other = torch.tensor([[1, 0, 3], [1, 2, 1]])
+    found = speed.compare_tokens(model, prompt, tokens, other, "float32")
+    assert found == {"verdict": "other", "row": 0, "token": 1, "gap": 1.0}
+    assert speed.compare_tokens(Fixed(1.0, 1.01, 0.99, 1.0), prompt, tokens, other, "bfloat16")["verdict"] == "tie"
+
+
+def run(options, backend="auto", folder=None, source=None, ids=None):
+    loaded = models.load(source or models.Source("qwen3_next-tiny", random=True), CPU, torch.float32)
+    return speed.measure(loaded, ids, options, backend, Work(Ranks(), Journal(folder, {})))
+
+
+def test_every_combination_is_a_cell(tmp_path):
+    options = speed.Options((1, 2), (8, 16), 4, 2, ("eager", "static"))
+    found = run(options, folder=tmp_path)
+    cells = [(cell["variant"], cell["batch"], cell["prompt"]) for cell in found["cells"]]
+    assert cells == [(v, b, p) for v in ("eager", "static") for b in (1, 2) for p in (8, 16)]
+    assert found["passed"]
+    for cell in found["cells"]:
+        assert cell["counts"] and cell["repeatable"] and cell["tokens"] == {"verdict": "same"}
+        for side in ("original", "patched"):
+            for name in ("ttft_ms", "tpot_ms", "prefill_tokens_s", "decode_tokens_s", "generate_tokens_s"):
+                value = cell[side][name]
+                assert 0 < value["low"] <= value["median"] <= value["high"]
+            assert cell[side]["tpot_ms"]["p90"] > 0 and cell[side]["first_call_s"] > 0
+
+
+def test_compiled_runs_both_sides(tmp_path, monkeypatch):
+    seen = []
+
+    def backend(graph, example):
+        seen.append(graph)
+        return graph.forward
+
+    config = speed.CompileConfig(backend=backend, mode=None)
+    config._compile_all_devices = True
+    make = {"cache_implementation": "static", "compile_config": config}
+    monkeypatch.setitem(speed.VARIANTS, "compile", (lambda: make, 1))
+    source = models.Source("kimi_linear-tiny", random=True)
+    found = run(speed.Options((1,), (8,), 4, 1, ("compile",)), folder=tmp_path, source=source)
+    assert found["passed"] and len(seen) == 2  # one graph for the original, one for the patched model
+
+
+@pytest.fixture
+def wrong():
+    """Kernels that return zeros."""
+    for op in registry.ops():
+        eager = registry.get(op, "eager")
+
+        def fn(*inputs, eager=eager, **kwargs):
+            o, state = eager.fn(*inputs, **kwargs)
+            return torch.zeros_like(o), state
+
+        registry.register(dataclasses.replace(eager, backend="wrong", fn=fn))
+    yield "wrong"
+    for op in registry.ops():
+        registry.unregister(op, "wrong")
+
+
+def test_a_fast_wrong_answer_does_not_count(wrong, tmp_path):
+    loaded = models.Source("qwen3_next-tiny")
+    found = run(speed.Options((1,), (32,), 16, 1), wrong, tmp_path, loaded)
+    (cell,) = found["cells"]
+    assert not found["passed"] and not cell["counts"] and cell["tokens"]["verdict"] == "other"
+    assert math.isfinite(cell["tokens"]["gap"])
+
+
+def test_what_cannot_be_compiled_is_said(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory: 7 GiB wanted")
+
+    monkeypatch.setattr(speed, "generate", fails)
+    found = run(speed.Options((1,), (8,), 4, 1), folder=tmp_path)
+    assert not found["passed"] and found["cells"][0]["failed"] == "OutOfMemoryError: out of memory: 7 GiB wanted"
+
+
+def test_defaults_follow_the_device():
+    assert [cell.key for cell in speed.plan(speed.Options(), CPU)] == [
+        "b1-p128-n64-eager", "b1-p512-n64-eager", "b4-p128-n64-eager", "b4-p512-n64-eager",
+    ]  # fmt: skip
+    assert speed.plan(speed.Options(), torch.device("cuda"))[-1] == speed.Cell(8, 4096, 128, "eager")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (speed.Options(variants=("graph",)), "--variant graph is not known; variants: eager, static, compile"),
+        (speed.Options(batch=(0,)), "--batch, --prompt and --rounds must be at least 1"),
+        (speed.Options(rounds=0), "--rounds must be at least 1"),
+        (speed.Options(new_tokens=1), "--new-tokens at least 2"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(UserError, match=message):
+        speed.plan(options, CPU)
+
+
+def test_prompts_longer_than_the_model(tmp_path):
+    with pytest.raises(UserError, match="prompt and new tokens together is 4098 tokens; qwen3_next-tiny .* takes 4096"):
+        run(speed.Options((1,), (4090,), 8), folder=tmp_path)
+
+
+def test_prompts_are_stretches_of_the_text():
+    loaded = SimpleNamespace(config=SimpleNamespace(vocab_size=50))
+    assert speed.prompts(loaded, torch.arange(10), 2, 6).tolist() == [[0, 1, 2, 3, 4, 5], [5, 6, 7, 8, 9, 0]]
+    random = speed.prompts(loaded, None, 3, 7)
+    assert random.shape == (3, 7) and torch.equal(random, speed.prompts(loaded, None, 3, 7))
