@@ -243,6 +243,7 @@ def env() -> None:
 
 def main() -> None:
     """Entry point: prints errors a user can mend as one line and exits 2. Of several processes the first one prints."""
+    import huggingface_hub
     import transformers
 
     from .eval.ranks import RankFailure
@@ -251,6 +252,7 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()  # that its own functions are slow is what the report is about
     transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()  # not a line for every attempt to reach a hub that is not there
     try:
         app()
     except (UserError, BackendError, PatchError) as error:

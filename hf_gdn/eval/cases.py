@@ -154,13 +154,12 @@ def plan(options: Options) -> list[Case]:
 def left_out(options: Options) -> list[str]:
     """Why backends have no row in `plan`, a line each."""
     device, dtype = target(options)
-    lines = [
-        f"{backend} is left out of {op}: it {refusal}"
-        for name, op, direction in _calls(options)
-        for backend, refusal in _refusals(name, op, direction, options.backends, device, dtype).items()
-        if refusal is not None
-    ]
-    return list(dict.fromkeys(lines))
+    ops: dict[tuple[str, str], list[str]] = {}
+    for name, op, direction in _calls(options):
+        for backend, refusal in _refusals(name, op, direction, options.backends, device, dtype).items():
+            if refusal is not None and op not in ops.setdefault((backend, refusal), []):
+                ops[backend, refusal].append(op)
+    return [f"{backend} is left out of {', '.join(names)}: it {refusal}" for (backend, refusal), names in ops.items()]
 
 
 def _known(name: str, values: Iterable[str], valid: Iterable[str]) -> None:

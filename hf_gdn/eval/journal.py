@@ -138,6 +138,10 @@ class Work:
     bars: Bars = field(default_factory=Bars)
     prefix: str = ""
 
+    def todo(self, keys: Iterable[str]) -> list[str]:
+        """Those of `keys`, without the prefix, whose rows are still to be computed; the same in all processes."""
+        return self.ranks.from_main(lambda: [key for key in keys if self.prefix + key not in self._rows])
+
     def fill(self, keys: Iterable[str], compute: Callable[[str], Row], *, spread: bool = True) -> list[Row]:
         """Compute the rows that the journal lacks, keeping each as soon as it is there.
 
@@ -151,7 +155,7 @@ class Work:
             All rows, in the order of `keys`, in the main process; nothing in the others.
         """
         ranks, keys = self.ranks, list(keys)
-        todo = ranks.from_main(lambda: [key for key in keys if self.prefix + key not in self._rows])
+        todo = self.todo(keys)
         width = ranks.shards if spread else 1
         for start in range(0, len(todo), width):
             part = todo[start : start + width]

@@ -23,7 +23,7 @@ _LOGITS = 1 << 26
 # Edges of the histogram of KL divergences, in powers of ten.
 _DECADES = range(-18, 3)
 # Points of the trace along the text.
-_POINTS = 200
+_POINTS = 100
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,12 @@ def measure(
     pairs = _pairs(options.modes)
     runs = list(dict.fromkeys(run for pair in pairs for run in (pair.reference, pair.subject)))
     batch = options.batch or max(1, min(16, _LOGITS // (context * loaded.config.vocab_size)))
-    parts = list(zip(windows.ids.split(batch), windows.first.split(batch)))
-    step = work.bars.add(f"{loaded.source.label}: parity", len(runs) * windows.ids[:, 1:].numel(), "tokens")
+    parts = {f"ppl-{number:05d}": ids for number, ids in enumerate(windows.ids.split(batch))}
+    todo = sum(parts[key][:, 1:].numel() for key in work.todo(parts))
+    step = work.bars.add(f"{loaded.source.label}: parity", len(runs) * todo, "tokens")
 
     def compute(key: str) -> Row:
-        ids, _ = parts[int(key.rpartition("-")[2])]
+        ids = parts[key]
         try:
             return _compare(loaded.model, ids, runs, pairs, backend, lambda done: step(done * work.ranks.shards))
         except torch.OutOfMemoryError as error:
@@ -108,7 +109,7 @@ def measure(
                 "give a smaller --batch-size or --context"
             ) from error
 
-    rows = work.fill([f"ppl-{i:05d}" for i in range(len(parts))], compute)
+    rows = work.fill(parts, compute)
     if not rows:
         return {}
     position = torch.arange(1, context)

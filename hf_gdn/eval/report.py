@@ -189,8 +189,8 @@ def build_kernels(
     device, dtype = microbench.target(options)
     journal = ranks.main_only(lambda: _journal({"kind": "kernels", **asdict(options)}, device, output, resume))
     with progress.bars(ranks.main and not quiet) as bars:
-        step = bars.add("kernels", len(cases), "rows")
         work = Work(ranks, journal, bars)
+        step = bars.add("kernels", len(work.todo(cases)), "rows")
 
         def compute(key: str) -> dict[str, Any]:
             row = microbench.measure(cases[key], options)

@@ -292,16 +292,16 @@ def measure(loaded: Loaded, ids: Tensor | None, options: Options, backend: str, 
     Returns:
         The "speed" part of a report (docs/report.md) in the main process, an empty dict in the others.
     """
-    cells = {cell.key: cell for cell in plan(options, loaded.model.device)}
+    cells = {f"speed-{cell.key}": cell for cell in plan(options, loaded.model.device)}
     for cell in cells.values():
         check_length(loaded, cell.prompt + cell.new_tokens, "prompt and new tokens together")
-    total = sum(2 * (options.rounds + VARIANTS[cell.variant][1]) for cell in cells.values())
+    total = sum(2 * (options.rounds + VARIANTS[cells[key].variant][1]) for key in work.todo(cells))
     step = work.bars.add(f"{loaded.source.label}: speed", total, "calls")
 
     def compute(key: str) -> Row:
-        cell = cells[key.removeprefix("speed-")]
+        cell = cells[key]
         prompt = prompts(loaded, ids, cell.batch, cell.prompt).to(loaded.model.device)
         return _measure(loaded, cell, prompt, backend, options.rounds, step)
 
-    rows = work.fill([f"speed-{key}" for key in cells], compute, spread=False)
+    rows = work.fill(cells, compute, spread=False)
     return {"cells": rows, "passed": all(row["counts"] for row in rows)} if rows else {}

@@ -1,12 +1,15 @@
 """The HTML page: whole in one file, and in a browser without a complaint, light and dark, at any width."""
 
+import copy
+import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
 
 import pytest
 
-from hf_gdn.eval import page
+from hf_gdn.eval import output, page
 from tests.eval.test_report import default_report, found  # noqa: F401, fixtures
 
 VOID = {"meta", "link", "br", "img", "input"}
@@ -61,6 +64,27 @@ def test_verdict_first_and_tables_behind_plots(found):  # noqa: F811
 def test_names_are_escaped(found):  # noqa: F811
     result = {**found["results"][0], "model": "<script>alert(1)</script>"}
     assert "<script" not in page.to_html({**found, "results": [result]})
+
+
+def test_a_report_without_a_finite_figure(found):  # noqa: F811
+    """The page of a model whose logits are all NaN is still a page."""
+    result = copy.deepcopy(found["results"][0])
+    for row in result["parity"]["comparisons"]:
+        row.update(grade="not finite", why="NaN", first_bad={"run": "patched, prefill", "window": 0, "text_token": 1})
+        row["statistics"] = {
+            name: {"value": math.nan, "error": math.nan} if isinstance(value, dict) else value
+            for name, value in row["statistics"].items()
+        }
+        row["kl_histogram"]["counts"] = [0] * len(row["kl_histogram"]["counts"])
+        row["trace"]["mean"] = [math.nan] * len(row["trace"]["mean"])
+    result["speed"]["cells"] = [
+        {"batch": 1, "prompt": 8, "new_tokens": 4, "variant": "eager", "counts": False, "failed": "OutOfMemoryError: x"}
+    ]
+    report = {**found, "results": [result], "passed": False}
+    text = page.to_html(report)
+    assert "FAILED" in text and "NOT FINITE (NaN, first at token 1 (patched, prefill, window 0))" in text
+    assert "OutOfMemoryError: x" in text and "OutOfMemoryError: x" in output.to_markdown(report)
+    assert json.loads(output.to_json(report))["results"][0]["parity"]["comparisons"][0]["trace"]["mean"][0] is None
 
 
 @pytest.fixture(scope="module")

@@ -228,7 +228,7 @@ def test_the_right_kernel_is_the_same_model(name, tmp_path):
     assert [row["decides"] for row in against] == [True, False]
     for row in found["comparisons"]:
         assert row["grade"] == "same" and row["statistics"]["kl_mean"]["value"] < 1e-10
-        assert sum(row["kl_histogram"]["counts"]) == found["scored"] and len(row["trace"]["mean"]) == 200
+        assert sum(row["kl_histogram"]["counts"]) == found["scored"] and len(row["trace"]["mean"]) == 100
 
 
 @pytest.mark.parametrize("backend", [rounded_state], indirect=True)

@@ -179,8 +179,8 @@ def test_a_model_and_texts_of_ones_own(tmp_path, family):
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in rows))
     code, _, err = run(
         "ppl", "--context", "256", "--windows", "8", "--model", str(source),
-        "--text", str(tmp_path / "a.txt"), "--text", str(tmp_path / "b.jsonl"), "--field", "body", "--dtype", "bfloat16", "--device", "cpu", "--output",
-        str(tmp_path / "out"),
+        "--text", str(tmp_path / "a.txt"), "--text", str(tmp_path / "b.jsonl"), "--field", "body",
+        "--dtype", "bfloat16", "--device", "cpu", "--output", str(tmp_path / "out"),
     )  # fmt: skip
     assert code == 0, err
     (result,) = json.loads((tmp_path / "out" / "report.json").read_text())["results"]

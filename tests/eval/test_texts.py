@@ -4,8 +4,6 @@ import itertools
 import json
 from types import SimpleNamespace
 
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 import torch
 
@@ -57,7 +55,9 @@ def test_windows_that_cannot_be():
 def folder(tmp_path):
     (tmp_path / "a.txt").write_text("eins")
     (tmp_path / "rows.jsonl").write_text('{"text": "zwei", "other": "x"}\n\n{"text": "drei", "other": 1}\n')
-    pa.parquet.write_table(pa.table({"text": ["vier", "", "fünf"], "n": [1, 2, 3]}), tmp_path / "rows.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").table({"text": ["vier", "", "fünf"], "n": [1, 2, 3]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
     return tmp_path
 
 
@@ -69,6 +69,7 @@ def test_files_are_joined_in_order(folder):
 
 
 def test_a_data_set(folder, tmp_path_factory):
+    pytest.importorskip("datasets")
     local = tmp_path_factory.mktemp("set")
     (local / "test.jsonl").write_text((folder / "rows.jsonl").read_text().replace(', "other": 1', ', "other": "y"'))
     assert texts.read_dataset(str(local), "test").text == "zwei\n\ndrei"
