@@ -104,7 +104,7 @@ def baseline(family: str) -> dict[str, str]:
 
 def console() -> Console:
     """Standard output, wide enough for tables where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def show() -> None:

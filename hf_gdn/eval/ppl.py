@@ -19,7 +19,7 @@ from .models import Loaded, check_length
 from .texts import Windows
 
 # Logits of one model and one way of reading that are held at a time: windows a forward by default.
-_LOGITS = 1 << 26
+_LOGITS = 1 << 28
 # Edges of the histogram of KL divergences, in powers of ten.
 _DECADES = range(-18, 3)
 # Points of the trace along the text.

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
@@ -21,10 +20,15 @@ from rich.text import Text
 Step = Callable[[int], None]
 
 
+class _Count(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{int(task.completed):,}/{int(task.total):,}")
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.1f} {task.fields.get('unit', '')}/s")
+        return Text("" if speed is None or task.total is None else f"{speed:,.1f} {task.fields['unit']}/s")
 
 
 class Bars:
@@ -41,6 +45,18 @@ class Bars:
         task = progress.add_task(label, total=total, unit=unit)
         return lambda done: progress.advance(task, done)
 
+    @contextmanager
+    def busy(self, label: str) -> Iterator[None]:
+        """A bar without end for work that cannot be counted."""
+        if self._progress is None:
+            yield
+            return
+        task = self._progress.add_task(label, total=None)
+        try:
+            yield
+        finally:
+            self._progress.remove_task(task)
+
 
 @contextmanager
 def bars(show: bool) -> Iterator[Bars]:
@@ -50,8 +66,7 @@ def bars(show: bool) -> Iterator[Bars]:
         yield Bars()
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(), _Count(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as progress:
         yield Bars(progress)

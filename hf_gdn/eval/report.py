@@ -105,8 +105,9 @@ def evaluate(job: Job, source: Source, text: texts.Text, device: torch.device, w
             layer_kernels(loaded.model)  # a backend that cannot serve says so before anything is computed
         return loaded
 
-    loaded = ranks.each(load)
-    ids, origin = _tokens(job, loaded, text)
+    with work.bars.busy(f"loading {source.label}"):
+        loaded = ranks.each(load)
+        ids, origin = _tokens(job, loaded, text)
     result = _manifest(job, loaded)
     if job.kind != "speed":
         windows = texts.windows(ids, job.context, job.stride, job.windows or None, origin)
@@ -158,12 +159,13 @@ def build(job: Job, ranks: Ranks, command: str) -> dict[str, Any]:
     sources = job.sources or tuple(Source(name) for name in models.embedded())
     job = replace(job, sources=sources)
     speed.plan(job.speed, device)
-    text = ranks.each(lambda: _read_text(job))
-    told = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "quiet")}
-    told["text_sha256"] = hashlib.sha256(text.text.encode()).hexdigest()
-    journal = ranks.main_only(lambda: _journal(told, device, job.output, job.resume))
     results = []
     with progress.bars(ranks.main and not job.quiet) as bars:
+        with bars.busy("reading the text"):
+            text = ranks.each(lambda: _read_text(job))
+        told = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "quiet")}
+        told["text_sha256"] = hashlib.sha256(text.text.encode()).hexdigest()
+        journal = ranks.main_only(lambda: _journal(told, device, job.output, job.resume))
         for number, source in enumerate(sources):
             work = Work(ranks, journal, bars, f"{number}-")
             results.append(evaluate(job, source, text, device, work))
@@ -198,9 +200,10 @@ def build_kernels(
             return row
 
         rows = work.fill(cases, compute, spread=False)
-    if journal is None:
-        return {}
-    limits = microbench.ceilings(device, dtype)
+        if journal is None:
+            return {}
+        with bars.busy("this machine's ceilings"):
+            limits = microbench.ceilings(device, dtype)
     rows = microbench.with_shares(microbench.with_ratios(rows), limits)
     report = {
         **_head("kernels", command, ranks, device),

@@ -123,7 +123,7 @@ def _speed_sheet(result: dict[str, Any]) -> Sheet:
             rows.append((cell_name(cell), cell["failed"], *[""] * 9))
             continue
         a, b = cell["original"], cell["patched"]
-        factors = [cell["speedup"][name]["median"] for name in ("prefill", "decode", "generate")]
+        factors = [cell["speedup"][name] for name in ("prefill", "decode", "generate")]
         rows.append(
             (
                 cell_name(cell),
@@ -131,13 +131,18 @@ def _speed_sheet(result: dict[str, Any]) -> Sheet:
                 _change(a["tpot_ms"]["median"], b["tpot_ms"]["median"]),
                 _change(a["tpot_ms"]["p90"], b["tpot_ms"]["p90"]),
                 _change(a["generate_tokens_s"]["median"], b["generate_tokens_s"]["median"]),
-                *(f"{factor:.2f}×" if cell["counts"] else "–" for factor in factors),
+                *(_factor(factor) if cell["counts"] else "–" for factor in factors),
                 _change(a["peak_mib"], b["peak_mib"]),
                 _change(a["first_call_s"], b["first_call_s"]),
                 tokens(cell) + ("" if cell["repeatable"] else "; not the same in every turn"),
             )
         )
     return Sheet(f"{result['model']}: how fast is it? (original → patched; batch × prompt)", header, rows)
+
+
+def _factor(value: dict[str, float]) -> str:
+    """Median, lowest and highest."""
+    return f"{value['median']:.2f}× ({value['low']:.2f}–{value['high']:.2f})"
 
 
 def spread_sheet(result: dict[str, Any]) -> Sheet:
