@@ -1,5 +1,6 @@
 """Finished rows survive an interruption, and rows of another run are refused."""
 
+import functools
 import json
 import os
 import signal
@@ -94,7 +95,8 @@ def test_interrupted_and_resumed(tmp_path):
     command = [sys.executable, "-m", "hf_gdn", "ppl", "--context", "24", "--windows", "32", "--batch-size", "1",
                "--mode", "decode", "--model", "kimi_linear-tiny", "--quiet", "--output"]  # fmt: skip
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    process = subprocess.Popen([*command, str(cut)], stderr=subprocess.PIPE, text=True)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
+    process = subprocess.Popen([*command, str(cut)], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 120
     while len(list(cut.glob("unfinished/*.safetensors"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
