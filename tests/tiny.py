@@ -3,33 +3,65 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, KimiLinearConfig, Qwen3NextConfig
+import transformers
+from transformers import AutoModelForCausalLM
+
+from hf_gdn import patches
 
 _COMMON = dict(
     vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
-    layer_types=["linear_attention"] * 3 + ["full_attention"], moe_intermediate_size=16, num_experts=4,
+    layer_types=["linear_attention"] * 3 + ["full_attention"], moe_intermediate_size=16,
     pad_token_id=0, eos_token_id=1, bos_token_id=2,
 )  # fmt: skip
+_GDN = dict(
+    num_key_value_heads=1, head_dim=16, linear_key_head_dim=8, linear_value_head_dim=16, linear_num_key_heads=2,
+    linear_num_value_heads=4,
+)  # fmt: skip
+_QWEN_MOE = dict(_GDN, num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=16)
+_KDA = dict(
+    num_key_value_heads=2, kv_lora_rank=16, qk_nope_head_dim=16, v_head_dim=16, linear_head_dim=16, linear_num_heads=2,
+)  # fmt: skip
 
-CONFIGS = {
-    "qwen3_next": (
-        Qwen3NextConfig,
+# Family -> name of the text model's config class, and its values where they differ from those common to all.
+_ALL = {
+    "qwen3_next": ("Qwen3NextConfig", _QWEN_MOE),
+    "qwen3_5": ("Qwen3_5TextConfig", _GDN),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", _QWEN_MOE),
+    "qwen4_exp": (
+        "Qwen4ExpTextConfig",
         dict(
-            _COMMON, num_key_value_heads=1, head_dim=16, linear_key_head_dim=8, linear_value_head_dim=16,
-            linear_num_key_heads=2, linear_num_value_heads=4, shared_expert_intermediate_size=16, num_experts_per_tok=2,
+            _QWEN_MOE, output_gate_type="sigmoid", hc_count=2, hc_lowrank=8, indexer_n_heads=2, indexer_kv_heads=1,
+            indexer_head_dim=16, indexer_budget=64, indexer_compress_ratio=4, ple_layer_ids=[1], ple_embed_dim=32,
+            heads_per_ngram=2, ngram_vocab_size_base=64, make_ngram_vocab_size_divisible_by=8, split_ngram_parts=1,
         ),
     ),
-    "kimi_linear": (
-        KimiLinearConfig,
+    "olmo_hybrid": (
+        "OlmoHybridConfig",
+        dict(_GDN, num_key_value_heads=2, linear_key_head_dim=12, linear_value_head_dim=24),
+    ),
+    "kimi_linear": ("KimiLinearConfig", dict(_KDA, qk_rope_head_dim=8, num_experts=4, num_experts_per_token=2)),
+    "glm5_next": (
+        "Glm5NextTextConfig",
         dict(
-            _COMMON, num_key_value_heads=2, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
-            linear_head_dim=16, linear_num_heads=2, num_experts_per_token=2,
+            _KDA, q_lora_rank=16, qk_rope_head_dim=0, n_routed_experts=4, num_experts_per_tok=2, index_topk=64,
+            index_head_dim=16, index_n_heads=2, index_kpool=4, hc_mult=2,
+            layer_types=None, mlp_layer_types=["dense"] + ["sparse"] * 3,
+        ),
+    ),
+    "bailing_hybrid": (
+        "BailingHybridConfig",
+        dict(
+            _KDA, qk_rope_head_dim=8, head_dim=16, num_local_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+            first_k_dense_replace=1, num_mtp_layers=0,
         ),
     ),
 }  # fmt: skip
-# Attribute path of a layer's recurrent mixer, and one of its input projections.
-MIXER = {"qwen3_next": "linear_attn", "kimi_linear": "self_attn"}
-PROJECTIONS = {"qwen3_next": ["in_proj_qkvz", "out_proj"], "kimi_linear": ["q_proj", "v_proj", "o_proj"]}
+# Those that the installed transformers has.
+CONFIGS = {
+    name: (getattr(transformers, cls), {**_COMMON, **values})
+    for name, (cls, values) in _ALL.items()
+    if hasattr(transformers, cls)
+}
 
 
 def config(family: str, **changes):
@@ -40,11 +72,31 @@ def config(family: str, **changes):
 def model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes):
     """A model with random weights, the same for the same arguments."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config(family, **changes), dtype=dtype).eval()
+    text = config(family, **changes)
+    if family == "glm5_next":  # has no text-only model with a head
+        vision = dict(hidden_size=16, depth=1, num_heads=2, intermediate_size=16, out_hidden_size=32)
+        whole = transformers.Glm5NextConfig(text_config=text.to_dict(), vision_config=vision)
+        built = transformers.Glm5NextForConditionalGeneration._from_config(whole, dtype=dtype)
+    else:
+        built = AutoModelForCausalLM.from_config(text, dtype=dtype)
+    return built.eval()
+
+
+def mixers(model) -> list:
+    """The recurrent mixers of a model, layer by layer."""
+    names = {family.class_name for family in patches.all_families().values()}
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def mixer(model, index: int = 0):
-    return getattr(model.model.layers[index], MIXER[model.config.model_type])
+    return mixers(model)[index]
+
+
+def projections(model) -> list[str]:
+    """Names of some Linear modules of a mixer: the first input projection and the output projection."""
+    names = [name for name, part in mixer(model).named_children() if isinstance(part, torch.nn.Linear)]
+    last = next(name for name in names if name in ("out_proj", "o_proj"))
+    return [next(name for name in names if name != last), last]
 
 
 def batch(rows: int = 3, length: int = 70, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -95,11 +95,14 @@ def implementation(function: Any) -> str:
     return "torch" if package == "transformers" else package
 
 
-def baseline(family: str) -> dict[str, str]:
-    """Which implementation each kernel function of a family's original forward resolved to."""
-    forward: Callable[..., Any] = inspect.unwrap(original_forward(family))
-    names = [name for name in forward.__code__.co_names if "conv1d_" in name or "delta_" in name]
-    return {name: implementation(forward.__globals__[name]) for name in names if name in forward.__globals__}
+def baseline(families: list[str]) -> dict[str, str]:
+    """Which implementation each kernel function of the families' original forwards resolved to."""
+    found: dict[str, str] = {}
+    for family in families:
+        forward: Callable[..., Any] = inspect.unwrap(original_forward(family))
+        names = [name for name in forward.__code__.co_names if "conv1d_" in name or "delta_" in name]
+        found |= {name: implementation(forward.__globals__[name]) for name in names if name in forward.__globals__}
+    return found
 
 
 def console() -> Console:

@@ -127,10 +127,11 @@ def pick_dtype(name: str | None, model: str, device: torch.device) -> torch.dtyp
 
 def load(source: Source, device: torch.device, dtype: torch.dtype) -> Loaded:
     """Load, or make, a model; with its tokenizer unless its weights are random."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     config = read_config(source)
-    if config.model_type not in all_families() and config.get_text_config().model_type not in all_families():
+    types = {config.model_type, config.get_text_config().model_type.removesuffix("_text")}
+    if not types & set(all_families()):
         raise UserError(
             f"model {source.name!r} is of type {config.model_type!r}, which hf_gdn does not patch; "
             f"types: {', '.join(all_families())}"
@@ -140,13 +141,15 @@ def load(source: Source, device: torch.device, dtype: torch.dtype) -> Loaded:
     if source.tensor_parallel and source.device_map is not None:
         raise UserError("--tp and --device-map were both given; expected one of them")
     name = str(dtype).removeprefix("torch.")
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText  # which has the multimodal ones
     options: dict[str, Any] = {} if source.attention is None else {"attn_implementation": source.attention}
     if source.random:
 
         def make() -> Any:
             torch.manual_seed(0)
             with torch.device(device):
-                return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+                return auto.from_config(config, dtype=dtype, **options)
 
         return Loaded(source, _tried(source, "made", make).eval(), None, name)
     if source.device_map is not None:
@@ -160,9 +163,9 @@ def load(source: Source, device: torch.device, dtype: torch.dtype) -> Loaded:
     tokenizer = _tried(source, "loaded", lambda: AutoTokenizer.from_pretrained(where, **hub))
     if not tokenizer("text").input_ids:
         raise UserError(f"model {source.name!r} cannot be loaded: it has no tokenizer that reads text")
-    model = _tried(source, "loaded", lambda: AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **hub, **options))
+    model = _tried(source, "loaded", lambda: auto.from_pretrained(where, dtype=dtype, **hub, **options))
     if source.device_map is None and not source.tensor_parallel:
-        model.to(device)  # type: ignore[arg-type]
+        model.to(device)
     return Loaded(source, model.eval(), tokenizer, name)
 
 

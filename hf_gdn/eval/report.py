@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import __version__, registry
 from ..errors import UserError
-from ..patches import layer_kernels, patched
+from ..patches import families_in, layer_kernels, patched
 from . import journal as journals
 from . import machine, microbench, models, page, ppl, progress, sheets, speed, texts
 from . import output as formats
@@ -130,7 +130,7 @@ def _manifest(job: Job, loaded: Loaded) -> dict[str, Any]:
         "model": source.label,
         "name": source.name,
         "revision": getattr(config, "_commit_hash", None) or source.revision,
-        "model_type": loaded.config.model_type,
+        "model_type": config.model_type,
         "random_weights": source.random,
         "settings": list(source.settings),
         "parameters": sum(p.numel() for p in loaded.model.parameters()),
@@ -140,7 +140,7 @@ def _manifest(job: Job, loaded: Loaded) -> dict[str, Any]:
             name: str(place) for name, place in (getattr(loaded.model, "hf_device_map", None) or {}).items()
         },
         "tensor_parallel": source.tensor_parallel,
-        "baseline": machine.baseline(loaded.config.model_type),
+        "baseline": machine.baseline(families_in(loaded.model)),
         "kernels": kernels,
     }
 

@@ -132,24 +132,32 @@ def _check_transformers() -> None:
         )
 
 
-def _rebind(cls: type, old: Callable[..., Any], new: Callable[..., Any]) -> None:
-    """Tell instances that accelerate has hooked: they hold the bound forward they found when they were dispatched."""
-    if "accelerate.hooks" not in sys.modules:
+# A class whose forward was one function and is now another.
+_Move = tuple[type, Callable[..., Any], Callable[..., Any]]
+
+
+def _rebind(moves: list[_Move]) -> None:
+    """Tell instances that accelerate has hooked: they hold the bound forward they found when they were dispatched.
+
+    One walk over all objects for all classes: it takes tens of milliseconds in a large process.
+    """
+    if not moves or "accelerate.hooks" not in sys.modules:
         return
-    for layer in gc.get_referrers(cls):
-        if isinstance(layer, cls):
-            kept = layer.__dict__.get("_old_forward")
-            if getattr(kept, "__func__", None) is old:
-                layer.__dict__["_old_forward"] = new.__get__(layer)
+    for layer in gc.get_referrers(*(cls for cls, _, _ in moves)):
+        for cls, old, new in moves:
+            if isinstance(layer, cls):
+                kept = layer.__dict__.get("_old_forward")
+                if getattr(kept, "__func__", None) is old:
+                    layer.__dict__["_old_forward"] = new.__get__(layer)
 
 
-def _install(change: _Patch) -> None:
+def _install(change: _Patch) -> _Move:
     change.cls.forward = change.replacement  # type: ignore[attr-defined]
-    _rebind(change.cls, change.original, change.replacement)
     _patches[change.family.name] = change
+    return change.cls, change.original, change.replacement
 
 
-def _remove(change: _Patch) -> None:
+def _remove(change: _Patch) -> _Move:
     current = change.cls.__dict__.get("forward")
     if current is change.replacement:
         change.cls.forward = change.original  # type: ignore[attr-defined]
@@ -158,8 +166,8 @@ def _remove(change: _Patch) -> None:
             "%s.forward was replaced by %s after hf_gdn patched it; that one is left in place",
             change.cls.__name__, _describe(current),
         )  # fmt: skip
-    _rebind(change.cls, change.replacement, change.original)
     del _patches[change.family.name]
+    return change.cls, change.replacement, change.original
 
 
 def _describe(function: Any) -> str:
@@ -168,12 +176,16 @@ def _describe(function: Any) -> str:
 
 def _restore(wanted: dict[str, _Patch]) -> None:
     """Make the patches in force those of an earlier moment."""
-    for name, change in list(_patches.items()):
-        if wanted.get(name) is not change:
-            _remove(change)
-    for name, change in wanted.items():
-        if name not in _patches:
-            _install(change)
+    moves: list[_Move] = []
+    try:
+        for name, change in list(_patches.items()):
+            if wanted.get(name) is not change:
+                moves.append(_remove(change))
+        for name, change in wanted.items():
+            if name not in _patches:
+                moves.append(_install(change))
+    finally:
+        _rebind(moves)
 
 
 def patch(families: Iterable[str] | str | None = None, *, backend: str = "auto", strict: bool = False) -> Status:
@@ -236,9 +248,8 @@ def unpatch(families: Iterable[str] | str | None = None) -> Status:
         ValueError: an unknown family.
     """
     with _lock:
-        for name in _choose(families):
-            if name in _patches:
-                _remove(_patches[name])
+        chosen = _choose(families)
+        _restore({name: change for name, change in _patches.items() if name not in chosen})
         return status()
 
 
@@ -288,6 +299,12 @@ def original_forward(family: str) -> Callable[..., Any]:
     change = _patches.get(family)
     cls: Any = _layer_class(all_families()[family])
     return change.original if change is not None else cls.forward
+
+
+def families_in(model: torch.nn.Module) -> list[str]:
+    """Names of the families that a model has layers of, text towers of multimodal ones included."""
+    layers = {type(module).__name__ for module in model.modules()}
+    return [name for name, family in all_families().items() if family.class_name in layers]
 
 
 def layer_kernels(model: torch.nn.Module) -> dict[str, str]:

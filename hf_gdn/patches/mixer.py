@@ -46,17 +46,20 @@ class Family(ABC):
 
     Attributes:
         name: transformers' model type, the name users give.
-        module: module of the layer class.
         class_name: name of the layer class.
         op: ``"gdn"`` (one decay per head) or ``"kda"`` (one per channel).
         direct: children whose parameters are read without calling them; accelerate's offload hooks are fired for these.
     """
 
     name: str
-    module: str
     class_name: str
     op: str
     direct: tuple[str, ...] = ("conv1d",)
+
+    @property
+    def module(self) -> str:
+        """Name of the module that has the layer class."""
+        return f"transformers.models.{self.name}.modeling_{self.name}"
 
     @abstractmethod
     def dims(self, layer: Any) -> Dims:

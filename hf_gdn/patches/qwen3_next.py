@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .mixer import Dims, Family, Projected
+from .parts import gated_norm, softplus_decay
 
 
 class Qwen3Next(Family):
     """A key head's row of ``in_proj_qkvz`` is q | k | v of its value heads | z of them; of ``in_proj_ba``, b | a."""
 
     name = "qwen3_next"
-    module = "transformers.models.qwen3_next.modeling_qwen3_next"
     class_name = "Qwen3NextGatedDeltaNet"
     op = "gdn"
     direct = ("conv1d", "norm")
@@ -30,15 +29,12 @@ class Qwen3Next(Family):
         q, k, v, z = per_head.split_with_sizes((k_dim, k_dim, group * v_dim, group * v_dim), -1)
         ba = layer.in_proj_ba(x).view(*x.shape[:2], k_heads, 2, group)
         b, a = ba.transpose(2, 3).reshape(*x.shape[:2], 2, v_heads).unbind(2)
-        g = -layer.A_log.float().exp() * F.softplus(a.float() + layer.dt_bias)
+        g = softplus_decay(layer.A_log, a.float() + layer.dt_bias)
         qkv = torch.cat((q.flatten(2), k.flatten(2), v.flatten(2)), -1)
         return Projected(qkv, g, b.sigmoid(), z.reshape(*x.shape[:2], v_heads, v_dim))
 
     def finish(self, layer: Any, o: Tensor, z: Tensor) -> Tensor:
-        norm = layer.norm
-        # The weight is applied in the model's dtype, the gate in fp32.
-        o = norm.weight * F.rms_norm(o.float(), o.shape[-1:], eps=norm.variance_epsilon).to(o.dtype)
-        return layer.out_proj((o * F.silu(z.float())).to(z.dtype).flatten(2))
+        return layer.out_proj(gated_norm(layer.norm, o, z).flatten(2))
 
 
 FAMILY = Qwen3Next()

@@ -1,0 +1,27 @@
+"""GLM-5-Next: the layers of Kimi-Linear, with a forget gate that is bounded from below unless the config says not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .kimi_linear import KimiLinear
+from .parts import bounded_decay, softplus_decay
+
+
+class Glm5Next(KimiLinear):
+    """The decay is lower_bound sigmoid(exp(A_log) (f_b(f_a(x)) + dt_bias)), one per key channel."""
+
+    name = "glm5_next"
+    class_name = "Glm5NextTextLinearAttention"
+
+    def decay(self, layer: Any, x: Tensor) -> Tensor:
+        gate = layer.forget_gate
+        raw = gate.f_b_proj(gate.f_a_proj(x)).float() + gate.dt_bias.float()
+        raw, A_log = raw.view(*x.shape[:2], layer.num_heads, layer.head_dim), gate.A_log.view(-1, 1)
+        bound = gate.safe_gate_lower_bound
+        return softplus_decay(A_log, raw) if bound is None else bounded_decay(A_log, raw, bound)
+
+
+FAMILY = Glm5Next()

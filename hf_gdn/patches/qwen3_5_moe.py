@@ -1,0 +1,15 @@
+"""Qwen3.5-MoE: the layers of Qwen3.5."""
+
+from __future__ import annotations
+
+from .qwen3_5 import Qwen3_5
+
+
+class Qwen3_5Moe(Qwen3_5):
+    """Another class with the same layout."""
+
+    name = "qwen3_5_moe"
+    class_name = "Qwen3_5MoeGatedDeltaNet"
+
+
+FAMILY = Qwen3_5Moe()

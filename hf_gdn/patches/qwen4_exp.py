@@ -1,0 +1,15 @@
+"""Qwen4-Exp: the layers of Qwen3.5, with a silu or a sigmoid gate on the output norm."""
+
+from __future__ import annotations
+
+from .qwen3_5 import Qwen3_5
+
+
+class Qwen4Exp(Qwen3_5):
+    """The gate's activation is the norm's own. A layer may have more convolution states in the cache: ours is the first."""
+
+    name = "qwen4_exp"
+    class_name = "Qwen4ExpTextGatedDeltaNet"
+
+
+FAMILY = Qwen4Exp()
