@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.activations import ACT2FN
 from transformers.integrations.accelerate import force_accelerate_hooks
 
@@ -121,8 +122,11 @@ def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, length: int, se
     return out if bias is None else out + bias.to(dtype)
 
 
-def _conv(layer: Any, qkv: Tensor, cache: Any, cu_seqlens: Tensor | None) -> Tensor:
-    """Convolution and activation of qkv ``[B, T, C]``, reading and updating the cached window."""
+def _conv(layer: Any, qkv: Tensor, cache: Any, cu_seqlens: Tensor | None, real: Tensor | None) -> Tensor:
+    """Convolution and activation of qkv ``[B, T, C]``, reading and updating the cached window.
+
+    `real` ``[B, T]`` tells tokens, which come first, from padding, which neither enters nor shifts the window.
+    """
     length = qkv.shape[1]
     weight, bias = layer.conv1d.weight.squeeze(1), layer.conv1d.bias
     width = weight.shape[1]
@@ -130,7 +134,10 @@ def _conv(layer: Any, qkv: Tensor, cache: Any, cu_seqlens: Tensor | None) -> Ten
     if cu_seqlens is not None:
         sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(length, device=qkv.device), right=True)
     states = None if cache is None else cache.layers[layer.layer_idx]
-    if states is not None and length == 1 and width > 1 and states.has_previous_state[0] and not states.record_past:
+    if states is not None and real is not None:
+        x = _padded_window(layer, qkv, cache, real).transpose(1, 2)
+        out = _causal_conv(x, weight, bias, length, None)
+    elif states is not None and length == 1 and width > 1 and states.has_previous_state[0] and not states.record_past:
         # One token: shift the window in place, so that its address stays what CUDA graphs know.
         window = states.conv_states[0]
         size = window.shape[2]
@@ -145,6 +152,23 @@ def _conv(layer: Any, qkv: Tensor, cache: Any, cu_seqlens: Tensor | None) -> Ten
         out = _causal_conv(x, weight, bias, length, sequence)
     activate = F.silu if layer.activation == "silu" else ACT2FN[layer.activation]
     return activate(out).to(qkv.dtype)
+
+
+def _padded_window(layer: Any, qkv: Tensor, cache: Any, real: Tensor) -> Tensor:
+    """The cached window and qkv side by side, ``[B, C, size + T]``. The window that is cached ends at each row's last
+    token."""
+    states, width = cache.layers[layer.layer_idx], layer.conv1d.weight.shape[2]
+    fresh = not states.has_previous_state[0]
+    x = qkv.transpose(1, 2)
+    x = F.pad(x, (width, 0)) if fresh else torch.cat((states.conv_states[0], x), -1)
+    size = x.shape[2] - qkv.shape[1]
+    columns = real.sum(1)[:, None] + torch.arange(size, device=x.device)
+    window = x.gather(2, columns[:, None].expand(-1, x.shape[1], -1))
+    if fresh:
+        cache.update_conv_state(window, layer.layer_idx, conv_kernel_size=width)
+    else:
+        states.conv_states[0].copy_(window)
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------------- recurrence
@@ -164,7 +188,13 @@ def _check_state(family: Family, layer: Any, state: Tensor, shape: tuple[int, ..
 
 
 def _mix(
-    family: Family, settings: Settings, layer: Any, x: Tensor, cache: Any, cu_seqlens: Tensor | None
+    family: Family,
+    settings: Settings,
+    layer: Any,
+    x: Tensor,
+    cache: Any,
+    cu_seqlens: Tensor | None,
+    real: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Everything up to the output norm. Returns o and its gate z, both ``[B, T, HV, V]``."""
     k_heads, v_heads, k_dim, v_dim = family.dims(layer)
@@ -175,12 +205,16 @@ def _mix(
         sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
         _check_state(family, layer, state, (sequences, v_heads, k_dim, v_dim), x)
     qkv, g, beta, z = family.project(layer, x)
+    if real is not None:  # padding neither decays the state nor writes to it
+        padding = real.logical_not()[..., None]
+        g = g.masked_fill(padding if g.ndim == 3 else padding[..., None], 0.0)
+        beta = beta.masked_fill(padding, 0.0)
     needs_grad = torch.is_grad_enabled() and qkv.requires_grad
     request = (x.device.type, qkv.dtype, (k_heads, v_heads, k_dim, v_dim), settings.backend, needs_grad)
     kernel = registry.select(f"recurrent_{family.op}", *request)
     if length > kernel.max_tokens:
         kernel = registry.select(f"chunk_{family.op}", *request)
-    qkv = _conv(layer, qkv, cache, cu_seqlens)
+    qkv = _conv(layer, qkv, cache, cu_seqlens, real)
     q, k, v = qkv.split_with_sizes((k_heads * k_dim, k_heads * k_dim, v_heads * v_dim), -1)
     q, k = q.view(batch, length, k_heads, k_dim), k.view(batch, length, k_heads, k_dim)
     v = v.view(batch, length, v_heads, v_dim)
@@ -197,14 +231,57 @@ def _mix(
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
-def _check_served(layer: Any, cache: Any, kwargs: dict[str, Any]) -> None:
+_bounds: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of seq_idx tensors, which are read once, not once a layer
+
+
+def _packed(x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """Bounds ``[N + 1]`` of sequences packed along T of x ``[1, T, hidden]``, from ``cu_seq_lens_q`` or ``seq_idx``."""
+    cu_seqlens, seq_idx = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
+    if cu_seqlens is None and seq_idx is not None:
+        if tuple(seq_idx.shape) != (1, x.shape[1]) or len(x) != 1:
+            raise ValueError(
+                f"seq_idx must be [1, T] = [1, {x.shape[1]}] beside hidden states [1, T, hidden], got "
+                f"{list(seq_idx.shape)} beside {list(x.shape)}"
+            )
+        version = None if seq_idx.is_inference() else seq_idx._version
+        known = _bounds.get(seq_idx)
+        if version is None or known is None or known[0] != version:
+            starts = (seq_idx[0, 1:] != seq_idx[0, :-1]).nonzero().squeeze(1) + 1
+            cu_seqlens = F.pad(F.pad(starts, (1, 0)), (0, 1), value=x.shape[1]).to(torch.int32)
+            known = _bounds[seq_idx] = (version, cu_seqlens)
+        cu_seqlens = known[1]
+    if cu_seqlens is not None and not torch.compiler.is_compiling():
+        check_bounds(cu_seqlens, x.shape[1])
+    return cu_seqlens
+
+
+def _order(mask: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """How tokens are moved to the front of their rows and padding behind them.
+
+    Args:
+        mask: ``[B, T]``, 0 for padding.
+        x: hidden states ``[B, T, hidden]``.
+
+    Returns:
+        Where each place's token is from, ``[B, T, 1]``, and which places then hold one, ``[B, T]``.
+    """
+    if mask.shape != x.shape[:2]:
+        raise ValueError(f"attention_mask must be [B, T] = {list(x.shape[:2])}, got {list(mask.shape)}")
+    real = mask != 0
+    order = real.logical_not().to(torch.uint8).argsort(stable=True, dim=1)
+    return order[..., None], real.gather(1, order)
+
+
+def _check_served(layer: Any, cache: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     """Raise Unserved for calls that belong to the original forward."""
     if torch.compiler.is_exporting():
         raise Unserved("torch.export traces the original forward")
-    if kwargs.get("seq_idx") is not None:
-        raise Unserved("packed sequences are read from cu_seq_lens_q, seq_idx was given")
+    if kwargs.get("seq_idx") is not None and kwargs.get("cu_seq_lens_q") is None and torch.compiler.is_compiling():
+        raise Unserved("bounds of packed sequences are read off seq_idx by the host; give cu_seq_lens_q when compiling")
     if cache is not None and not hasattr(cache.layers[layer.layer_idx], "recurrent_states"):
         raise Unserved(f"layer {layer.layer_idx} of the {type(cache).__name__} holds no recurrent state")
+    if mask is not None and cache is not None and cache.layers[layer.layer_idx].record_past:
+        raise Unserved("padding while the cache records its past")
 
 
 def make_forward(family: Family, original: Callable[..., Tensor], settings: Settings) -> Callable[..., Tensor]:
@@ -219,18 +296,22 @@ def make_forward(family: Family, original: Callable[..., Tensor], settings: Sett
         **kwargs: Any,
     ) -> Tensor:
         try:
-            _check_served(self, cache_params, kwargs)
+            _check_served(self, cache_params, attention_mask, kwargs)
         except Unserved as reason:
             if settings.strict:
                 raise BackendError(f"{family.name}: hf_gdn cannot serve this call: {reason}") from None
             warn_once(f"{family.name}: the original forward runs: {reason}")
             return original(self, hidden_states, cache_params, attention_mask, **kwargs)
-        if attention_mask is not None:
+        cu_seqlens, order, real = _packed(hidden_states, kwargs), None, None
+        if attention_mask is not None and cu_seqlens is not None:  # bounds count padding; there it is made zero
             hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
-        if cu_seqlens is not None and not torch.compiler.is_compiling():
-            check_bounds(cu_seqlens, hidden_states.shape[1])
-        o, z = _mix(family, settings, self, hidden_states, cache_params, cu_seqlens)
-        return family.finish(self, o, z)
+        elif attention_mask is not None:
+            order, real = _order(attention_mask, hidden_states)
+            hidden_states = hidden_states.gather(1, order.expand_as(hidden_states)).masked_fill(~real[..., None], 0.0)
+        o, z = _mix(family, settings, self, hidden_states, cache_params, cu_seqlens, real)
+        out = family.finish(self, o, z)
+        if order is None or real is None:
+            return out
+        return torch.zeros_like(out).scatter(1, order.expand_as(out), out.masked_fill(~real[..., None], 0.0))
 
     return forward

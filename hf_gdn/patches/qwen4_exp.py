@@ -6,7 +6,7 @@ from .qwen3_5 import Qwen3_5
 
 
 class Qwen4Exp(Qwen3_5):
-    """The gate's activation is the norm's own. A layer may have more convolution states in the cache: ours is the first."""
+    """The gate's activation is the norm's own. Of the convolution states a layer may have cached, ours is the first."""
 
     name = "qwen4_exp"
     class_name = "Qwen4ExpTextGatedDeltaNet"

@@ -79,7 +79,7 @@ def test_activations(family, activation):
 def test_left_padding_and_unequal_lengths(model):
     ids, mask = tiny.batch()
     compare(lambda: logits(model, ids, attention_mask=mask)[mask.bool()])
-    pieces = [60, 1, 1, 8]
+    pieces = [60, 8, 1, 1]  # transformers drops the mask of a single token: those are not padding
     compare(lambda: decode(model, ids, pieces, mask=mask)[mask.bool()])
     # A padded row equals the row alone.
     with hf_gdn.patched():
@@ -234,6 +234,25 @@ def test_packed_sequences_are_separate(model):
             tiny.assert_close(f"{first}:{last}", packed[:, first:last], layer(x[:, first:last]), BUDGET)
         with pytest.raises(ValueError, match="never fall"):
             layer(x, cu_seq_lens_q=torch.tensor([0, 9, 8, 50]))
+        seq_idx = torch.tensor([[4] * 7 + [2] + [7] * 42], dtype=torch.int32)  # any numbers that change
+        for _ in range(2):
+            assert torch.equal(layer(x, seq_idx=seq_idx), packed)
+        seq_idx[0, 7] = 7
+        again = layer(x, seq_idx=seq_idx)
+        tiny.assert_close("changed in place", again[:, 7:], layer(x[:, 7:]), BUDGET)
+        with pytest.raises(ValueError, match=r"seq_idx must be \[1, T\] = \[1, 50\] .* got \[50\]"):
+            layer(x, seq_idx=seq_idx[0])
+
+
+def test_gradients_of_packed_sequences_are_separate(model):
+    layer = tiny.mixer(model)
+    x = torch.randn(1, 30, 32, requires_grad=True)
+    with hf_gdn.patched(strict=True):
+        packed = layer(x, seq_idx=torch.tensor([[0] * 11 + [1] * 19]))
+        (got,) = torch.autograd.grad(packed[:, 11:].square().sum(), x)
+        (wanted,) = torch.autograd.grad(layer(x[:, 11:]).square().sum(), x)
+    assert not got[:, :11].any()
+    tiny.assert_close("gradient", got, wanted, 1e-4)
 
 
 def test_the_wrong_cache_is_refused(model):

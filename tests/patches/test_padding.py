@@ -1,0 +1,142 @@
+"""Padding anywhere: real tokens come out as without it, and the caches end where they would (docs/differences.md).
+
+The oracle is the original layer on each row's real tokens alone. Budget as in test_models.py: 1e-5 in fp32.
+"""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import hf_gdn
+from tests import tiny
+
+BUDGET = 1e-5
+# By name a mask [3, 12]; the last row of each is the hard one.
+MASKS = {
+    "right": ["111111111111", "111111110000", "100000000000"],
+    "left": ["111111111111", "000011111111", "000000000001"],
+    "holes": ["101101011101", "111000000111", "010000000010"],
+    "both_ends": ["001111111100", "011111111110", "000001100000"],
+    "nothing": ["111111111111", "111111111110", "000000000000"],
+}
+
+
+def mask_of(name: str) -> torch.Tensor:
+    return torch.tensor([[int(token) for token in row] for row in MASKS[name]])
+
+
+@pytest.fixture
+def layer(family):
+    return tiny.mixer(tiny.model(family))
+
+
+@pytest.fixture
+def cache(family):
+    """Makes a cache of the model's text config."""
+    config = tiny.model(family).config.get_text_config()
+    return lambda: DynamicCache(config=config)
+
+
+def alone(layer, cache, rows):
+    """The original layer on one row's pieces of real tokens, [1, t, hidden] each: outputs and the cache's layer."""
+    kept = cache()
+    with torch.no_grad(), hf_gdn.unpatched():
+        return [layer(x, cache_params=kept) for x in rows if x.shape[1]], kept.layers[layer.layer_idx]
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_padding_is_as_if_it_were_not_there(layer, cache, name):
+    """A padded prefill, then a padded piece, then a token: outputs and both states of every row."""
+    torch.manual_seed(0)
+    first, second = torch.randn(3, 12, 32), torch.randn(3, 12, 32)
+    last = torch.randn(3, 1, 32)
+    mask = mask_of(name)
+    later = mask.flip(1)
+    kept = cache()
+    with torch.no_grad(), hf_gdn.patched(strict=True):
+        got = [layer(first, cache_params=kept, attention_mask=mask)]
+        got += [layer(second, cache_params=kept, attention_mask=later), layer(last, cache_params=kept)]
+    states = kept.layers[layer.layer_idx]
+    for row in range(3):
+        pieces = [first[row, mask[row] == 1], second[row, later[row] == 1], last[row]]
+        wanted, own = alone(layer, cache, [piece[None] for piece in pieces])
+        real = [got[0][row, mask[row] == 1], got[1][row, later[row] == 1], got[2][row]]
+        tiny.assert_close(f"row {row}", torch.cat(real), torch.cat([out[0] for out in wanted]), BUDGET)
+        tiny.assert_close("state", states.recurrent_states[0][row], own.recurrent_states[0][0], BUDGET)
+        tiny.assert_close("window", states.conv_states[0][row], own.conv_states[0][0], BUDGET)
+    assert not got[0][mask == 0].any() and not got[1][later == 0].any()
+
+
+def test_the_original_is_wrong_behind_right_padding(layer, cache):
+    """What docs/differences.md says of it: padding goes on decaying the state and enters the window."""
+    torch.manual_seed(0)
+    x, mask = torch.randn(1, 40, 32), torch.ones(1, 40)
+    mask[:, 8:] = 0
+    _, own = alone(layer, cache, [x[:, :8]])
+    off = {}
+    for name, context in (("original", hf_gdn.unpatched), ("patched", hf_gdn.patched)):
+        kept = cache()
+        with torch.no_grad(), context():
+            layer(x, cache_params=kept, attention_mask=mask)
+        states = kept.layers[layer.layer_idx]
+        off[name] = [
+            tiny.error(mine, theirs)
+            for mine, theirs in (
+                (states.recurrent_states[0], own.recurrent_states[0]), (states.conv_states[0], own.conv_states[0])
+            )
+        ]  # fmt: skip
+    assert max(off["patched"]) < BUDGET and min(off["original"]) > 0.1
+
+
+def test_gradients_do_not_see_padding(layer):
+    """Those of parameters and inputs are the unpadded row's."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 9, 32)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 0, 1]])
+
+    def gradients(run, x):
+        layer.zero_grad()
+        x = x.clone().requires_grad_()
+        run(x).square().sum().backward()
+        return x.grad, [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+
+    wanted_x, wanted = gradients(lambda x: layer(x), x[:, mask[0] == 1])
+    with hf_gdn.patched(strict=True):
+        got_x, got = gradients(lambda x: layer(x, attention_mask=mask), x)
+    tiny.assert_close("x", got_x[:, mask[0] == 1], wanted_x, 1e-4)
+    assert not got_x[:, mask[0] == 0].any()
+    for a, b in zip(got, wanted):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7
+
+
+def test_nan_in_padding_stays_there(layer):
+    x, mask = torch.randn(2, 10, 32), torch.ones(2, 10)
+    mask[1, 7:] = 0
+    wanted = layer(x)
+    x[1, 7:] = torch.nan
+    with torch.no_grad(), hf_gdn.patched():
+        got = layer(x, attention_mask=mask)
+    assert torch.isfinite(got).all()
+    tiny.assert_close("row", got[1, :7], wanted[1, :7], BUDGET)
+
+
+def test_right_padded_batches_of_a_model(family):
+    """Logits of real tokens equal those of each row alone, through the whole model."""
+    ids, _ = tiny.batch(rows=3, length=20)
+    lengths = (20, 13, 4)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+    model = tiny.model(family)
+    ids = torch.randint(3, 128, ids.shape, generator=torch.Generator().manual_seed(0)) * mask
+    with torch.no_grad():
+        wanted = [model(ids[row : row + 1, :length]).logits[0] for row, length in enumerate(lengths)]
+        with hf_gdn.patched(strict=True):
+            got = model(ids, attention_mask=mask).logits
+    for row, length in enumerate(lengths):
+        tiny.assert_close(f"row {row}", got[row, :length], wanted[row], BUDGET)
+
+
+def test_a_mask_of_another_shape(layer):
+    with hf_gdn.patched(), pytest.raises(ValueError, match=r"attention_mask must be \[B, T\] = \[2, 5\], got \[2, 6\]"):
+        layer(torch.randn(2, 5, 32), attention_mask=torch.ones(2, 6))
