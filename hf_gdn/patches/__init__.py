@@ -14,7 +14,6 @@ import importlib.util
 import inspect
 import os
 import pkgutil
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -137,18 +136,19 @@ _Move = tuple[type, Callable[..., Any], Callable[..., Any]]
 
 
 def _rebind(moves: list[_Move]) -> None:
-    """Tell instances that accelerate has hooked: they hold the bound forward they found when they were dispatched.
+    """Tell instances that hold a bound forward of their own: accelerate's hooks, and what removes them, and kernelize()
+    leave the one they found in the instance.
 
     One walk over all objects for all classes: it takes tens of milliseconds in a large process.
     """
-    if not moves or "accelerate.hooks" not in sys.modules:
+    if not moves:
         return
     for layer in gc.get_referrers(*(cls for cls, _, _ in moves)):
         for cls, old, new in moves:
             if isinstance(layer, cls):
-                kept = layer.__dict__.get("_old_forward")
-                if getattr(kept, "__func__", None) is old:
-                    layer.__dict__["_old_forward"] = new.__get__(layer)
+                for name in ("forward", "_old_forward"):
+                    if getattr(layer.__dict__.get(name), "__func__", None) is old:
+                        layer.__dict__[name] = new.__get__(layer)
 
 
 def _install(change: _Patch) -> _Move:

@@ -16,11 +16,12 @@ class BailingHybrid(KimiLinear):
     name = "bailing_hybrid"
     class_name = "BailingHybridDeltaAttention"
 
-    def decay(self, layer: Any, x: Tensor) -> Tensor:
-        gate = layer.forget_gate
-        raw = gate.f_proj(x).float().view(*x.shape[:2], layer.num_heads, layer.head_dim)
-        raw, A_log = raw + gate.dt_bias.view(layer.num_heads, layer.head_dim), gate.A_log.view(-1, 1)
-        g = bounded_decay(A_log, raw, gate.lower_bound) if gate.safe_gate else softplus_decay(A_log, raw)
+    def decay(self, gate: Any, x: Tensor, heads: tuple[int, ...]) -> Tensor:
+        raw, A_log = gate.f_proj(x).float() + gate.dt_bias.float(), gate.A_log.view(-1, 1)
+        if gate.safe_gate:
+            g = bounded_decay(A_log, raw.view(heads), gate.lower_bound)
+        else:
+            g = softplus_decay(A_log, raw, heads)
         return g.to(x.dtype).float()  # as transformers rounds it
 
     def gate(self, layer: Any, x: Tensor) -> Tensor:

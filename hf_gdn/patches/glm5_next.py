@@ -16,12 +16,10 @@ class Glm5Next(KimiLinear):
     name = "glm5_next"
     class_name = "Glm5NextTextLinearAttention"
 
-    def decay(self, layer: Any, x: Tensor) -> Tensor:
-        gate = layer.forget_gate
-        raw = gate.f_b_proj(gate.f_a_proj(x)).float() + gate.dt_bias.float()
-        raw, A_log = raw.view(*x.shape[:2], layer.num_heads, layer.head_dim), gate.A_log.view(-1, 1)
+    def decay(self, gate: Any, x: Tensor, heads: tuple[int, ...]) -> Tensor:
+        raw, A_log = gate.f_b_proj(gate.f_a_proj(x)).float() + gate.dt_bias.float(), gate.A_log.view(-1, 1)
         bound = gate.safe_gate_lower_bound
-        return softplus_decay(A_log, raw) if bound is None else bounded_decay(A_log, raw, bound)
+        return softplus_decay(A_log, raw, heads) if bound is None else bounded_decay(A_log, raw.view(heads), bound)
 
 
 FAMILY = Glm5Next()

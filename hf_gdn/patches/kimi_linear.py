@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .mixer import Dims, Family, Projected
-from .parts import gated_norm_fp32, softplus_decay
+from .parts import gated_norm_fp32, own_call, softplus_decay
 
 
 class KimiLinear(Family):
@@ -25,13 +25,14 @@ class KimiLinear(Family):
     def project(self, layer: Any, x: Tensor) -> Projected:
         qkv = torch.cat((layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)), -1)
         heads = (*x.shape[:2], layer.num_heads, layer.head_dim)
-        return Projected(qkv, self.decay(layer, x), layer.b_proj(x).sigmoid(), self.gate(layer, x).view(heads))
-
-    def decay(self, layer: Any, x: Tensor) -> Tensor:
-        """Natural-log decay ``[B, T, H, K]``."""
         gate = layer.forget_gate
+        g = gate(x).float() if own_call(gate) else self.decay(gate, x, heads)
+        return Projected(qkv, g, layer.b_proj(x).sigmoid(), self.gate(layer, x).view(heads))
+
+    def decay(self, gate: Any, x: Tensor, heads: tuple[int, ...]) -> Tensor:
+        """What the forget gate computes: natural-log decay of shape `heads`, ``[B, T, H, K]``, in fp32."""
         raw = gate.f_b_proj(gate.f_a_proj(x)).float() + gate.dt_bias.float()
-        return softplus_decay(gate.A_log, raw.view(*x.shape[:2], layer.num_heads, layer.head_dim))
+        return softplus_decay(gate.A_log, raw, heads)
 
     def gate(self, layer: Any, x: Tensor) -> Tensor:
         """Gate of the output norm ``[B, T, H V]``."""
