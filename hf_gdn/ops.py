@@ -192,6 +192,12 @@ class _Activations(NamedTuple):
                     f"{name}(): A_log, dt_bias and lower_bound mean nothing without use_gate_in_kernel=True"
                 )
             return g
+        for argument, x, shape in (("A_log", self.A_log, g.shape[2:3]), ("dt_bias", self.dt_bias, g.shape[2:])):
+            if x is not None and (x.numel() != shape.numel() or x.device != g.device):
+                raise ValueError(
+                    f"{name}(): {argument} must have {shape.numel()} elements on {g.device}, "
+                    f"got {_shape(x)} on {x.device}"
+                )
         x = g.float()
         heads = (g.shape[2], 1) if g.dim() == 4 else (g.shape[2],)
         if self.dt_bias is not None:

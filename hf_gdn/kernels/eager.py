@@ -64,7 +64,8 @@ class _Products(NamedTuple):
 def _scalar_products(q: Tensor, k: Tensor, g: Tensor) -> _Products:
     """One decay per head: q, k ``[B, HK, 1, N, C, K]``, g ``[B, HK, R, N, C, 1]``. The dots serve all R heads."""
     # Differences of long sums: in fp32 a small decay would drown beside a large one. (MPS has no float64.)
-    total = g.squeeze(-1).cumsum(-1, dtype=g.dtype if g.device.type == "mps" else torch.float64)
+    # A decay of -1e3 is 0 in every dtype; a sum with -inf or -1e30 in it would swallow the others.
+    total = g.squeeze(-1).clamp(min=-1e3).cumsum(-1, dtype=g.dtype if g.device.type == "mps" else torch.float64)
     difference = (total[..., :, None] - total[..., None, :]).to(g.dtype)
     above = torch.ones(difference.shape[-2:], dtype=torch.bool, device=g.device).triu(1)
     pairwise = difference.masked_fill(above, float("-inf")).exp()
@@ -245,34 +246,41 @@ def recurrent(
     strengths = _cast(beta, state.dtype).view(*heads, 1)
     # A tensor of our own to update in place: the caller's when asked to, else a copy. Autograd needs every version.
     own = not (torch.is_grad_enabled() and any(x.requires_grad for x in (both, values, decay, strengths, state)))
-    if own and not inplace:
+    if own and not (inplace and length == 1):  # the caller's moves last, when nothing can fail any more
         state = state.clone()
     now = state.view(len(state), *heads[2:], k_dim, v_dim)
-    outputs = []
+    o = v.new_empty(v.shape) if own else None
+    outputs = list(o.view(*heads, v_dim).unbind(1)) if o is not None else []
     tokens = zip(both.unbind(1), values.unbind(1), decay.unbind(1), strengths.unbind(1))
     for t, (kq, value, fade, strength) in enumerate(tokens):
-        o, now = _token(kq, value, fade, strength, now, own)
-        outputs.append(o)
+        answer, key, u, fade = _token(kq, value, fade, strength, now)
+        if own:
+            outputs[t].copy_(answer.mul_(scale))
+            now.mul_(fade).addcmul_(key, u)
+        else:
+            outputs.append(answer)
+            now = torch.addcmul(now * fade, key, u)
         if token_states is not None:
             token_states[:, t] = now.flatten(1, 2)
-    o = _cast(torch.stack(outputs, 1).mul_(scale).view(v.shape), v.dtype) if outputs else torch.empty_like(v)
+    if o is None:
+        o = _cast(torch.stack(outputs, 1).mul_(scale).view(v.shape), v.dtype) if outputs else torch.empty_like(v)
     state = state if own else now.flatten(1, 2)
     if inplace and initial_state is not None and state is not initial_state:
         state = initial_state.copy_(state)
     return o, state
 
 
-def _token(both: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor, own: bool) -> tuple[Tensor, Tensor]:
+def _token(both: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, ...]:
     """One token: both = (k, q) ``[B, HK, 2, K]``, v ``[B, HK, R, V]``, decay ``[B, HK, R, 1 or K]``, beta
-    ``[B, HK, R, 1]``, state ``[B, HK, R, K, V]``, updated in place when it is our own. Returns o before its scale.
+    ``[B, HK, R, 1]``, state ``[B, HK, R, K, V]``. Returns o before its scale, and k, u and the decay, shaped so that
+    ``state * decay + k * u`` is the next state.
     """
     # S^T k after the decay is (decay k)^T S before it, so that one pass over the state serves k and q.
     known, answer = ((both.unsqueeze(2) * decay.unsqueeze(3)) @ state).unbind(3)
     u = (v - known) * beta
     k, q = both.unsqueeze(2).unbind(3)  # [B, HK, 1, K]
     o = torch.addcmul(answer, torch.linalg.vecdot(k, q).unsqueeze(-1), u)
-    k, u, decay = k.unsqueeze(-1), u.unsqueeze(3), decay.unsqueeze(-1)
-    return o, state.mul_(decay).addcmul_(k, u) if own else torch.addcmul(state * decay, k, u)
+    return o, k.unsqueeze(-1), u.unsqueeze(3), decay.unsqueeze(-1)
 
 
 def why_not(request: Request) -> str | None:

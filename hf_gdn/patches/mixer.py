@@ -122,10 +122,15 @@ def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, length: int, se
     return out if bias is None else out + bias.to(dtype)
 
 
-def _conv(layer: Any, qkv: Tensor, cache: Any, cu_seqlens: Tensor | None, real: Tensor | None) -> Tensor:
-    """Convolution and activation of qkv ``[B, T, C]``, reading and updating the cached window.
+def _conv(
+    layer: Any, qkv: Tensor, cache: Any, cu_seqlens: Tensor | None, real: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Convolution and activation of qkv ``[B, T, C]`` after the cached window, which `_store` moves on later.
 
     `real` ``[B, T]`` tells tokens, which come first, from padding, which neither enters nor shifts the window.
+
+    Returns:
+        ``[B, T, C]``, and what the window is to be, ``[B, C, width]`` (all of the past where the cache records that).
     """
     length = qkv.shape[1]
     weight, bias = layer.conv1d.weight.squeeze(1), layer.conv1d.bias
@@ -134,41 +139,45 @@ def _conv(layer: Any, qkv: Tensor, cache: Any, cu_seqlens: Tensor | None, real: 
     if cu_seqlens is not None:
         sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(length, device=qkv.device), right=True)
     states = None if cache is None else cache.layers[layer.layer_idx]
-    if states is not None and real is not None:
-        x = _padded_window(layer, qkv, cache, real).transpose(1, 2)
-        out = _causal_conv(x, weight, bias, length, None)
-    elif states is not None and length == 1 and width > 1 and states.has_previous_state[0] and not states.record_past:
-        # One token: shift the window in place, so that its address stays what CUDA graphs know.
-        window = states.conv_states[0]
-        size = window.shape[2]
-        window.copy_(torch.cat((window.narrow(2, 1, size - 1), qkv.transpose(1, 2)), -1))
-        dtype = torch.promote_types(qkv.dtype, torch.float32)
-        out = torch.linalg.vecdot(window.narrow(2, size - width, width).to(dtype), weight.to(dtype)).unsqueeze(1)
+    held = states.conv_states[0] if states is not None and states.has_previous_state[0] else None
+    recent = None
+    if states is not None and held is not None and length == 1 < width and real is None and not states.record_past:
+        size = held.shape[2]
+        recent = torch.cat((held.narrow(2, 1, size - 1), qkv.transpose(1, 2)), -1)
+        dtype = torch.promote_types(recent.dtype, torch.float32)
+        out = torch.linalg.vecdot(recent.narrow(2, size - width, width).to(dtype), weight.to(dtype)).unsqueeze(1)
         out = out if bias is None else out + bias.to(dtype)
     else:
-        x = qkv
-        if cache is not None:
-            x = cache.update_conv_state(qkv.transpose(1, 2), layer.layer_idx, conv_kernel_size=width).transpose(1, 2)
-        out = _causal_conv(x, weight, bias, length, sequence)
+        x = qkv.transpose(1, 2)
+        if states is not None:
+            size = width if held is None else held.shape[2]
+            if held is not None or not states.record_past:
+                x = F.pad(x, (size, 0)) if held is None else torch.cat((held, x), -1)
+            if real is not None:  # the window ends at each row's last token
+                columns = real.sum(1)[:, None] + torch.arange(x.shape[2] - length, device=x.device)
+                recent = x.gather(2, columns[:, None].expand(-1, x.shape[1], -1))
+            else:
+                recent = x if states.record_past else x[..., -size:]
+        out = _causal_conv(x.transpose(1, 2), weight, bias, length, sequence)
     activate = F.silu if layer.activation == "silu" else ACT2FN[layer.activation]
-    return activate(out).to(qkv.dtype)
+    return activate(out).to(qkv.dtype), recent
 
 
-def _padded_window(layer: Any, qkv: Tensor, cache: Any, real: Tensor) -> Tensor:
-    """The cached window and qkv side by side, ``[B, C, size + T]``. The window that is cached ends at each row's last
-    token."""
-    states, width = cache.layers[layer.layer_idx], layer.conv1d.weight.shape[2]
-    fresh = not states.has_previous_state[0]
-    x = qkv.transpose(1, 2)
-    x = F.pad(x, (width, 0)) if fresh else torch.cat((states.conv_states[0], x), -1)
-    size = x.shape[2] - qkv.shape[1]
-    columns = real.sum(1)[:, None] + torch.arange(size, device=x.device)
-    window = x.gather(2, columns[:, None].expand(-1, x.shape[1], -1))
-    if fresh:
-        cache.update_conv_state(window, layer.layer_idx, conv_kernel_size=width)
+def _store(layer: Any, cache: Any, recent: Tensor, state: Tensor | None) -> None:
+    """Move the cache on: its window to `recent`, its recurrent state to `state` unless that has been done in place.
+
+    Nothing here asks for memory once the first of the two has moved, so that a call that raises has moved none. On a
+    first call the window comes last: with it the cache says that it holds something.
+    """
+    states = cache.layers[layer.layer_idx]
+    if state is not None:
+        cache.update_recurrent_state(state, layer.layer_idx)
+    if not states.has_previous_state[0]:
+        cache.update_conv_state(recent, layer.layer_idx, conv_kernel_size=layer.conv1d.weight.shape[2])
+    elif states.record_past:
+        states.conv_states[0] = recent
     else:
-        states.conv_states[0].copy_(window)
-    return x
+        states.conv_states[0].copy_(recent)  # in place, so that its address stays what CUDA graphs know
 
 
 # ---------------------------------------------------------------------------------------------------------- recurrence
@@ -214,7 +223,7 @@ def _mix(
     kernel = registry.select(f"recurrent_{family.op}", *request)
     if length > kernel.max_tokens:
         kernel = registry.select(f"chunk_{family.op}", *request)
-    qkv = _conv(layer, qkv, cache, cu_seqlens, real)
+    qkv, recent = _conv(layer, qkv, cache, cu_seqlens, real)
     q, k, v = qkv.split_with_sizes((k_heads * k_dim, k_heads * k_dim, v_heads * v_dim), -1)
     q, k = q.view(batch, length, k_heads, k_dim), k.view(batch, length, k_heads, k_dim)
     v = v.view(batch, length, v_heads, v_dim)
@@ -223,8 +232,8 @@ def _mix(
         kernel, q, k, v, g, beta, scale=k_dim**-0.5, initial_state=state, cu_seqlens=cu_seqlens, qk_l2norm=True,
         inplace=inplace,
     )  # fmt: skip
-    if cache is not None and not inplace:
-        cache.update_recurrent_state(final, layer.layer_idx)
+    if recent is not None:
+        _store(layer, cache, recent, None if inplace else final)
     return o, z
 
 
