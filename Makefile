@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE = 1
 
-.PHONY: report test lint clean
+.PHONY: report test lint docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/models_table.py --check
+
+## The tables of families, features and backends in docs/models.md and README.md.
+docs: $(VENV)/.installed
+	$(BIN)/python scripts/models_table.py
 
 clean:
 	rm -rf $(VENV) hf-gdn-report

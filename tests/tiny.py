@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
 from hf_gdn import patches
+from hf_gdn.patches.mixer import FEATURES
 
 _COMMON = dict(
     vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
@@ -80,6 +82,14 @@ def model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **chan
     else:
         built = AutoModelForCausalLM.from_config(text, dtype=dtype)
     return built.eval()
+
+
+def skip_what_it_cannot(family: str, feature: str) -> None:
+    """Skip a test of a feature that a family does not have, with or without hf_gdn."""
+    assert feature in FEATURES
+    reason = dict(patches.all_families()[family].cannot).get(feature)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def mixers(model) -> list:

@@ -7,7 +7,6 @@ which sequence a program serves is looked up on the device, so that no length ev
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -85,11 +84,6 @@ def shared_memory(device: torch.device) -> int:
 def input_precision(dtype: torch.dtype) -> str | None:
     """How fp32 operands are multiplied: exactly for fp32 inputs, else as the target's tensor cores take them."""
     return "ieee" if dtype == torch.float32 else None
-
-
-def on_device(x: Tensor):
-    """Context in which kernels are launched on x's device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def padded(size: int) -> int:

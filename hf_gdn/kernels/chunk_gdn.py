@@ -26,13 +26,12 @@ from .chunk_common import (
     invert_unit_lower,
     locate_chunk,
     locate_sequence,
-    on_device,
     padded,
     scan_options,
     shared_memory,
     strides,
 )
-from .launch import tl, triton, why_not
+from .launch import on_device, tl, triton, why_not
 
 # By padded K, so that nothing spills (A100 at 256: 80 bytes). Not yet timed.
 PREPARE_WARPS = {16: 4, 32: 4, 64: 4, 128: 4, 256: 8}

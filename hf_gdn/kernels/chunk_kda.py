@@ -25,14 +25,13 @@ from .chunk_common import (
     input_precision,
     locate_chunk,
     locate_sequence,
-    on_device,
     padded,
     scan_options,
     shared_memory,
     strides,
 )
 from .chunk_kda_scores import inverse_kernel, scores_kernel
-from .launch import tl, triton, why_not
+from .launch import on_device, tl, triton, why_not
 
 BLOCK = 16
 # Channels per step, and warps, of each kernel: so that every target compiles without spills. Not yet timed.

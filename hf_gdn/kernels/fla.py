@@ -45,10 +45,10 @@ def _adapt(module: str, name: str, recurrent: bool):
 
 
 def why_not(request: Request) -> str | None:
-    if importlib.util.find_spec("fla") is None:
-        return "needs the fla package, which is not installed: pip install hf-gdn[fla]"
     if request.device_type != "cuda":
         return f"needs a CUDA device; the tensors are on {request.device_type}"
+    if importlib.util.find_spec("fla") is None:
+        return "needs the fla package, which is not installed: pip install hf-gdn[fla]"
     if request.dtype.itemsize > 4:
         return f"serves float16, bfloat16 and float32; the tensors are {str(request.dtype).removeprefix('torch.')}"
     if request.head_k_dim > 256:

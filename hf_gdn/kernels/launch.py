@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 
 import torch
 
@@ -31,6 +32,11 @@ except ImportError:
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+
+
+def on_device(x: torch.Tensor):
+    """Context in which kernels are launched on x's device, whichever is the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def why_not(request: Request) -> str | None:

@@ -14,13 +14,11 @@ tree whichever threads hold the rows, and a product is fused into an addition on
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 from ..registry import Kernel, register
-from .launch import tl, triton, why_not
+from .launch import on_device, tl, triton, why_not
 
 # (up to so many heads in the batch, BV, warps) at K = 128: few heads want many programs, many heads want wide rows.
 # Measured on one H200, with the sketch this kernel grew from, at T = 1, K = V = 128, 32 heads and batches of 1, 8, 32,
@@ -206,7 +204,7 @@ def recurrent(
         raise ValueError(f"token_states needs contiguous float32 [K, V] matrices; it is {_layout(token_states)}")
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=q.device)
     BV, num_warps = launch_options(N * HV, K, V)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with on_device(q):
         _recurrent_kernel[(N * HV * triton.cdiv(V, BV),)](
             p_q=q,
             p_k=k,

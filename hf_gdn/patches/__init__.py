@@ -1,14 +1,14 @@
 """Putting the mixer forward into transformers' layer classes, and taking it out again.
 
-A class's ``forward`` is replaced and the original kept beside it. Models built before and after are served alike, since
-instances look their forward up on the class; those that accelerate has hooked hold on to the function they found, so
-they are told. Every change is checked before the first is made, and undone when one fails.
+What a family swaps: its layers' ``forward``, and its text model's, which tells the layers of packed sequences. With any
+family comes what transformers' caches lack (`hf_gdn.caches`). Models built before and after are served alike, since
+instances look their forward up on the class. Every change is checked before the first is made; whatever is raised
+half-way, all is as it was (`swap`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import importlib.util
 import inspect
@@ -17,14 +17,19 @@ import pkgutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from .. import registry
-from ..registry import logger, warn_once
+from ..caches import batch
+from ..registry import warn_once
 from .mixer import Family, Settings, make_forward
+from .packing import MODEL_ARGUMENTS, make_model_forward
+from .swap import MISSING, Swap, describe, foreign_forward, move, own
 
 __all__ = ["FamilyStatus", "PatchError", "Status", "all_families", "patch", "patched", "status", "unpatch", "unpatched"]
 
@@ -39,10 +44,9 @@ class PatchError(RuntimeError):
 @dataclass(frozen=True)
 class _Patch:
     family: Family
-    cls: type
-    original: Callable[..., Any]
-    replacement: Callable[..., Any]
     settings: Settings
+    layer: Swap
+    model: Swap
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Status:
         return "\n".join(rows)
 
 
-_patches: dict[str, _Patch] = {}
+_patches: dict[str, _Patch] = {}  # what is in force; replaced as a whole, never changed
 _lock = threading.RLock()
 
 
@@ -102,23 +106,27 @@ def _absent(family: Family) -> bool:
     return importlib.util.find_spec(package) is None
 
 
-def _layer_class(family: Family) -> Any:
-    """The family's layer class. Raises PatchError when it, or its forward's arguments, are not as expected."""
+def _class(family: Family, name: str, arguments: list[str], at_start: bool) -> Any:
+    """A class of the family's module. Raises PatchError when it, or its forward's arguments, are not as expected."""
     where = f"transformers {transformers.__version__}"
     try:
         module = importlib.import_module(family.module)
     except ModuleNotFoundError as error:
         raise PatchError(f"{family.name}: {where} has no module {family.module}") from error
-    cls = getattr(module, family.class_name, None)
+    cls = getattr(module, name, None)
     if cls is None:
-        raise PatchError(f"{family.name}: {family.module} of {where} has no class {family.class_name}")
-    arguments = list(inspect.signature(cls.forward).parameters)
-    if arguments[: len(_ARGUMENTS)] != _ARGUMENTS:
+        raise PatchError(f"{family.name}: {family.module} of {where} has no class {name}")
+    found = list(inspect.signature(cls.forward).parameters)
+    if found[: len(arguments)] != arguments if at_start else not set(arguments) <= set(found):
         raise PatchError(
-            f"{family.name}: {family.class_name}.forward of {where} takes ({', '.join(arguments)}), "
-            f"expected ({', '.join(_ARGUMENTS)}, ...)"
+            f"{family.name}: {name}.forward of {where} takes ({', '.join(found)}), "
+            f"expected ({', '.join(arguments)}, ...)"
         )
     return cls
+
+
+def _layer_class(family: Family) -> Any:
+    return _class(family, family.class_name, _ARGUMENTS, at_start=True)
 
 
 def _check_transformers() -> None:
@@ -131,61 +139,57 @@ def _check_transformers() -> None:
         )
 
 
-# A class whose forward was one function and is now another.
-_Move = tuple[type, Callable[..., Any], Callable[..., Any]]
+def _swap(cls: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]], current: Swap | None) -> Swap:
+    """The swap of a class's forward, over the original that a swap in force has kept."""
+    here = own(cls, "forward")
+    original = current.original if current is not None and here is current.replacement else here
+    return Swap(cls, "forward", original, make(original))
 
 
-def _rebind(moves: list[_Move]) -> None:
-    """Tell instances that hold a bound forward of their own: accelerate's hooks, and what removes them, and kernelize()
-    leave the one they found in the instance.
-
-    One walk over all objects for all classes: it takes tens of milliseconds in a large process.
-    """
-    if not moves:
-        return
-    for layer in gc.get_referrers(*(cls for cls, _, _ in moves)):
-        for cls, old, new in moves:
-            if isinstance(layer, cls):
-                for name in ("forward", "_old_forward"):
-                    if getattr(layer.__dict__.get(name), "__func__", None) is old:
-                        layer.__dict__[name] = new.__get__(layer)
+_CACHE_SWAPS = [
+    Swap(LinearAttentionCacheLayerMixin, method.__name__, MISSING, method)
+    for method in batch.METHODS
+    if own(LinearAttentionCacheLayerMixin, method.__name__) is MISSING
+]
 
 
-def _install(change: _Patch) -> _Move:
-    change.cls.forward = change.replacement  # type: ignore[attr-defined]
-    _patches[change.family.name] = change
-    return change.cls, change.original, change.replacement
+def _swaps(patches: dict[str, _Patch]) -> list[Swap]:
+    """All swaps of some patches. What caches gain comes with the first of them."""
+    forwards = [swap for change in patches.values() for swap in (change.layer, change.model)]
+    return forwards + (_CACHE_SWAPS if patches else [])
 
 
-def _remove(change: _Patch) -> _Move:
-    current = change.cls.__dict__.get("forward")
-    if current is change.replacement:
-        change.cls.forward = change.original  # type: ignore[attr-defined]
-    else:
-        logger.warning(
-            "%s.forward was replaced by %s after hf_gdn patched it; that one is left in place",
-            change.cls.__name__, _describe(current),
-        )  # fmt: skip
-    del _patches[change.family.name]
-    return change.cls, change.replacement, change.original
+def _put(wanted: dict[str, _Patch], instead_of: dict[str, _Patch]) -> None:
+    """Put `wanted` in force where `instead_of` is, or the beginning of a move either way: it can be run again."""
+    global _patches
+    with _lock:
+        move(_swaps(instead_of), _swaps(wanted))
+        _patches = wanted
 
 
-def _describe(function: Any) -> str:
-    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
-
-
-def _restore(wanted: dict[str, _Patch]) -> None:
-    """Make the patches in force those of an earlier moment."""
-    moves: list[_Move] = []
+def _change(wanted: dict[str, _Patch]) -> Status:
+    """Put `wanted` in force and say so; when anything is raised meanwhile, what was in force is again."""
+    before = _patches
     try:
-        for name, change in list(_patches.items()):
-            if wanted.get(name) is not change:
-                moves.append(_remove(change))
-        for name, change in wanted.items():
-            if name not in _patches:
-                moves.append(_install(change))
+        _put(wanted, before)
+        return status()
+    except BaseException:
+        _put(before, wanted)
+        raise
+
+
+@contextlib.contextmanager
+def _afterwards_as_before() -> Iterator[None]:
+    """What is in force now is again after the block, whatever is raised in it or on the way."""
+    before = _patches
+    try:
+        yield
     finally:
-        _rebind(moves)
+        try:
+            _put(before, _patches)
+        except BaseException:
+            _put(before, _patches)
+            raise
 
 
 def patch(families: Iterable[str] | str | None = None, *, backend: str = "auto", strict: bool = False) -> Status:
@@ -221,22 +225,13 @@ def patch(families: Iterable[str] | str | None = None, *, backend: str = "auto",
         for name, family in chosen.items():
             if families is None and _absent(family):
                 continue
-            cls = _layer_class(family)
-            current = _patches.get(name)
-            if current is not None and cls.__dict__.get("forward") is current.replacement:
-                if current.settings == settings:
-                    continue
-                original = current.original
-            else:
-                original = cls.forward
-            wanted[name] = _Patch(family, cls, original, make_forward(family, original, settings), settings)
-        before = dict(_patches)
-        try:
-            _restore(wanted)
-        except BaseException:
-            _restore(before)
-            raise
-        return status()
+            cls, model = _layer_class(family), _class(family, family.model_name, MODEL_ARGUMENTS, at_start=False)
+            now = _patches.get(name)
+            if now is None or now.settings != settings or own(cls, "forward") is not now.layer.replacement:
+                layer = _swap(cls, partial(make_forward, family, settings=settings), now.layer if now else None)
+                above = _swap(model, make_model_forward, now.model if now else None)
+                wanted[name] = _Patch(family, settings, layer, above)
+        return _change(wanted)
 
 
 def unpatch(families: Iterable[str] | str | None = None) -> Status:
@@ -249,8 +244,7 @@ def unpatch(families: Iterable[str] | str | None = None) -> Status:
     """
     with _lock:
         chosen = _choose(families)
-        _restore({name: change for name, change in _patches.items() if name not in chosen})
-        return status()
+        return _change({name: change for name, change in _patches.items() if name not in chosen})
 
 
 @contextlib.contextmanager
@@ -258,23 +252,15 @@ def patched(
     families: Iterable[str] | str | None = None, *, backend: str = "auto", strict: bool = False
 ) -> Iterator[Status]:
     """`patch` inside a with block; what was in force before is in force again after it."""
-    before = dict(_patches)
-    try:
+    with _afterwards_as_before():
         yield patch(families, backend=backend, strict=strict)
-    finally:
-        with _lock:
-            _restore(before)
 
 
 @contextlib.contextmanager
 def unpatched() -> Iterator[Status]:
     """The original transformers inside a with block; what was in force before is in force again after it."""
-    before = dict(_patches)
-    try:
+    with _afterwards_as_before():
         yield unpatch()
-    finally:
-        with _lock:
-            _restore(before)
 
 
 def status() -> Status:
@@ -287,8 +273,8 @@ def status() -> Status:
         elif change is None:
             state = "original"
         else:
-            current = change.cls.__dict__.get("forward")
-            state = "patched" if current is change.replacement else f"replaced by {_describe(current)}"
+            current = own(change.layer.cls, "forward")
+            state = "patched" if current is change.layer.replacement else f"replaced by {describe(current)}"
         rows.append(FamilyStatus(name, family.class_name, state))
     backend = ", ".join(dict.fromkeys(change.settings.backend for change in _patches.values())) or "none"
     return Status(backend, tuple(rows), transformers.__version__)
@@ -298,7 +284,7 @@ def original_forward(family: str) -> Callable[..., Any]:
     """transformers' own forward of a family's layers, patched or not."""
     change = _patches.get(family)
     cls: Any = _layer_class(all_families()[family])
-    return change.original if change is not None else cls.forward
+    return change.layer.original if change is not None else cls.forward
 
 
 def families_in(model: torch.nn.Module) -> list[str]:
@@ -312,23 +298,23 @@ def layer_kernels(model: torch.nn.Module) -> dict[str, str]:
 
     Returns:
         Layer's name in the model -> ``"chunk_gdn: triton, recurrent_gdn: triton"``, or ``"original"`` when its class is
-        not patched.
+        not patched, or ``"replaced by ..."`` when the layer was given another forward of its own.
     """
     names = {family.class_name for family in all_families().values()}
     layers = {}
     for name, module in model.named_modules():
-        change = next((change for change in _patches.values() if isinstance(module, change.cls)), None)
-        if change is not None:
-            weight: Any = module.conv1d.weight  # type: ignore[union-attr]
-            place = (
-                weight.device.type,
-                weight.dtype,
-                tuple(change.family.dims(module)),
-                change.settings.backend,
-                False,
-            )
-            ops = (f"chunk_{change.family.op}", f"recurrent_{change.family.op}")
-            layers[name] = ", ".join(f"{op}: {registry.select(op, *place).backend}" for op in ops)  # type: ignore[arg-type]
-        elif type(module).__name__ in names:
-            layers[name] = "original"
+        change = next((change for change in _patches.values() if isinstance(module, change.layer.cls)), None)
+        if change is None:
+            if type(module).__name__ in names:
+                layers[name] = "original"
+            continue
+        theirs = foreign_forward(module, change.layer)
+        layers[name] = f"replaced by {theirs}" if theirs else _kernels(module, change)
     return layers
+
+
+def _kernels(layer: Any, change: _Patch) -> str:
+    weight, dims = layer.conv1d.weight, change.family.dims(layer)
+    request = (weight.device.type, weight.dtype, (*dims,), change.settings.backend, False)
+    ops = (f"chunk_{change.family.op}", f"recurrent_{change.family.op}")
+    return ", ".join(f"{op}: {registry.select(op, *request).backend}" for op in ops)

@@ -15,6 +15,9 @@ class BailingHybrid(KimiLinear):
 
     name = "bailing_hybrid"
     class_name = "BailingHybridDeltaAttention"
+    model_name = "BailingHybridModel"
+    about = "bounded decay or softplus, full-rank gates"
+    cannot = (("transformers 5.17", "5.17 has no such model"),)
 
     def decay(self, gate: Any, x: Tensor, heads: tuple[int, ...]) -> Tensor:
         raw, A_log = gate.f_proj(x).float() + gate.dt_bias.float(), gate.A_log.view(-1, 1)

@@ -15,6 +15,9 @@ class Glm5Next(KimiLinear):
 
     name = "glm5_next"
     class_name = "Glm5NextTextLinearAttention"
+    model_name = "Glm5NextTextModel"
+    about = "bounded decay or softplus; text tower"
+    cannot = (("packed by `position_ids`", "its full attention reads on across a restart"),)
 
     def decay(self, gate: Any, x: Tensor, heads: tuple[int, ...]) -> Tensor:
         raw, A_log = gate.f_b_proj(gate.f_a_proj(x)).float() + gate.dt_bias.float(), gate.A_log.view(-1, 1)

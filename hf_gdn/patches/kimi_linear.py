@@ -16,7 +16,9 @@ class KimiLinear(Family):
 
     name = "kimi_linear"
     class_name = "KimiLinearDeltaAttention"
+    model_name = "KimiLinearModel"
     op = "kda"
+    about = "softplus decay"
     direct = ("conv1d", "forget_gate", "o_norm")
 
     def dims(self, layer: Any) -> Dims:

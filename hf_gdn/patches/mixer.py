@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.activations import ACT2FN
 from transformers.integrations.accelerate import force_accelerate_hooks
 
 from .. import registry
-from ..ops import check_bounds, launch
+from ..ops import launch
 from ..registry import BackendError, warn_once
+from . import packing
 
 
 class Dims(NamedTuple):
@@ -42,19 +42,38 @@ class Projected(NamedTuple):
     z: Tensor  # [B, T, HV, V], gate of the output norm
 
 
+# What a patched family can do beyond running faster, and the tests that show it; docs/models.md is made of this.
+FEATURES = {
+    "padding anywhere": "tests/patches/test_padding.py",
+    "packed by bounds": "tests/patches/test_packing.py",
+    "packed by `position_ids`": "tests/patches/test_packing.py",
+    "cache continued": "tests/patches/test_padding.py",
+    "beams, rows selected": "tests/caches/test_batch.py",
+    "training": "tests/patches/test_models.py",
+    "`torch.compile`, full graph": "tests/patches/test_models.py",
+    "transformers 5.17": "make test-oldest",
+}
+
+
 class Family(ABC):
     """What is particular to one class of layers. Instances are stateless.
 
     Attributes:
         name: transformers' model type, the name users give.
         class_name: name of the layer class.
+        model_name: name of the text model's class, whose forward calls the decoder layers.
         op: ``"gdn"`` (one decay per head) or ``"kda"`` (one per channel).
+        about: what is particular to it in a few words, for the docs.
+        cannot: features of `FEATURES` that it does not have, each with the reason.
         direct: children whose parameters are read without calling them; accelerate's offload hooks are fired for these.
     """
 
     name: str
     class_name: str
+    model_name: str
     op: str
+    about: str
+    cannot: tuple[tuple[str, str], ...] = ()
     direct: tuple[str, ...] = ("conv1d",)
 
     @property
@@ -62,9 +81,9 @@ class Family(ABC):
         """Name of the module that has the layer class."""
         return f"transformers.models.{self.name}.modeling_{self.name}"
 
-    @abstractmethod
     def dims(self, layer: Any) -> Dims:
         """Heads and dimensions of a layer."""
+        return Dims(layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
 
     @abstractmethod
     def project(self, layer: Any, x: Tensor) -> Projected:
@@ -183,17 +202,23 @@ def _store(layer: Any, cache: Any, recent: Tensor, state: Tensor | None) -> None
 # ---------------------------------------------------------------------------------------------------------- recurrence
 
 
-def _check_state(family: Family, layer: Any, state: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    if tuple(state.shape) != shape:
+def _check_cache(family: Family, layer: Any, states: Any, shape: tuple[int, ...], qkv: Tensor) -> None:
+    """Raise ValueError unless what the cache holds fits `shape`, the recurrent state's, and qkv ``[B, T, C]``."""
+    window, state = states.conv_states[0], states.recurrent_states[0]
+    here = f"{family.name} layer {layer.layer_idx}: the cache's"
+    if tuple(state.shape) != shape or state.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"{family.name} layer {layer.layer_idx}: the cache's recurrent state must be [sequences, HV, K, V] = "
-            f"{list(shape)}, got {list(state.shape)}; a cache serves the batch it was filled with"
+            f"{here} recurrent state must be [sequences, HV, K, V] = {list(shape)} of torch.float32, got "
+            f"{list(state.shape)} of {state.dtype}; a cache serves the batch it was filled with"
         )
-    if state.device != x.device:
+    if tuple(window.shape[:2]) != (len(qkv), qkv.shape[2]) or window.dtype != qkv.dtype:
         raise ValueError(
-            f"{family.name} layer {layer.layer_idx}: the cache's recurrent state is on {state.device}, "
-            f"the hidden states are on {x.device}"
+            f"{here} convolution window must be [B, C, width] = [{len(qkv)}, {qkv.shape[2]}, "
+            f"{layer.conv1d.weight.shape[2]}] of {qkv.dtype}, got {list(window.shape)} of {window.dtype}"
         )
+    for name, held in (("recurrent state", state), ("convolution window", window)):
+        if held.device != qkv.device:
+            raise ValueError(f"{here} {name} is on {held.device}, the hidden states are on {qkv.device}")
 
 
 def _mix(
@@ -210,10 +235,10 @@ def _mix(
     batch, length = x.shape[:2]
     states = None if cache is None else cache.layers[layer.layer_idx]
     state = states.recurrent_states[0] if states is not None and states.has_previous_state[0] else None
+    qkv, g, beta, z = family.project(layer, x)
     if state is not None:
         sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-        _check_state(family, layer, state, (sequences, v_heads, k_dim, v_dim), x)
-    qkv, g, beta, z = family.project(layer, x)
+        _check_cache(family, layer, states, (sequences, v_heads, k_dim, v_dim), qkv)
     if real is not None:  # padding neither decays the state nor writes to it
         padding = real.logical_not()[..., None]
         g = g.masked_fill(padding if g.ndim == 3 else padding[..., None], 0.0)
@@ -238,30 +263,6 @@ def _mix(
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
-
-
-_bounds: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of seq_idx tensors, which are read once, not once a layer
-
-
-def _packed(x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """Bounds ``[N + 1]`` of sequences packed along T of x ``[1, T, hidden]``, from ``cu_seq_lens_q`` or ``seq_idx``."""
-    cu_seqlens, seq_idx = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
-    if cu_seqlens is None and seq_idx is not None:
-        if tuple(seq_idx.shape) != (1, x.shape[1]) or len(x) != 1:
-            raise ValueError(
-                f"seq_idx must be [1, T] = [1, {x.shape[1]}] beside hidden states [1, T, hidden], got "
-                f"{list(seq_idx.shape)} beside {list(x.shape)}"
-            )
-        version = None if seq_idx.is_inference() else seq_idx._version
-        known = _bounds.get(seq_idx)
-        if version is None or known is None or known[0] != version:
-            starts = (seq_idx[0, 1:] != seq_idx[0, :-1]).nonzero().squeeze(1) + 1
-            cu_seqlens = F.pad(F.pad(starts, (1, 0)), (0, 1), value=x.shape[1]).to(torch.int32)
-            known = _bounds[seq_idx] = (version, cu_seqlens)
-        cu_seqlens = known[1]
-    if cu_seqlens is not None and not torch.compiler.is_compiling():
-        check_bounds(cu_seqlens, x.shape[1])
-    return cu_seqlens
 
 
 def _order(mask: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,16 +312,19 @@ def make_forward(family: Family, original: Callable[..., Tensor], settings: Sett
                 raise BackendError(f"{family.name}: hf_gdn cannot serve this call: {reason}") from None
             warn_once(f"{family.name}: the original forward runs: {reason}")
             return original(self, hidden_states, cache_params, attention_mask, **kwargs)
-        cu_seqlens, order, real = _packed(hidden_states, kwargs), None, None
-        if attention_mask is not None and cu_seqlens is not None:  # bounds count padding; there it is made zero
-            hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
+        cu_seqlens, order, real = packing.bounds(hidden_states, kwargs), None, None
+        shape = hidden_states.shape
+        if cu_seqlens is not None:
+            if attention_mask is not None:  # bounds count padding; there it is made zero
+                hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
+            hidden_states = hidden_states.reshape(1, -1, shape[2])
         elif attention_mask is not None:
             order, real = _order(attention_mask, hidden_states)
             hidden_states = hidden_states.gather(1, order.expand_as(hidden_states)).masked_fill(~real[..., None], 0.0)
         o, z = _mix(family, settings, self, hidden_states, cache_params, cu_seqlens, real)
         out = family.finish(self, o, z)
         if order is None or real is None:
-            return out
+            return out if cu_seqlens is None else out.reshape(shape)
         return torch.zeros_like(out).scatter(1, order.expand_as(out), out.masked_fill(~real[..., None], 0.0))
 
     return forward

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .mixer import Dims, Family, Projected
+from .mixer import Family, Projected
 from .parts import gated_norm, softplus_decay
 
 
@@ -16,11 +16,10 @@ class OlmoHybrid(Family):
 
     name = "olmo_hybrid"
     class_name = "OlmoHybridGatedDeltaNet"
+    model_name = "OlmoHybridModel"
     op = "gdn"
+    about = "β up to 2, K ≠ V"
     direct = ("conv1d", "o_norm")
-
-    def dims(self, layer: Any) -> Dims:
-        return Dims(layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
 
     def project(self, layer: Any, x: Tensor) -> Projected:
         qkv = torch.cat((layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)), -1)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .mixer import Dims, Family, Projected
+from .mixer import Family, Projected
 from .parts import gated_norm, softplus_decay
 
 
@@ -15,11 +15,10 @@ class Qwen3_5(Family):
 
     name = "qwen3_5"
     class_name = "Qwen3_5GatedDeltaNet"
+    model_name = "Qwen3_5TextModel"
     op = "gdn"
+    about = "text tower too"
     direct = ("conv1d", "norm")
-
-    def dims(self, layer: Any) -> Dims:
-        return Dims(layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
 
     def project(self, layer: Any, x: Tensor) -> Projected:
         z = layer.in_proj_z(x).view(*x.shape[:2], layer.num_v_heads, layer.head_v_dim)

@@ -10,6 +10,7 @@ class Qwen3_5Moe(Qwen3_5):
 
     name = "qwen3_5_moe"
     class_name = "Qwen3_5MoeGatedDeltaNet"
+    model_name = "Qwen3_5MoeTextModel"
 
 
 FAMILY = Qwen3_5Moe()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .mixer import Dims, Family, Projected
+from .mixer import Family, Projected
 from .parts import gated_norm, softplus_decay
 
 
@@ -16,11 +16,10 @@ class Qwen3Next(Family):
 
     name = "qwen3_next"
     class_name = "Qwen3NextGatedDeltaNet"
+    model_name = "Qwen3NextModel"
     op = "gdn"
+    about = "projections interleaved per key head"
     direct = ("conv1d", "norm")
-
-    def dims(self, layer: Any) -> Dims:
-        return Dims(layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
 
     def project(self, layer: Any, x: Tensor) -> Projected:
         k_heads, v_heads, k_dim, v_dim = self.dims(layer)

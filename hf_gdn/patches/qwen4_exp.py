@@ -10,6 +10,12 @@ class Qwen4Exp(Qwen3_5):
 
     name = "qwen4_exp"
     class_name = "Qwen4ExpTextGatedDeltaNet"
+    model_name = "Qwen4ExpTextModel"
+    about = "silu or sigmoid output gate; text tower"
+    cannot = (
+        ("packed by `position_ids`", "its full attention reads on across a restart"),
+        ("`torch.compile`, full graph", "the indexer of its full attention branches on data"),
+    )
 
 
 FAMILY = Qwen4Exp()

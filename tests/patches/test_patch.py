@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from transformers import cache_utils
 
 import hf_gdn
 from hf_gdn import patches, registry
@@ -29,8 +30,14 @@ def test_every_family_has_a_tiny_model():
     assert set(tiny.CONFIGS) == set(FAMILIES)
 
 
+def all_attributes() -> dict[type, dict]:
+    """All attributes of all classes of all families' modules and of transformers' caches."""
+    modules = [importlib.import_module(family.module) for family in FAMILIES.values()] + [cache_utils]
+    return {cls: dict(vars(cls)) for module in modules for cls in vars(module).values() if isinstance(cls, type)}
+
+
 def test_undo_is_exact_and_patching_idempotent():
-    originals = {name: layer_class(name).forward for name in FAMILIES}
+    originals, before = {name: layer_class(name).forward for name in FAMILIES}, all_attributes()
     assert hf_gdn.patch().active
     replaced = {name: layer_class(name).forward for name in FAMILIES}
     assert all(replaced[name] is not originals[name] for name in FAMILIES)
@@ -41,6 +48,7 @@ def test_undo_is_exact_and_patching_idempotent():
     assert not hf_gdn.unpatch().active
     hf_gdn.unpatch()
     assert all(layer_class(name).forward is originals[name] for name in FAMILIES)
+    assert all_attributes() == before
 
 
 def test_one_family_alone(family):
@@ -106,21 +114,44 @@ def test_a_transformers_that_does_not_fit_is_named_and_nothing_patched(broken, m
     assert all(layer_class(name).forward is originals[name] for name in FAMILIES)
 
 
-def test_a_failure_half_way_is_undone(monkeypatch):
-    originals = {name: layer_class(name).forward for name in FAMILIES}
-    install, calls = patches._install, []
+def test_theirs_comes_back_after_a_block_over_it(family):
+    """Somebody's forward over ours, and a block that patches over both."""
+    cls = layer_class(family)
+    original = cls.forward
 
-    def failing(change):
-        calls.append(change)
-        if len(calls) == len(FAMILIES):
-            raise KeyboardInterrupt
-        return install(change)
+    def theirs(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+        return original(self, hidden_states, cache_params, attention_mask, **kwargs)
 
-    monkeypatch.setattr(patches, "_install", failing)
-    with pytest.raises(KeyboardInterrupt):
+    try:
+        hf_gdn.patch(family)
+        cls.forward = theirs
+        with hf_gdn.patched(family, backend="eager"):
+            assert cls.forward is not theirs
+        assert cls.forward is theirs
+    finally:
+        cls.forward = original
+
+
+def test_a_layer_with_a_forward_of_its_own_is_told_of(family, caplog, monkeypatch):
+    """kernelize() binds a hub kernel's forward to the layer: that one runs."""
+    model = tiny.model(family)
+    layer = tiny.mixer(model)
+
+    def hub_forward(self, hidden_states, **kwargs):
+        return hidden_states
+
+    layer.forward = hub_forward.__get__(layer)
+    monkeypatch.setattr(registry, "_warned", set())
+    with caplog.at_level(logging.WARNING, "hf_gdn"):
         hf_gdn.patch()
-    assert not hf_gdn.status().active
-    assert all(layer_class(name).forward is originals[name] for name in FAMILIES)
+    told = [
+        message for message in caplog.messages if f"some {type(layer).__name__} hold a forward of their own" in message
+    ]
+    assert len(told) == 1 and "hub_forward" in told[0]
+    assert [row for row in patches.layer_kernels(model).values() if "replaced by" in row and "hub_forward" in row]
+    assert layer.forward.__func__ is hub_forward
+    hf_gdn.unpatch()
+    assert layer.forward.__func__ is hub_forward
 
 
 def test_absent_families_are_skipped_unless_asked_for(monkeypatch):

@@ -1,0 +1,1 @@
+"""What caches of hybrid models lack in transformers."""

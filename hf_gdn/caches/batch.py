@@ -1,0 +1,45 @@
+"""Selecting and repeating sequences in the caches of linear-attention layers.
+
+transformers' layers of keys and values have ``batch_select_indices`` and ``batch_repeat_interleave``, its linear ones
+lack them: contrastive search, or one prefill for several answers, ends in an AttributeError. ``patch()`` adds the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import cache_utils
+
+
+def _each(layer: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace both kinds of states, all or none of them."""
+    kinds = (layer.conv_states, layer.is_conv_states_initialized), (
+        layer.recurrent_states, layer.is_recurrent_states_initialized,
+    )  # fmt: skip
+    changed = [{i: change(states[i]) for i, held in there.items() if held} for states, there in kinds]
+    for (states, _), new in zip(kinds, changed):
+        states.update(new)
+
+
+def batch_repeat_interleave(self: Any, repeats: int) -> None:
+    """Repeat every sequence of the layer's states `repeats` times, one beside the other."""
+    _each(self, lambda states: states.repeat_interleave(repeats, dim=0))
+    _also(self, "batch_repeat_interleave", repeats)
+
+
+def batch_select_indices(self: Any, indices: Tensor) -> None:
+    """Keep the sequences of the layer's states that `indices` ``[N]`` (or a boolean mask ``[B]``) names."""
+    _each(self, lambda states: states[indices.to(states.device), ...])
+    _also(self, "batch_select_indices", indices)
+
+
+def _also(layer: Any, name: str, argument: Any) -> None:
+    """Layers that hold keys and values as well come here first."""
+    method = getattr(super(cache_utils.LinearAttentionCacheLayerMixin, layer), name, None)
+    if method is not None:
+        method(argument)
+
+
+METHODS = (batch_repeat_interleave, batch_select_indices)

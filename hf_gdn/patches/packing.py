@@ -1,0 +1,95 @@
+"""Packed sequences: where one ends and the next begins, from whatever the user has given.
+
+``cu_seq_lens_q`` and ``seq_idx`` reach the layers as keywords. ``position_ids`` that restart do not: transformers makes
+masks of full attention of them and keeps them from its linear layers, so the text model's forward is wrapped here.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..ops import check_bounds
+
+MODEL_ARGUMENTS = ["position_ids", "attention_mask", "past_key_values"]
+
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of seq_idx tensors, which are read once, not once a layer
+
+
+def bounds(x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """Where sequences packed in x ``[B, T, hidden]`` begin and end in it, rows one behind the other: ``[N + 1]``.
+
+    From ``cu_seq_lens_q`` (of one row), or else from a ``seq_idx`` of ``[1, T]`` or ``[B, T]``; None without either.
+
+    Raises:
+        ValueError: either does not fit x.
+    """
+    cu_seqlens, seq_idx = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
+    batch, length = x.shape[:2]
+    if cu_seqlens is None:
+        if seq_idx is None:
+            return None
+        cu_seqlens = _of_indices(seq_idx, batch, length)
+    elif batch != 1:
+        raise ValueError(f"cu_seq_lens_q needs hidden states [1, T, hidden], got {list(x.shape)}")
+    if not torch.compiler.is_compiling():
+        check_bounds(cu_seqlens, batch * length)
+    return cu_seqlens
+
+
+def _of_indices(seq_idx: Tensor, batch: int, length: int) -> Tensor:
+    if seq_idx.ndim != 2 or seq_idx.shape[0] not in (1, batch) or seq_idx.shape[1] != length:
+        wanted = f"[1, T] = [1, {length}]" + (f" or [B, T] = [{batch}, {length}]" if batch > 1 else "")
+        raise ValueError(f"seq_idx must be {wanted} beside hidden states [B, T, hidden], got {list(seq_idx.shape)}")
+    key = None if seq_idx.is_inference() else (seq_idx._version, batch)
+    known = _known.get(seq_idx)
+    if key is None or known is None or known[0] != key:
+        rows = seq_idx.expand(batch, length)
+        begins = F.pad(rows[:, 1:] != rows[:, :-1], (1, 0), value=True).flatten().nonzero().squeeze(1)
+        known = _known[seq_idx] = (key, F.pad(begins, (0, 1), value=batch * length).to(torch.int32))
+    return known[1]
+
+
+def _restarts(given: dict[str, Any]) -> Tensor | None:
+    """Which sequence a token belongs to, ``[1 or B, T]``, where position_ids restart; None where nothing is packed.
+
+    As in transformers' own masks, a mask or a past means that nothing is; explicit bounds come first.
+    """
+    position_ids, past = given.get("position_ids"), given.get("past_key_values")
+    if position_ids is None or any(
+        given.get(name) is not None for name in ("attention_mask", "seq_idx", "cu_seq_lens_q")
+    ):
+        return None
+    if position_ids.ndim == 3:  # multimodal: text positions come first, if they are there
+        if len(position_ids) not in (1, 4):
+            return None
+        position_ids = position_ids[0]
+    if position_ids.ndim != 2 or position_ids.shape[1] == 1 or (past is not None and past.get_seq_length() > 0):
+        return None
+    restarts = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
+    return restarts.cumsum(1, dtype=torch.int32) if restarts.any() else None
+
+
+def make_model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward that stands in for a text model's: the same, which hands on restarting position_ids as ``seq_idx``.
+
+    Not under torch.compile, where nobody can look at them: there the layers need ``cu_seq_lens_q``.
+    """
+    names = list(inspect.signature(original).parameters)[1:]
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            seq_idx = _restarts({**dict(zip(names, args)), **kwargs})
+            if seq_idx is not None:
+                kwargs["seq_idx"] = seq_idx
+        return original(self, *args, **kwargs)
+
+    return forward

@@ -1,0 +1,119 @@
+"""Writes docs/models.md and the table of README from the registries: which family has which feature on which backend.
+
+python scripts/models_table.py          write both
+python scripts/models_table.py --check  exit 1 when either is not what would be written
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from hf_gdn import patches, registry
+from hf_gdn.kernels.launch import MAX_HEAD_DIM
+from hf_gdn.patches.mixer import FEATURES
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- written by scripts/models_table.py -->", "<!-- end -->"
+DIMS = 16, 32, 128, 128  # HK, HV, K, V of the larger released models
+RULES = {"gdn": "Gated DeltaNet", "kda": "Kimi Delta Attention"}
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def backends(op: str, device: str, gradients: bool = False) -> str:
+    """Backends that serve an op in bf16, the one that "auto" takes first; those with a missing package too."""
+    served = []
+    for kernel in registry.kernels(op):
+        refusal = kernel.why_not(registry.Request(op, device, torch.bfloat16, *DIMS))
+        if (refusal is None or "not installed" in refusal) and (kernel.differentiable or not gradients):
+            served.append(kernel.backend)
+    return ", ".join(served) or "none"
+
+
+def features() -> str:
+    rows, notes = [], []
+    for name, family in patches.all_families().items():
+        marks = []
+        for feature in FEATURES:
+            reason = dict(family.cannot).get(feature)
+            if reason is not None:
+                notes.append(f"`{name}`, {feature}: {reason}.")
+            marks.append("yes" if reason is None else f"no ({len(notes)})")
+        rows.append([f"`{name}`", RULES[family.op], family.about, *marks])
+    header = ["model type", "rule", "particular", *FEATURES]
+    return "\n".join([table(header, rows), "", *(f"{n}. {note}" for n, note in enumerate(notes, 1))])
+
+
+def served() -> str:
+    rows = []
+    for name, family in patches.all_families().items():
+        ops = f"chunk_{family.op}", f"recurrent_{family.op}"
+        rows.append(
+            [f"`{name}`", f"`{family.class_name}`"]
+            + [backends(op, device) for device in ("cuda", "cpu") for op in ops]
+            + [backends(ops[0], "cuda", gradients=True)]
+        )
+    return table(
+        ["model type", "layer", "prefill, GPU", "decode, GPU", "prefill, CPU", "decode, CPU", "gradients"], rows
+    )
+
+
+def page() -> str:
+    tests = table(["feature", "shown by"], ([name, f"`{test}`"] for name, test in FEATURES.items()))
+    return f"""# Which model can do what on which backend
+
+Written by `make docs` from the registries of `hf_gdn.patches` and `hf_gdn.registry`; `make lint` fails when it is not
+what they say.
+
+## Features
+
+{features()}
+
+Multimodal models are served in their text towers. A feature holds for every backend that serves the layer; tests that
+walk all families show it:
+
+{tests}
+
+## Backends
+
+In the order in which `"auto"` tries them, for bf16. `triton` and `fla` serve fp16, bf16 and fp32, head dimensions up to
+{MAX_HEAD_DIM}; `fla` needs `pip install hf-gdn[fla]`; `eager` serves any device and float dtype. With `"auto"`, calls
+that need gradients go to `eager`; the last column has the backends that have them when asked for by name.
+
+{served()}
+"""
+
+
+def readme(text: str) -> str:
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{features()}\n{END}{rest.split(END, 1)[1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when something is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for path, make in ((ROOT / "docs" / "models.md", lambda _: page()), (ROOT / "README.md", readme)):
+        here = path.read_text("utf-8") if path.exists() else ""
+        wanted = make(here)
+        if here != wanted:
+            stale.append(path.relative_to(ROOT))
+            if not check:
+                path.write_text(wanted, "utf-8")
+    if stale and check:
+        print(f"out of date: {', '.join(map(str, stale))}; `make docs` writes them", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""fp16 stays finite where gates are extreme or inputs long, and near the fp32 layer."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import hf_gdn
+from tests import tiny
+
+# A layer's own roundings (projections, activations, norm, output) are a few units of 2^-11 each; the recurrence is in
+# fp32. Ten of them, all the same way, make 5e-3.
+BUDGET = 5e-3
+
+
+def extreme(layer, A_log: float) -> None:
+    """Set every decay parameter of a layer to `A_log`."""
+    [parameter] = [p for name, p in layer.named_parameters() if name.endswith("A_log")]
+    torch.nn.init.constant_(parameter, A_log)
+
+
+def run(layer, x, cache=None):
+    with torch.no_grad():
+        return layer(x, cache_params=cache)
+
+
+@pytest.mark.parametrize("A_log", [-20.0, 0.0, 11.0])
+def test_extreme_decays(family, A_log):
+    """exp(A_log) from 2e-9, which keeps all, over 1 to 6e4, which keeps nothing."""
+    model = tiny.model(family)
+    full = tiny.mixer(model)
+    extreme(full, A_log)
+    half = copy.deepcopy(full).half()
+    full = copy.deepcopy(half).float()
+    x = torch.randn(2, 200, 32, generator=torch.Generator().manual_seed(0)).half()
+    wanted = run(full, x.float())
+    with hf_gdn.patched(strict=True):
+        tiny.assert_close("prefill", run(half, x).float(), wanted, BUDGET)
+        cache = DynamicCache(config=model.config)
+        pieces = [run(half, x[:, a:b], cache) for a, b in ((0, 130), (130, 131), (131, 140), (140, 200))]
+        tiny.assert_close("in pieces", torch.cat(pieces, 1).float(), wanted, BUDGET)
+        large = run(half, x * 200)  # hidden states up to 800, whose products with weights come near fp16's end
+    assert torch.isfinite(large).all()
+
+
+@pytest.mark.parametrize("A_log", [-20.0, 1.0])
+@pytest.mark.parametrize("rule", ["qwen3_next", "kimi_linear"])
+def test_a_hundred_thousand_tokens(rule, A_log):
+    """With and without forgetting; the last tokens agree with the same layer in fp32, which sums as long."""
+    model = tiny.model(rule)
+    half = tiny.mixer(model).half()
+    extreme(half, A_log)
+    full = copy.deepcopy(half).float()
+    x = torch.randn(1, 100_000, 32, generator=torch.Generator().manual_seed(0)).half()
+    cache = DynamicCache(config=model.config)
+    with hf_gdn.patched(rule, strict=True):
+        got, wanted = run(half, x, cache), run(full, x.float())
+    assert torch.isfinite(got).all() and torch.isfinite(cache.layers[0].recurrent_states[0]).all()
+    tiny.assert_close("the last thousand", got[:, -1000:].float(), wanted[:, -1000:], BUDGET)
