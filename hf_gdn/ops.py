@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import registry
 from .kernels import state_dtype
+from .kernels.layer import Raw, Rule, Weights
 
 __all__ = ["chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_gated_delta_rule", "fused_recurrent_kda"]
 
@@ -162,6 +163,41 @@ def launch(
         qk_l2norm=qk_l2norm,
         **options,
     )
+
+
+_STEP_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor z, Tensor conv, Tensor? conv_bias, Tensor A_log, "
+    "Tensor dt_bias, Tensor norm, Tensor(a!) window, Tensor(b!) state, float? lower_bound, bool decay_in_dtype, "
+    "float beta_scale, str activation, str gate, bool norm_in_fp32, float eps, str backend) -> Tensor"
+)
+
+
+def _define_step(op: str) -> Any:
+    """Make an operator of a step op, which updates window and state."""
+
+    def run(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, norm, window, state, *rest):
+        *rule, backend = rest
+        raw, weights = Raw(q, k, v, a, b, z), Weights(conv, conv_bias, A_log, dt_bias, norm)
+        return registry.get(op, backend).fn(raw, weights, Rule(*rule), window, state)
+
+    def fake(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, norm, window, state, *rest):
+        return v.new_empty((*v.shape[:2], v.shape[2] * v.shape[3], v.shape[4]))
+
+    operator = torch.library.custom_op(f"hf_gdn::{op}_", run, mutates_args=("window", "state"), schema=_STEP_SCHEMA)
+    operator.register_fake(fake)
+    return operator
+
+
+STEP_OPERATORS = {op: _define_step(op) for op in ("step_gdn", "step_kda")}
+
+
+def launch_step(
+    kernel: registry.Kernel, raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor
+) -> Tensor:
+    """Call a step kernel: directly, or as an operator where torch.compile cannot look into it."""
+    if torch.compiler.is_compiling() and not kernel.traceable:
+        return STEP_OPERATORS[kernel.op](*raw[:6], *weights, window, state, *rule, kernel.backend)
+    return kernel.fn(raw, weights, rule, window, state)
 
 
 # ---------------------------------------------------------------------------------------------------------- functions

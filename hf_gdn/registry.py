@@ -27,10 +27,12 @@ DEFAULT_BACKEND = os.environ.get("HF_GDN_BACKEND") or "auto"
 _ORDER = ("triton", "fla", "eager")
 _BUILTIN = (
     "hf_gdn.kernels.recurrent",
+    "hf_gdn.kernels.step",
     "hf_gdn.kernels.chunk_gdn",
     "hf_gdn.kernels.chunk_kda",
     "hf_gdn.kernels.fla",
     "hf_gdn.kernels.eager",
+    "hf_gdn.kernels.layer",
 )
 
 
@@ -227,6 +229,11 @@ def get(op: str, backend: str) -> Kernel:
         if kernel.backend == backend:
             return kernel
     raise ValueError(f"op {op!r} has no kernel of backend {backend!r}; it has: {', '.join(k.backend for k in row)}")
+
+
+def find(op: str, backend: str) -> Kernel | None:
+    """The kernel of that op and backend, None where there is none: for hot paths, nothing is checked."""
+    return _table.get((op, backend))
 
 
 def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False) -> Kernel:

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from hf_gdn import patches
 from hf_gdn.patches.mixer import FEATURES
 
+# Ops with the delta rule's own signature; step ops are all of a layer between its projections.
+DELTA_RULES = ("chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda")
 _COMMON = dict(
     vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
     layer_types=["linear_attention"] * 3 + ["full_attention"], moe_intermediate_size=16,

@@ -14,6 +14,10 @@ The recurrent ops take two more, for decoding:
 
     inplace=False       write the final state into `initial_state` and return that very tensor
     token_states=None   a tensor ``[B, T, HV, K, V]`` in fp32 that receives the state after every token
+
+The step ops are all of a layer between its projections, for the next few tokens of a cache (`hf_gdn.kernels.layer`):
+
+    fn(raw, weights, rule, window, state)  ->  y ``[B, T, HV, V]``, with window and state moved on in place
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from ..registry import Op, register_op
-from .reference import delta_rule
+from . import reference
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,7 +61,38 @@ def _make_inputs(per_channel: bool):
     return make_inputs
 
 
-CHUNK_GDN = register_op(Op("chunk_gdn", delta_rule, _make_inputs(per_channel=False)))
-RECURRENT_GDN = register_op(Op("recurrent_gdn", delta_rule, _make_inputs(per_channel=False)))
-CHUNK_KDA = register_op(Op("chunk_kda", delta_rule, _make_inputs(per_channel=True)))
-RECURRENT_KDA = register_op(Op("recurrent_kda", delta_rule, _make_inputs(per_channel=True)))
+CHUNK_GDN = register_op(Op("chunk_gdn", reference.delta_rule, _make_inputs(per_channel=False)))
+RECURRENT_GDN = register_op(Op("recurrent_gdn", reference.delta_rule, _make_inputs(per_channel=False)))
+CHUNK_KDA = register_op(Op("chunk_kda", reference.delta_rule, _make_inputs(per_channel=True)))
+RECURRENT_KDA = register_op(Op("recurrent_kda", reference.delta_rule, _make_inputs(per_channel=True)))
+
+
+def _make_step_inputs(per_channel: bool):
+    def make_inputs(
+        *, B=1, T=1, HK=2, HV=2, K=64, V=64, width=4, bias=False, dtype=torch.float32, device="cpu", seed=0, **rule
+    ) -> dict[str, Any]:  # fmt: skip
+        """Random arguments of a step, q, k, v and z interleaved by key head in one tensor as in Qwen3-Next."""
+        from .layer import Raw, Rule, Weights
+
+        random, group = torch.Generator().manual_seed(seed), HV // HK
+        channels = 2 * HK * K + HV * V
+
+        def normal(*shape, dtype=dtype):
+            return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype).to(device)
+
+        q, k, v, z = normal(B, T, HK, 2 * K + 2 * group * V).split((K, K, group * V, group * V), -1)
+        v, z = (x.unflatten(3, (group, V)) for x in (v, z))
+        b, a = normal(B, T, HK, 2, group).unbind(3)
+        weights = Weights(
+            conv=0.5 * normal(channels, width), conv_bias=0.1 * normal(channels) if bias else None,
+            A_log=normal(HV), dt_bias=normal(HV * K if per_channel else HV), norm=1 + 0.1 * normal(V),
+        )  # fmt: skip
+        raw = Raw(q, k, v, normal(B, T, HV * K) if per_channel else a, b, z)
+        state = 0.1 * normal(B, HV, K, V, dtype=state_dtype(dtype))
+        return dict(raw=raw, weights=weights, rule=Rule(**rule), window=normal(B, channels, width), state=state)
+
+    return make_inputs
+
+
+STEP_GDN = register_op(Op("step_gdn", reference.step, _make_step_inputs(per_channel=False)))
+STEP_KDA = register_op(Op("step_kda", reference.step, _make_step_inputs(per_channel=True)))

@@ -62,3 +62,43 @@ def delta_rule(q, k, v, g, beta, *, scale, initial_state=None, cu_seqlens=None, 
         state = state + k_t[..., :, None] * u[..., None, :]
         outputs.append(scale * torch.einsum("bhkv,bhk->bhv", state, q_t))
     return (torch.stack(outputs, 1) if outputs else torch.zeros_like(v)), state
+
+
+def step(raw, weights, rule, window, state):
+    """Everything between a layer's projections, for tokens that follow those of a cache. Give it float64.
+
+    Args:
+        raw, weights, rule: `hf_gdn.kernels.layer`; raw's tensors may be strided, a is given.
+        window: ``[B, C, width]``, the last inputs of the convolution, oldest first.
+        state: ``[B, HV, K, V]``.
+
+    Returns:
+        ``(y, window, state)``: ``[B, T, HV, V]``, and the two as they are afterwards; nothing is changed in place.
+    """
+    batch, length, k_heads, k_dim = raw.q.shape
+    group, v_dim = raw.v.shape[3:]
+    v_heads, width = k_heads * group, weights.conv.shape[1]
+    x = torch.cat([part.reshape(batch, length, -1) for part in (raw.q, raw.k, raw.v)], -1)
+    x = torch.cat([window.to(x.dtype), x.transpose(1, 2)], -1)  # [B, C, width + T]
+    columns = []
+    for t in range(length):
+        taps = x[:, :, t + 1 : t + 1 + width]
+        column = (taps * weights.conv).sum(-1)
+        columns.append(column if weights.conv_bias is None else column + weights.conv_bias)
+    qkv = torch.stack(columns, 1)
+    qkv = qkv / (1 + torch.exp(-qkv))
+    q, k, v = qkv.split([k_heads * k_dim, k_heads * k_dim, v_heads * v_dim], -1)
+    per_channel = raw.a.dim() == 3
+    a = raw.a.reshape(batch, length, v_heads, *([k_dim] if per_channel else []))
+    a = a + weights.dt_bias.reshape(a.shape[2:])
+    rate = weights.A_log.reshape(v_heads, *([1] if per_channel else [])).exp()
+    g = -rate * torch.log1p(a.exp()) if rule.lower_bound is None else rule.lower_bound / (1 + torch.exp(-rate * a))
+    beta = rule.beta_scale / (1 + torch.exp(-raw.b.reshape(batch, length, v_heads)))
+    o, state = delta_rule(
+        q.reshape(batch, length, k_heads, k_dim), k.reshape(batch, length, k_heads, k_dim),
+        v.reshape(batch, length, v_heads, v_dim), g, beta, scale=k_dim**-0.5, initial_state=state, qk_l2norm=True,
+    )  # fmt: skip
+    z = raw.z.reshape(batch, length, v_heads, v_dim)
+    gate = 1 / (1 + torch.exp(-z)) * (z if rule.gate == "silu" else 1)
+    y = o / (o.pow(2).mean(-1, keepdim=True) + rule.eps).sqrt() * weights.norm * gate
+    return y, x[:, :, -window.shape[2] :], state

@@ -297,7 +297,7 @@ def layer_kernels(model: torch.nn.Module) -> dict[str, str]:
     """Which kernels a patched model's layers run on, without gradients.
 
     Returns:
-        Layer's name in the model -> ``"chunk_gdn: triton, recurrent_gdn: triton"``, or ``"original"`` when its class is
+        Layer's name in the model -> ``"chunk_gdn: triton, step_gdn: triton"``, or ``"original"`` when its class is
         not patched, or ``"replaced by ..."`` when the layer was given another forward of its own.
     """
     names = {family.class_name for family in all_families().values()}
@@ -316,5 +316,7 @@ def layer_kernels(model: torch.nn.Module) -> dict[str, str]:
 def _kernels(layer: Any, change: _Patch) -> str:
     weight, dims = layer.conv1d.weight, change.family.dims(layer)
     request = (weight.device.type, weight.dtype, (*dims,), change.settings.backend, False)
-    ops = (f"chunk_{change.family.op}", f"recurrent_{change.family.op}")
-    return ", ".join(f"{op}: {registry.select(op, *request).backend}" for op in ops)
+    chunk, recurrent, step = (f"{kind}_{change.family.op}" for kind in ("chunk", "recurrent", "step"))
+    decode = registry.select(recurrent, *request).backend
+    op = recurrent if registry.find(step, decode) is None else step
+    return f"{chunk}: {registry.select(chunk, *request).backend}, {op}: {decode}"

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..kernels.layer import Rule
 from .kimi_linear import KimiLinear
-from .parts import bounded_decay, softplus_decay
 
 
 class BailingHybrid(KimiLinear):
@@ -19,13 +19,14 @@ class BailingHybrid(KimiLinear):
     about = "bounded decay or softplus, full-rank gates"
     cannot = (("transformers 5.17", "5.17 has no such model"),)
 
-    def decay(self, gate: Any, x: Tensor, heads: tuple[int, ...]) -> Tensor:
-        raw, A_log = gate.f_proj(x).float() + gate.dt_bias.float(), gate.A_log.view(-1, 1)
-        if gate.safe_gate:
-            g = bounded_decay(A_log, raw.view(heads), gate.lower_bound)
-        else:
-            g = softplus_decay(A_log, raw, heads)
-        return g.to(x.dtype).float()  # as transformers rounds it
+    def rule(self, layer: Any) -> Rule:
+        gate = layer.forget_gate
+        return (
+            super().rule(layer)._replace(lower_bound=gate.lower_bound if gate.safe_gate else None, decay_in_dtype=True)
+        )
+
+    def forget(self, gate: Any, x: Tensor) -> Tensor:
+        return gate.f_proj(x)
 
     def gate(self, layer: Any, x: Tensor) -> Tensor:
         return layer.g_proj(x)

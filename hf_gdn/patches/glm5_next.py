@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
+from ..kernels.layer import Rule
 from .kimi_linear import KimiLinear
-from .parts import bounded_decay, softplus_decay
 
 
 class Glm5Next(KimiLinear):
@@ -19,10 +17,8 @@ class Glm5Next(KimiLinear):
     about = "bounded decay or softplus; text tower"
     cannot = (("packed by `position_ids`", "its full attention reads on across a restart"),)
 
-    def decay(self, gate: Any, x: Tensor, heads: tuple[int, ...]) -> Tensor:
-        raw, A_log = gate.f_b_proj(gate.f_a_proj(x)).float() + gate.dt_bias.float(), gate.A_log.view(-1, 1)
-        bound = gate.safe_gate_lower_bound
-        return softplus_decay(A_log, raw, heads) if bound is None else bounded_decay(A_log, raw.view(heads), bound)
+    def rule(self, layer: Any) -> Rule:
+        return super().rule(layer)._replace(lower_bound=layer.forget_gate.safe_gate_lower_bound)
 
 
 FAMILY = Glm5Next()

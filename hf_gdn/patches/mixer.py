@@ -19,9 +19,14 @@ from transformers.activations import ACT2FN
 from transformers.integrations.accelerate import force_accelerate_hooks
 
 from .. import registry
-from ..ops import launch
+from ..kernels.layer import ACTIVATIONS, Raw, Rule, Weights, causal_conv, decay, gated_norm
+from ..kernels.layer import beta as strength
+from ..ops import launch, launch_step
 from ..registry import BackendError, warn_once
 from . import packing
+from .parts import must_call_norm
+
+MAX_WIDTH = 8  # of convolutions that step kernels serve
 
 
 class Dims(NamedTuple):
@@ -31,15 +36,6 @@ class Dims(NamedTuple):
     num_v_heads: int
     head_k_dim: int
     head_v_dim: int
-
-
-class Projected(NamedTuple):
-    """What a family's projections make of the hidden states ``[B, T, hidden]``."""
-
-    qkv: Tensor  # [B, T, C], q | k | v side by side, before the convolution
-    g: Tensor  # [B, T, HV] or [B, T, HV, K], natural-log decay, fp32
-    beta: Tensor  # [B, T, HV]
-    z: Tensor  # [B, T, HV, V], gate of the output norm
 
 
 # What a patched family can do beyond running faster, and the tests that show it; docs/models.md is made of this.
@@ -65,6 +61,7 @@ class Family(ABC):
         op: ``"gdn"`` (one decay per head) or ``"kda"`` (one per channel).
         about: what is particular to it in a few words, for the docs.
         cannot: features of `FEATURES` that it does not have, each with the reason.
+        norm_name, output_name: names of the output norm and the output projection in a layer.
         direct: children whose parameters are read without calling them; accelerate's offload hooks are fired for these.
     """
 
@@ -74,24 +71,61 @@ class Family(ABC):
     op: str
     about: str
     cannot: tuple[tuple[str, str], ...] = ()
-    direct: tuple[str, ...] = ("conv1d",)
+    norm_name: str = "norm"
+    output_name: str = "out_proj"
 
     @property
     def module(self) -> str:
         """Name of the module that has the layer class."""
         return f"transformers.models.{self.name}.modeling_{self.name}"
 
+    @property
+    def direct(self) -> tuple[str, ...]:
+        return ("conv1d", self.norm_name)
+
     def dims(self, layer: Any) -> Dims:
         """Heads and dimensions of a layer."""
         return Dims(layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
 
     @abstractmethod
-    def project(self, layer: Any, x: Tensor) -> Projected:
+    def raw(self, layer: Any, x: Tensor) -> Raw:
         """Run the layer's input projections on ``[B, T, hidden]``."""
 
-    @abstractmethod
-    def finish(self, layer: Any, o: Tensor, z: Tensor) -> Tensor:
-        """Gated norm and output projection of o ``[B, T, HV, V]``: ``[B, T, hidden]``."""
+    def decays(self, layer: Any) -> Any:
+        """The module that has A_log and dt_bias."""
+        return layer
+
+    def rule(self, layer: Any) -> Rule:
+        """How the layer's gates and norm are made."""
+        norm = getattr(layer, self.norm_name)
+        return Rule(
+            activation=layer.activation,
+            gate=getattr(norm, "activation", "silu"),
+            eps=getattr(norm, "variance_epsilon", 0.0),
+        )
+
+    def split(self, layer: Any, qkv: Tensor | tuple[Tensor, Tensor, Tensor], a: Tensor, b: Tensor, z: Tensor) -> Raw:
+        """`Raw` of projections ``[B, T, heads dim]`` that have q, k and v side by side or apart, a, b and z apart."""
+        k_heads, v_heads, k_dim, v_dim = self.dims(layer)
+        group = v_heads // k_heads
+        joined = qkv if isinstance(qkv, Tensor) else None
+        sizes = (k_heads * k_dim, k_heads * k_dim, v_heads * v_dim)
+        q, k, v = qkv if joined is None else joined.split_with_sizes(sizes, -1)
+        return Raw(
+            q.unflatten(2, (k_heads, k_dim)),
+            k.unflatten(2, (k_heads, k_dim)),
+            v.unflatten(2, (k_heads, group, v_dim)),
+            a.unflatten(2, (k_heads, group)) if self.op == "gdn" else a,
+            b.unflatten(2, (k_heads, group)),
+            z.unflatten(2, (k_heads, group, v_dim)),
+            joined,
+        )
+
+    def weights(self, layer: Any) -> Weights:
+        """The layer's other parameters."""
+        conv, decays, norm = layer.conv1d, self.decays(layer), getattr(layer, self.norm_name)
+        weight = None if must_call_norm(norm) else norm.weight
+        return Weights(conv.weight.squeeze(1), conv.bias, decays.A_log, decays.dt_bias, weight)
 
 
 @dataclass(frozen=True)
@@ -109,40 +143,8 @@ class Unserved(Exception):
 # -------------------------------------------------------------------------------------------------------- convolution
 
 
-def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, length: int, sequence: Tensor | None) -> Tensor:
-    """Depthwise causal convolution as shifted multiply-adds, in fp32.
-
-    Args:
-        x: ``[B, L, C]``, L >= `length`; what comes before its last `length` rows is left context.
-        weight: ``[C, width]``; its last tap meets the row itself.
-        bias: ``[C]`` or None.
-        length: rows wanted.
-        sequence: ``[L]``, which packed sequence a row belongs to: taps do not reach into another one. Or None.
-
-    Returns:
-        ``[B, length, C]`` in fp32 (or float64).
-    """
-    width = weight.shape[1]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x, taps = x.to(dtype), weight.to(dtype).unbind(1)
-    x = F.pad(x, (0, 0, max(0, width - 1 + length - x.shape[1]), 0))
-    start = x.shape[1] - length
-    out = x[:, start:] * taps[-1]
-    for back in range(1, width):
-        earlier = x[:, start - back : x.shape[1] - back]
-        if sequence is not None:
-            own = F.pad(sequence, (back, 0), value=-1)[: len(sequence)] == sequence
-            earlier = earlier * own[-length:, None]
-        out = (
-            torch.addcmul(out, earlier, taps[-1 - back])
-            if torch.is_grad_enabled()
-            else out.addcmul_(earlier, taps[-1 - back])
-        )
-    return out if bias is None else out + bias.to(dtype)
-
-
 def _conv(
-    layer: Any, qkv: Tensor, cache: Any, cu_seqlens: Tensor | None, real: Tensor | None
+    layer: Any, weights: Weights, rule: Rule, qkv: Tensor, cache: Any, cu_seqlens: Tensor | None, real: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Convolution and activation of qkv ``[B, T, C]`` after the cached window, which `_store` moves on later.
 
@@ -152,34 +154,29 @@ def _conv(
         ``[B, T, C]``, and what the window is to be, ``[B, C, width]`` (all of the past where the cache records that).
     """
     length = qkv.shape[1]
-    weight, bias = layer.conv1d.weight.squeeze(1), layer.conv1d.bias
-    width = weight.shape[1]
+    width = weights.conv.shape[1]
     sequence = None
     if cu_seqlens is not None:
         sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(length, device=qkv.device), right=True)
-    states = None if cache is None else cache.layers[layer.layer_idx]
-    held = states.conv_states[0] if states is not None and states.has_previous_state[0] else None
-    recent = None
-    if states is not None and held is not None and length == 1 < width and real is None and not states.record_past:
-        size = held.shape[2]
-        recent = torch.cat((held.narrow(2, 1, size - 1), qkv.transpose(1, 2)), -1)
-        dtype = torch.promote_types(recent.dtype, torch.float32)
-        out = torch.linalg.vecdot(recent.narrow(2, size - width, width).to(dtype), weight.to(dtype)).unsqueeze(1)
-        out = out if bias is None else out + bias.to(dtype)
-    else:
-        x = qkv.transpose(1, 2)
-        if states is not None:
-            size = width if held is None else held.shape[2]
-            if held is not None or not states.record_past:
-                x = F.pad(x, (size, 0)) if held is None else torch.cat((held, x), -1)
-            if real is not None:  # the window ends at each row's last token
-                columns = real.sum(1)[:, None] + torch.arange(x.shape[2] - length, device=x.device)
-                recent = x.gather(2, columns[:, None].expand(-1, x.shape[1], -1))
-            else:
-                recent = x if states.record_past else x[..., -size:]
-        out = _causal_conv(x.transpose(1, 2), weight, bias, length, sequence)
-    activate = F.silu if layer.activation == "silu" else ACT2FN[layer.activation]
-    return activate(out).to(qkv.dtype), recent
+    x, recent = qkv.transpose(1, 2), None
+    if cache is not None:
+        states = cache.layers[layer.layer_idx]
+        held = states.conv_states[0] if states.has_previous_state[0] else None
+        size = width if held is None else held.shape[2]
+        if held is not None or not states.record_past:
+            x = F.pad(x, (size, 0)) if held is None else torch.cat((held, x), -1)
+        if real is not None:  # the window ends at each row's last token
+            columns = real.sum(1)[:, None] + torch.arange(x.shape[2] - length, device=x.device)
+            recent = x.gather(2, columns[:, None].expand(-1, x.shape[1], -1))
+        else:
+            recent = x if states.record_past else x[..., -size:]
+    out = causal_conv(x.transpose(1, 2), weights.conv, weights.conv_bias, length, sequence)
+    return activation(rule.activation)(out).to(qkv.dtype), recent
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """An activation by transformers' name."""
+    return ACTIVATIONS.get(name) or ACT2FN[name]
 
 
 def _store(layer: Any, cache: Any, recent: Tensor, state: Tensor | None) -> None:
@@ -202,8 +199,9 @@ def _store(layer: Any, cache: Any, recent: Tensor, state: Tensor | None) -> None
 # ---------------------------------------------------------------------------------------------------------- recurrence
 
 
-def _check_cache(family: Family, layer: Any, states: Any, shape: tuple[int, ...], qkv: Tensor) -> None:
-    """Raise ValueError unless what the cache holds fits `shape`, the recurrent state's, and qkv ``[B, T, C]``."""
+def _check_cache(family: Family, layer: Any, states: Any, shape: tuple[int, ...], q: Tensor) -> None:
+    """Raise ValueError unless what the cache holds fits `shape`, the recurrent state's, and q ``[B, T, HK, K]``."""
+    channels = layer.conv1d.weight.shape[0]
     window, state = states.conv_states[0], states.recurrent_states[0]
     here = f"{family.name} layer {layer.layer_idx}: the cache's"
     if tuple(state.shape) != shape or state.dtype not in (torch.float32, torch.float64):
@@ -211,14 +209,27 @@ def _check_cache(family: Family, layer: Any, states: Any, shape: tuple[int, ...]
             f"{here} recurrent state must be [sequences, HV, K, V] = {list(shape)} of torch.float32, got "
             f"{list(state.shape)} of {state.dtype}; a cache serves the batch it was filled with"
         )
-    if tuple(window.shape[:2]) != (len(qkv), qkv.shape[2]) or window.dtype != qkv.dtype:
+    if tuple(window.shape[:2]) != (len(q), channels) or window.dtype != q.dtype:
         raise ValueError(
-            f"{here} convolution window must be [B, C, width] = [{len(qkv)}, {qkv.shape[2]}, "
-            f"{layer.conv1d.weight.shape[2]}] of {qkv.dtype}, got {list(window.shape)} of {window.dtype}"
+            f"{here} convolution window must be [B, C, width] = [{len(q)}, {channels}, "
+            f"{layer.conv1d.weight.shape[2]}] of {q.dtype}, got {list(window.shape)} of {window.dtype}"
         )
     for name, held in (("recurrent state", state), ("convolution window", window)):
-        if held.device != qkv.device:
-            raise ValueError(f"{here} {name} is on {held.device}, the hidden states are on {qkv.device}")
+        if held.device != q.device:
+            raise ValueError(f"{here} {name} is on {held.device}, the hidden states are on {q.device}")
+
+
+def _steps(
+    family: Family, kernel: registry.Kernel, length: int, raw: Raw, weights: Weights, rule: Rule, states: Any
+) -> registry.Kernel | None:
+    """The kernel that does all between the projections at once, where the next few tokens of a cache let it."""
+    if length > kernel.max_tokens or raw.a is None or weights.norm is None or states.record_past:
+        return None
+    if rule.activation != "silu" or rule.gate not in ACTIVATIONS or weights.conv.shape[1] > MAX_WIDTH:
+        return None
+    if not (states.conv_states[0].is_contiguous() and states.recurrent_states[0].is_contiguous()):
+        return None
+    return registry.find(f"step_{family.op}", kernel.backend)
 
 
 def _mix(
@@ -229,26 +240,31 @@ def _mix(
     cache: Any,
     cu_seqlens: Tensor | None,
     real: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Everything up to the output norm. Returns o and its gate z, both ``[B, T, HV, V]``."""
+) -> Tensor:
+    """Everything but the output projection: ``[B, T, HV V]``."""
     k_heads, v_heads, k_dim, v_dim = family.dims(layer)
     batch, length = x.shape[:2]
     states = None if cache is None else cache.layers[layer.layer_idx]
     state = states.recurrent_states[0] if states is not None and states.has_previous_state[0] else None
-    qkv, g, beta, z = family.project(layer, x)
+    raw, weights, rule = family.raw(layer, x), family.weights(layer), family.rule(layer)
     if state is not None:
         sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-        _check_cache(family, layer, states, (sequences, v_heads, k_dim, v_dim), qkv)
+        _check_cache(family, layer, states, (sequences, v_heads, k_dim, v_dim), raw.q)
+    needs_grad = torch.is_grad_enabled() and raw.q.requires_grad
+    request = (x.device.type, raw.q.dtype, (k_heads, v_heads, k_dim, v_dim), settings.backend, needs_grad)
+    kernel = registry.select(f"recurrent_{family.op}", *request)
+    if states is not None and state is not None and cu_seqlens is None and real is None and not needs_grad:
+        step = _steps(family, kernel, length, raw, weights, rule, states)
+        if step is not None:
+            return launch_step(step, raw, weights, rule, states.conv_states[0], state).flatten(2)
+    g, beta = decay(rule, weights, raw), strength(rule, raw)
     if real is not None:  # padding neither decays the state nor writes to it
         padding = real.logical_not()[..., None]
         g = g.masked_fill(padding if g.ndim == 3 else padding[..., None], 0.0)
         beta = beta.masked_fill(padding, 0.0)
-    needs_grad = torch.is_grad_enabled() and qkv.requires_grad
-    request = (x.device.type, qkv.dtype, (k_heads, v_heads, k_dim, v_dim), settings.backend, needs_grad)
-    kernel = registry.select(f"recurrent_{family.op}", *request)
     if length > kernel.max_tokens:
         kernel = registry.select(f"chunk_{family.op}", *request)
-    qkv, recent = _conv(layer, qkv, cache, cu_seqlens, real)
+    qkv, recent = _conv(layer, weights, rule, raw.joined(), cache, cu_seqlens, real)
     q, k, v = qkv.split_with_sizes((k_heads * k_dim, k_heads * k_dim, v_heads * v_dim), -1)
     q, k = q.view(batch, length, k_heads, k_dim), k.view(batch, length, k_heads, k_dim)
     v = v.view(batch, length, v_heads, v_dim)
@@ -259,7 +275,10 @@ def _mix(
     )  # fmt: skip
     if recent is not None:
         _store(layer, cache, recent, None if inplace else final)
-    return o, z
+    z = raw.z.reshape(o.shape)
+    if weights.norm is None:
+        return getattr(layer, family.norm_name)(o.flatten(0, -2), z.flatten(0, -2)).view(batch, length, -1)
+    return gated_norm(rule, weights.norm, o, z, activation(rule.gate)).flatten(2)
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
@@ -321,8 +340,8 @@ def make_forward(family: Family, original: Callable[..., Tensor], settings: Sett
         elif attention_mask is not None:
             order, real = _order(attention_mask, hidden_states)
             hidden_states = hidden_states.gather(1, order.expand_as(hidden_states)).masked_fill(~real[..., None], 0.0)
-        o, z = _mix(family, settings, self, hidden_states, cache_params, cu_seqlens, real)
-        out = family.finish(self, o, z)
+        mixed = _mix(family, settings, self, hidden_states, cache_params, cu_seqlens, real)
+        out = getattr(self, family.output_name)(mixed)
         if order is None or real is None:
             return out if cu_seqlens is None else out.reshape(shape)
         return torch.zeros_like(out).scatter(1, order.expand_as(out), out.masked_fill(~real[..., None], 0.0))

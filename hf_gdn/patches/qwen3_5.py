@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .mixer import Family, Projected
-from .parts import gated_norm, softplus_decay
+from ..kernels.layer import Raw
+from .mixer import Family
 
 
 class Qwen3_5(Family):
@@ -18,15 +18,10 @@ class Qwen3_5(Family):
     model_name = "Qwen3_5TextModel"
     op = "gdn"
     about = "text tower too"
-    direct = ("conv1d", "norm")
 
-    def project(self, layer: Any, x: Tensor) -> Projected:
-        z = layer.in_proj_z(x).view(*x.shape[:2], layer.num_v_heads, layer.head_v_dim)
-        g = softplus_decay(layer.A_log, layer.in_proj_a(x).float() + layer.dt_bias)
-        return Projected(layer.in_proj_qkv(x), g, layer.in_proj_b(x).sigmoid(), z)
-
-    def finish(self, layer: Any, o: Tensor, z: Tensor) -> Tensor:
-        return layer.out_proj(gated_norm(layer.norm, o, z).flatten(2))
+    def raw(self, layer: Any, x: Tensor) -> Raw:
+        qkv = layer.in_proj_qkv(x)
+        return self.split(layer, qkv, layer.in_proj_a(x), layer.in_proj_b(x), layer.in_proj_z(x))
 
 
 FAMILY = Qwen3_5()

@@ -26,20 +26,20 @@ def logits(model, ids, **kwargs):
 def counting() -> Iterator[list]:
     """A list that grows by one for every layer that runs through hf_gdn."""
     calls: list = []
-    classes = {c for f in patches.all_families().values() for c in type(f).__mro__ if "project" in c.__dict__}
-    classes = {c for c in classes if not getattr(c.project, "__isabstractmethod__", False)}
-    originals = {c: c.project for c in classes}
+    classes = {c for f in patches.all_families().values() for c in type(f).__mro__ if "raw" in c.__dict__}
+    classes = {c for c in classes if not getattr(c.raw, "__isabstractmethod__", False)}
+    originals = {c: c.raw for c in classes}
 
-    def counted(project):
-        return lambda self, layer, x: calls.append(layer) or project(self, layer, x)
+    def counted(raw):
+        return lambda self, layer, x: calls.append(layer) or raw(self, layer, x)
 
-    for c, project in originals.items():
-        c.project = counted(project)
+    for c, raw in originals.items():
+        c.raw = counted(raw)
     try:
         yield calls
     finally:
-        for c, project in originals.items():
-            c.project = project
+        for c, raw in originals.items():
+            c.raw = raw
 
 
 def runs_ours(model, ids) -> bool:

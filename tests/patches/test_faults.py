@@ -31,6 +31,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 import hf_gdn
 from hf_gdn import patches, registry
 from hf_gdn.caches import batch
+from hf_gdn.kernels import layer as layer_kernels
 from hf_gdn.patches import mixer, packing, swap
 from tests import tiny
 
@@ -166,12 +167,13 @@ class Fault:
         raise self.error("injected")
 
 
-def _in_project(patch, family, fault):
-    patch.setattr(type(family), "project", fault)
+def _in_projections(patch, family, fault):
+    patch.setattr(type(family), "raw", fault)
 
 
-def _in_finish(patch, family, fault):
-    patch.setattr(type(family), "finish", fault)
+def _in_norm(patch, family, fault):
+    patch.setattr(layer_kernels, "gated_norm", fault)
+    patch.setattr(mixer, "gated_norm", fault)
 
 
 def _in_kernel(patch, family, fault):
@@ -181,24 +183,17 @@ def _in_kernel(patch, family, fault):
 
 def _in_convolution(patch, family, fault):
     # What the activation is: a product, an addition or a window may have been written by then.
-    patch.setattr(mixer.F, "silu", fault)
+    patch.setattr(layer_kernels.F, "silu", fault)
+    patch.setitem(layer_kernels.ACTIVATIONS, "silu", fault)
 
 
-STEPS = {"project": _in_project, "convolution": _in_convolution, "kernel": _in_kernel, "finish": _in_finish}
+STEPS = {"projections": _in_projections, "convolution": _in_convolution, "kernel": _in_kernel, "norm": _in_norm}
 
 
 @RULES
 @calls
 @errors
-@pytest.mark.parametrize(
-    "step",
-    [
-        "project",
-        "convolution",
-        "kernel",
-        "finish",
-    ],
-)
+@pytest.mark.parametrize("step", STEPS)
 def test_a_step_that_raises_moves_both_states_or_none(rule, call, error, step, monkeypatch):
     length, tokens = CALLS[call]
     layer, x = tiny.mixer(model_of(rule)), hidden(2, tokens)
@@ -227,14 +222,14 @@ def test_a_later_layer_that_raises_leaves_each_layer_whole(rule, error, monkeypa
         model(ids[:, :12], past_key_values=cache)
         done = copy.deepcopy(cache)
         model(ids[:, 12:], past_key_values=done)
-        before, project = [held(cache, n) for n in range(3)], type(family).project
+        before, raw = [held(cache, n) for n in range(3)], type(family).raw
 
         def second_fails(self, layer, x):
             if layer is tiny.mixer(model, 1):
                 raise error("injected")
-            return project(self, layer, x)
+            return raw(self, layer, x)
 
-        monkeypatch.setattr(type(family), "project", second_fails)
+        monkeypatch.setattr(type(family), "raw", second_fails)
         with pytest.raises(error, match="injected"):
             model(ids[:, 12:], past_key_values=cache)
     assert same(held(cache, 0), held(done, 0))

@@ -1,0 +1,322 @@
+"""Everything between a layer's projections for the next few tokens, in two kernels, states updated in place: decoding.
+
+    x <- silu(conv(window | x)) for x = q, k, v ;  q, k <- x / sqrt(sum x^2 + 1e-6)
+    g <- -exp(A_log) softplus(a + dt_bias), or lower_bound sigmoid(exp(A_log) (a + dt_bias)) ;  beta <- sigmoid(b)
+    S <- diag(exp g) S ;  u = beta (v - S^T k) ;  S <- S + k u^T ;  o = K^-1/2 S^T q          (delta rule)
+    y <- norm(o) gate(z) ;  window <- the last tokens of (window | x)
+
+The oracle is `hf_gdn.kernels.reference.step`. Inputs are read where the projections left them, in the family's own
+layout: no split, cat, cast or copy.
+
+Why two: a key head's window is read by the programs of all its value heads and of all tiles of V, so none of them can
+move it on while another may still read it, and the norm needs the whole row o of a head, which tiles of V share. The
+first kernel therefore only reads the windows and leaves o as it is; the second, which runs when the first is done,
+norms and moves the windows on. That costs one small launch; no atomics, no counters, no memory that outlives the call.
+
+Sums over K are those of `recurrent`: bits do not depend on the batch, the tile or how tokens are divided among calls.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registry import Kernel, register
+from .launch import on_device, tl, triton, why_not
+from .layer import Raw, Rule, Weights
+from .recurrent import FP_FUSION, _sum_rows, launch_options
+
+
+@triton.jit
+def _exp1p_log(b_x):
+    """softplus, as torch has it: x above 20; log(1 + e^x) without losing e^x beside 1."""
+    b_y = tl.exp(tl.minimum(b_x, 20.0))
+    b_1 = 1.0 + b_y
+    b_log = tl.where(b_1 == 1.0, b_y, tl.log(b_1) * (b_y / tl.where(b_1 == 1.0, 1.0, b_1 - 1.0)))
+    return tl.where(b_x > 20.0, b_x, b_log)
+
+
+@triton.jit
+def _conv_silu(p_x, stride_t, p_window, p_weight, p_bias, m_c, i_t, WIDTH: tl.constexpr):
+    """silu of the convolution at token i_t, rounded as the model rounds it. Pointers are at the channels, p_x at token
+    0 of this call; what comes before it is in the window, whose last column is the token before token 0."""
+    b_sum = tl.zeros(m_c.shape, tl.float32)
+    for i in tl.static_range(WIDTH):
+        at = i_t - (WIDTH - 1 - i)
+        b_x = tl.load(p_x + at * stride_t, mask=m_c & (at >= 0), other=0.0).to(tl.float32)
+        if i < WIDTH - 1:
+            b_x += tl.load(p_window + (WIDTH + at), mask=m_c & (at < 0), other=0.0).to(tl.float32)
+        b_sum += b_x * tl.load(p_weight + i, mask=m_c, other=0.0).to(tl.float32)
+    if p_bias is not None:
+        b_sum += tl.load(p_bias, mask=m_c, other=0.0).to(tl.float32)
+    return (b_sum * tl.sigmoid(b_sum)).to(p_x.dtype.element_ty).to(tl.float32)
+
+
+# A single token gets a kernel of its own, without a loop; other values of T share one.
+@triton.jit(do_not_specialize_on_alignment=["T"])
+def _step_kernel(
+    p_q,  # [B, T, HK, K]
+    p_k,  # [B, T, HK, K]
+    p_v,  # [B, T, HK, R, V]
+    p_a,  # [B, T, HK, R], or [B, T, HV, K] with one decay per channel
+    p_b,  # [B, T, HK, R]
+    p_window,  # [B, C, WIDTH] contiguous, C = HK K + HK K + HV V
+    p_weight,  # [C, WIDTH] contiguous
+    p_bias,  # [C] or None
+    p_A_log,  # [HV]
+    p_dt_bias,  # [HV] or [HV, K]
+    p_state,  # [B, HV, K, V] contiguous
+    p_o,  # [B, T, HV, V] contiguous
+    scale,
+    beta_scale,
+    T,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_kt, stride_kh,
+    stride_vb, stride_vt, stride_vh, stride_vr,
+    stride_ab, stride_at, stride_ah, stride_ar,
+    stride_bb, stride_bt, stride_bh, stride_br,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LOWER_BOUND: tl.constexpr,
+    IS_KDA: tl.constexpr,
+    DECAY_IN_DTYPE: tl.constexpr,
+):  # fmt: skip
+    i_program = tl.program_id(0)
+    i_v = i_program % tl.cdiv(V, BV)
+    i_nh = (i_program // tl.cdiv(V, BV)).to(tl.int64)
+    i_n, i_h = i_nh // HV, i_nh % HV
+    i_hk, i_r = i_h // (HV // HK), i_h % (HV // HK)
+
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k, m_v = o_k < K, o_v < V
+    m_s = m_k[:, None] & m_v[None, :]
+    p_s = p_state + i_nh * K * V + o_k[:, None] * V + o_v[None, :]
+    b_s = tl.load(p_s, mask=m_s, other=0.0)
+
+    o_ck = i_hk * K + o_k  # channels of q; those of k follow, then those of v
+    o_cv = 2 * HK * K + i_h * V + o_v
+    p_window += i_n * (2 * HK * K + HV * V) * WIDTH
+    p_q += i_n * stride_qb + i_hk * stride_qh + o_k
+    p_k += i_n * stride_kb + i_hk * stride_kh + o_k
+    p_v += i_n * stride_vb + i_hk * stride_vh + i_r * stride_vr + o_v
+    p_a += i_n * stride_ab + i_hk * stride_ah + i_r * stride_ar
+    p_b += i_n * stride_bb + i_hk * stride_bh + i_r * stride_br
+    p_o += (i_n * T * HV + i_h) * V + o_v
+    b_rate = tl.exp(tl.load(p_A_log + i_h).to(tl.float32))
+    if IS_KDA:
+        p_a += o_k
+        b_bias = tl.load(p_dt_bias + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    else:
+        b_bias = tl.load(p_dt_bias + i_h).to(tl.float32)
+
+    for i_t in range(T):
+        b_q = _conv_silu(
+            p_q, stride_qt, p_window + o_ck * WIDTH, p_weight + o_ck * WIDTH,
+            None if p_bias is None else p_bias + o_ck, m_k, i_t, WIDTH,
+        )  # fmt: skip
+        b_k = _conv_silu(
+            p_k, stride_kt, p_window + (HK * K + o_ck) * WIDTH, p_weight + (HK * K + o_ck) * WIDTH,
+            None if p_bias is None else p_bias + HK * K + o_ck, m_k, i_t, WIDTH,
+        )  # fmt: skip
+        b_v = _conv_silu(
+            p_v, stride_vt, p_window + o_cv * WIDTH, p_weight + o_cv * WIDTH,
+            None if p_bias is None else p_bias + o_cv, m_v, i_t, WIDTH,
+        )  # fmt: skip
+        b_q *= tl.rsqrt(_sum_rows(b_q * b_q, BK, 1) + 1e-6)
+        b_k *= tl.rsqrt(_sum_rows(b_k * b_k, BK, 1) + 1e-6)
+        if IS_KDA:
+            b_g = tl.load(p_a + i_t * stride_at, mask=m_k, other=0.0).to(tl.float32) + b_bias
+        else:
+            b_g = tl.load(p_a + i_t * stride_at).to(tl.float32) + b_bias
+        b_g = -b_rate * _exp1p_log(b_g) if LOWER_BOUND is None else LOWER_BOUND * tl.sigmoid(b_rate * b_g)
+        if DECAY_IN_DTYPE:
+            b_g = b_g.to(p_q.dtype.element_ty).to(tl.float32)
+        b_s *= tl.exp(b_g)[:, None] if IS_KDA else tl.exp(b_g)
+        b_beta = tl.sigmoid(tl.load(p_b + i_t * stride_bt).to(tl.float32))
+        b_beta = beta_scale * b_beta.to(p_b.dtype.element_ty).to(tl.float32)
+        b_u = b_beta * (b_v - _sum_rows(b_s * b_k[:, None], BK, BV))
+        b_s = tl.fma(b_k[:, None], b_u[None, :], b_s)
+        b_o = scale * _sum_rows(b_s * b_q[:, None], BK, BV)
+        tl.store(p_o, b_o.to(p_o.dtype.element_ty), mask=m_v)
+        p_o += HV * V
+    tl.store(p_s, b_s, mask=m_s)
+
+
+@triton.jit
+def _move_window(p_x, stride_t, p_window, m_c, T, WIDTH: tl.constexpr, BW: tl.constexpr):
+    """Let T new tokens into the window ``[channels, WIDTH]``, in place. Pointers are at the channels."""
+    o_w = tl.arange(0, BW)[None, :]
+    m = m_c[:, None] & (o_w < WIDTH)
+    o_from = o_w + T  # in (window | x)
+    b_old = tl.load(p_window[:, None] + o_from, mask=m & (o_from < WIDTH), other=0.0)
+    b_new = tl.load(p_x[:, None] + (o_from - WIDTH) * stride_t, mask=m & (o_from >= WIDTH), other=0.0)
+    tl.debug_barrier()  # a column is read by one thread and written by another
+    tl.store(p_window[:, None] + o_w, tl.where(o_from < WIDTH, b_old, b_new), mask=m)
+
+
+@triton.jit(do_not_specialize_on_alignment=["T"])
+def _finish_kernel(
+    p_q, p_k, p_v,  # as in _step_kernel
+    p_z,  # [B, T, HK, R, V]
+    p_window,  # [B, C, WIDTH] contiguous
+    p_norm,  # [V]
+    p_o,  # [B, T, HV, V] contiguous, normed in place
+    eps,
+    T,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_kt, stride_kh,
+    stride_vb, stride_vt, stride_vh, stride_vr,
+    stride_zb, stride_zt, stride_zh, stride_zr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BW: tl.constexpr,
+    NORM_IN_FP32: tl.constexpr,
+    GATE_IS_SILU: tl.constexpr,
+):  # fmt: skip
+    # A program for each value head of each sequence, for its rows and its window; then one for each key head's windows.
+    i_n = (tl.program_id(0) // (HV + HK)).to(tl.int64)
+    i_h = tl.program_id(0) % (HV + HK)
+    p_window += i_n * (2 * HK * K + HV * V) * WIDTH
+    if i_h >= HV:
+        i_hk = i_h - HV
+        o_k = tl.arange(0, BK)
+        m_k = o_k < K
+        o_c = i_hk * K + o_k
+        p_x = p_q + i_n * stride_qb + i_hk * stride_qh + o_k
+        _move_window(p_x, stride_qt, p_window + o_c * WIDTH, m_k, T, WIDTH, BW)
+        p_x = p_k + i_n * stride_kb + i_hk * stride_kh + o_k
+        _move_window(p_x, stride_kt, p_window + (HK * K + o_c) * WIDTH, m_k, T, WIDTH, BW)
+    else:
+        i_hk, i_r = i_h // (HV // HK), i_h % (HV // HK)
+        o_v = tl.arange(0, BV)
+        m_v = o_v < V
+        o_c = 2 * HK * K + i_h * V + o_v
+        p_x = p_v + i_n * stride_vb + i_hk * stride_vh + i_r * stride_vr + o_v
+        _move_window(p_x, stride_vt, p_window + o_c * WIDTH, m_v, T, WIDTH, BW)
+        p_row = p_o + (i_n * T * HV + i_h) * V + o_v
+        p_gate = p_z + i_n * stride_zb + i_hk * stride_zh + i_r * stride_zr + o_v
+        b_w = tl.load(p_norm + o_v, mask=m_v, other=0.0).to(tl.float32)
+        for _ in range(T):
+            b_o = tl.load(p_row, mask=m_v, other=0.0).to(tl.float32)
+            b_z = tl.load(p_gate, mask=m_v, other=0.0).to(tl.float32)
+            b_o *= tl.rsqrt(_sum_rows(b_o * b_o, BV, 1) / V + eps)
+            if NORM_IN_FP32:
+                b_o *= b_w
+            else:  # rounded before the weight and after
+                b_o = b_o.to(p_o.dtype.element_ty).to(tl.float32) * b_w
+                b_o = b_o.to(p_o.dtype.element_ty).to(tl.float32)
+            b_gate = tl.sigmoid(b_z)
+            if GATE_IS_SILU:
+                b_gate *= b_z
+            tl.store(p_row, (b_o * b_gate).to(p_o.dtype.element_ty), mask=m_v)
+            p_row += HV * V
+            p_gate += stride_zt
+
+
+def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) -> Tensor:
+    """The next few tokens of a layer, window and state moved on in place; no gradients. All arithmetic is fp32.
+
+    Args:
+        raw: of tokens ``[B, T]``, T from 1 up, in fp16, bf16 or fp32; a is given.
+        weights: in any float dtype, conv contiguous; norm is given. Width of the convolution up to 8.
+        rule: its activation is silu, its gate silu or sigmoid.
+        window: ``[B, C, width]`` in raw's dtype, contiguous: the last inputs of the convolution, oldest first, over
+            q | k | v, as transformers keeps them.
+        state: fp32 ``[B, HV, K, V]``, contiguous.
+
+    Returns:
+        ``[B, T, HV, V]`` in raw's dtype, normed and gated, for the output projection.
+
+    Source: Gated Delta Networks (arXiv 2412.06464), figure 1; Kimi Linear (arXiv 2510.26692), section 3.
+    """
+    q, k, v, a, b, z = raw[:6]
+    assert a is not None
+    B, T, HK, K = q.shape
+    R, V = v.shape[3:]
+    HV = HK * R
+    WIDTH = weights.conv.shape[1]
+    is_kda = a.dim() == 3
+    if is_kda:
+        a = a.unflatten(2, (HK, R, K))
+    o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
+    BV, num_warps = launch_options(B * HV, K, V)
+    BK = triton.next_power_of_2(K)
+    strides = dict(
+        stride_qb=q.stride(0), stride_qt=q.stride(1), stride_qh=q.stride(2),
+        stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=k.stride(2),
+        stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vh=v.stride(2), stride_vr=v.stride(3),
+    )  # fmt: skip
+    with on_device(q):
+        _step_kernel[(B * HV * triton.cdiv(V, BV),)](
+            p_q=q,
+            p_k=k,
+            p_v=v,
+            p_a=a,
+            p_b=b,
+            p_window=window,
+            p_weight=weights.conv,
+            p_bias=weights.conv_bias,
+            p_A_log=weights.A_log,
+            p_dt_bias=weights.dt_bias,
+            p_state=state,
+            p_o=o,
+            scale=K**-0.5,
+            beta_scale=rule.beta_scale,
+            T=T,
+            **strides,
+            stride_ab=a.stride(0), stride_at=a.stride(1), stride_ah=a.stride(2), stride_ar=a.stride(3),
+            stride_bb=b.stride(0), stride_bt=b.stride(1), stride_bh=b.stride(2), stride_br=b.stride(3),
+            HK=HK,
+            HV=HV,
+            K=K,
+            V=V,
+            BK=BK,
+            BV=BV,
+            WIDTH=WIDTH,
+            LOWER_BOUND=rule.lower_bound,
+            IS_KDA=is_kda,
+            DECAY_IN_DTYPE=rule.decay_in_dtype,
+            num_warps=num_warps,
+            enable_fp_fusion=FP_FUSION,
+        )  # fmt: skip
+        _finish_kernel[(B * (HV + HK),)](
+            p_q=q,
+            p_k=k,
+            p_v=v,
+            p_z=z,
+            p_window=window,
+            p_norm=weights.norm,
+            p_o=o,
+            eps=rule.eps,
+            T=T,
+            **strides,
+            stride_zb=z.stride(0), stride_zt=z.stride(1), stride_zh=z.stride(2), stride_zr=z.stride(3),
+            HK=HK,
+            HV=HV,
+            K=K,
+            V=V,
+            BK=BK,
+            BV=triton.next_power_of_2(V),
+            WIDTH=WIDTH,
+            BW=triton.next_power_of_2(WIDTH),
+            NORM_IN_FP32=rule.norm_in_fp32,
+            GATE_IS_SILU=rule.gate == "silu",
+            num_warps=1,
+            enable_fp_fusion=FP_FUSION,
+        )  # fmt: skip
+    return o
+
+
+register(Kernel("step_gdn", "triton", step, why_not))
+register(Kernel("step_kda", "triton", step, why_not))

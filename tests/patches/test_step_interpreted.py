@@ -1,0 +1,111 @@
+"""Decoding of patched layers on the step kernels, in Triton's interpreter: what runs, and that it is the original.
+
+The budget is that of tests/patches/test_models.py: 1e-5 in fp32.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
+
+import hf_gdn
+from hf_gdn import registry
+from hf_gdn.kernels import step as module
+from hf_gdn.kernels.launch import INTERPRET
+from tests import tiny
+
+pytestmark = [pytest.mark.interpret, pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")]
+
+BUDGET = 1e-5
+
+
+def decode(layer, x, cache, sizes):
+    """Feed x ``[B, T, hidden]`` in pieces."""
+    with torch.no_grad():
+        return torch.cat([layer(piece, cache_params=cache) for piece in x.split(sizes, 1)], 1)
+
+
+def states(cache):
+    return cache.layers[0].conv_states[0], cache.layers[0].recurrent_states[0]
+
+
+def test_decoding_is_the_originals(family):
+    """After the original's prefill; and the original goes on with what the kernels left."""
+    model = tiny.model(family)
+    layer = tiny.mixer(model)
+    x = torch.randn(2, 22, 32, generator=torch.Generator().manual_seed(0))
+    sizes = [1, 1, 5, 1]
+    theirs, ours = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    for cache in (theirs, ours):
+        decode(layer, x[:, :9], cache, [9])
+    addresses = [state.data_ptr() for state in states(ours)]
+    with hf_gdn.patched(backend="triton", strict=True):
+        got = decode(layer, x[:, 9:17], ours, sizes)
+    wanted = decode(layer, x[:, 9:17], theirs, sizes)
+    tiny.assert_close("decode", got, wanted, BUDGET)
+    for name, one, other in zip(("window", "state"), states(ours), states(theirs)):
+        tiny.assert_close(name, one, other, BUDGET)
+    assert [state.data_ptr() for state in states(ours)] == addresses
+    tiny.assert_close(
+        "unpatched", decode(layer, x[:, 17:], ours, [1] * 5), decode(layer, x[:, 17:], theirs, [1] * 5), BUDGET
+    )
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that compute or copy something: not views, and not memory that is handed out."""
+
+    FREE = ("view", "unsqueeze", "squeeze", "split", "unbind", "slice", "select", "expand", "t", "transpose", "detach")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.strip("_")
+        if not name.startswith(self.FREE) and name not in ("empty", "unsafe_view"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+# Input projections, f_a, f_b, g_a and g_b of KDA among them, and the output projection.
+PRODUCTS = {
+    "qwen3_next": 3, "qwen3_5": 5, "qwen3_5_moe": 5, "qwen4_exp": 5, "olmo_hybrid": 7, "kimi_linear": 9,
+    "glm5_next": 9, "bailing_hybrid": 7,
+}  # fmt: skip
+
+
+def test_a_token_is_the_projections_and_two_launches(family, monkeypatch):
+    """Nothing else is computed or copied."""
+    model = tiny.model(family)
+    layer, launches = tiny.mixer(model), []
+
+    def counted(kernel):
+        class Counted:
+            def __getitem__(self, grid):
+                launches.append(kernel)
+                return kernel[grid]
+
+        return Counted()
+
+    cache, x = DynamicCache(config=model.config), torch.randn(2, 1, 32)
+    decode(layer, torch.randn(2, 5, 32), cache, [5])
+    monkeypatch.setattr(module, "_step_kernel", counted(module._step_kernel))
+    monkeypatch.setattr(module, "_finish_kernel", counted(module._finish_kernel))
+    taken = []
+
+    def outside(*args):  # what the interpreter itself does with tensors is none of ours
+        with torch.utils._python_dispatch._disable_current_modes():
+            taken.append(args)
+            return module.step(*args)
+
+    kernel = registry.find(f"step_{hf_gdn.patches.all_families()[family].op}", "triton")
+    monkeypatch.setitem(
+        registry._table, (kernel.op, "triton"), registry.Kernel(kernel.op, "triton", outside, kernel.why_not)
+    )
+    with hf_gdn.patched(family, backend="triton", strict=True), Operators() as seen, torch.no_grad():
+        layer(x, cache_params=cache)
+    assert len(taken) == 1 and len(launches) == 2
+    products = [name for name in seen.names if name in ("mm", "addmm", "bmm")]
+    others = [name for name in seen.names if name not in ("mm", "addmm", "bmm")]
+    assert len(products) == PRODUCTS[family], seen.names
+    assert not others, f"besides the projections: {others}"
