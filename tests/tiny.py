@@ -27,7 +27,7 @@ _KDA = dict(
 )  # fmt: skip
 
 # Family -> name of the text model's config class, and its values where they differ from those common to all.
-_ALL = {
+ALL = {
     "qwen3_next": ("Qwen3NextConfig", _QWEN_MOE),
     "qwen3_5": ("Qwen3_5TextConfig", _GDN),
     "qwen3_5_moe": ("Qwen3_5MoeTextConfig", _QWEN_MOE),
@@ -63,7 +63,7 @@ _ALL = {
 # Those that the installed transformers has.
 CONFIGS = {
     name: (getattr(transformers, cls), {**_COMMON, **values})
-    for name, (cls, values) in _ALL.items()
+    for name, (cls, values) in ALL.items()
     if hasattr(transformers, cls)
 }
 
