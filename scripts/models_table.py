@@ -15,7 +15,7 @@ import torch
 
 from hf_gdn import patches, registry
 from hf_gdn.kernels.launch import MAX_HEAD_DIM
-from hf_gdn.patches.mixer import FEATURES
+from hf_gdn.patches.family import FEATURES
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- written by scripts/models_table.py -->", "<!-- end -->"

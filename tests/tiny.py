@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from hf_gdn import patches
-from hf_gdn.patches.mixer import FEATURES
+from hf_gdn.patches.family import FEATURES
 
 # Ops with the delta rule's own signature; step ops are all of a layer between its projections.
 DELTA_RULES = ("chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda")

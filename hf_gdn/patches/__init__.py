@@ -25,11 +25,12 @@ import transformers
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from .. import registry
-from ..caches import batch
+from ..caches import batch, rewind
 from ..registry import warn_once
-from .mixer import Family, Settings, make_forward
+from .family import Family
+from .mixer import Settings, make_forward
 from .packing import MODEL_ARGUMENTS, make_model_forward
-from .swap import MISSING, Swap, describe, foreign_forward, move, own
+from .swap import Swap, describe, foreign_forward, move, own
 
 __all__ = ["FamilyStatus", "PatchError", "Status", "all_families", "patch", "patched", "status", "unpatch", "unpatched"]
 
@@ -46,7 +47,7 @@ class _Patch:
     family: Family
     settings: Settings
     layer: Swap
-    model: Swap
+    others: tuple[Swap, ...]
 
 
 @dataclass(frozen=True)
@@ -139,24 +140,38 @@ def _check_transformers() -> None:
         )
 
 
-def _swap(cls: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]], current: Swap | None) -> Swap:
-    """The swap of a class's forward, over the original that a swap in force has kept."""
-    here = own(cls, "forward")
-    original = current.original if current is not None and here is current.replacement else here
-    return Swap(cls, "forward", original, make(original))
+def _swap(cls: type, name: str, make: Callable[[Any], Any], current: _Patch | None) -> Swap:
+    """The swap of a class's attribute, over the original that a patch in force has kept."""
+    value = own(cls, name)
+    for swap in (current.layer, *current.others) if current is not None else ():
+        if (swap.cls, swap.name) == (cls, name) and value is swap.replacement:
+            value = swap.original
+    return Swap(cls, name, value, make(value))
+
+
+def _make(family: Family, settings: Settings, current: _Patch | None) -> _Patch:
+    """The patch of a family. Raises PatchError where transformers is not as expected."""
+    cls, model = _layer_class(family), _class(family, family.model_name, MODEL_ARGUMENTS, at_start=False)
+    layer = _swap(cls, "forward", partial(make_forward, family, settings=settings), current)
+    # What says that states cannot be rewound, for which generate() refuses assistants: now they can (`caches.rewind`).
+    stateful = next(base for base in model.__mro__ if "_is_stateful" in vars(base))
+    others = (
+        _swap(model, "forward", make_model_forward, current),
+        _swap(stateful, "_is_stateful", lambda _: False, current),
+    )
+    return _Patch(family, settings, layer, others)
 
 
 _CACHE_SWAPS = [
-    Swap(LinearAttentionCacheLayerMixin, method.__name__, MISSING, method)
-    for method in batch.METHODS
-    if own(LinearAttentionCacheLayerMixin, method.__name__) is MISSING
+    Swap(LinearAttentionCacheLayerMixin, method.__name__, own(LinearAttentionCacheLayerMixin, method.__name__), method)
+    for method in batch.METHODS + rewind.METHODS
 ]
 
 
 def _swaps(patches: dict[str, _Patch]) -> list[Swap]:
     """All swaps of some patches. What caches gain comes with the first of them."""
-    forwards = [swap for change in patches.values() for swap in (change.layer, change.model)]
-    return forwards + (_CACHE_SWAPS if patches else [])
+    swaps = [swap for change in patches.values() for swap in (change.layer, *change.others)]
+    return swaps + (_CACHE_SWAPS if patches else [])
 
 
 def _put(wanted: dict[str, _Patch], instead_of: dict[str, _Patch]) -> None:
@@ -225,12 +240,9 @@ def patch(families: Iterable[str] | str | None = None, *, backend: str = "auto",
         for name, family in chosen.items():
             if families is None and _absent(family):
                 continue
-            cls, model = _layer_class(family), _class(family, family.model_name, MODEL_ARGUMENTS, at_start=False)
             now = _patches.get(name)
-            if now is None or now.settings != settings or own(cls, "forward") is not now.layer.replacement:
-                layer = _swap(cls, partial(make_forward, family, settings=settings), now.layer if now else None)
-                above = _swap(model, make_model_forward, now.model if now else None)
-                wanted[name] = _Patch(family, settings, layer, above)
+            if now is None or now.settings != settings or own(now.layer.cls, "forward") is not now.layer.replacement:
+                wanted[name] = _make(family, settings, now)
         return _change(wanted)
 
 

@@ -14,6 +14,7 @@ class Glm5Next(KimiLinear):
     name = "glm5_next"
     class_name = "Glm5NextTextLinearAttention"
     model_name = "Glm5NextTextModel"
+    masks_always = True
     about = "bounded decay or softplus; text tower"
     cannot = (("packed by `position_ids`", "its full attention reads on across a restart"),)
 

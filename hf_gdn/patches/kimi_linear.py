@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels.layer import Raw, Rule
-from .mixer import Dims, Family
+from .family import Dims, Family
 from .parts import must_call
 
 

@@ -7,125 +7,28 @@ transformers' own: convolution windows ``[B, C, width]`` in the model's dtype, s
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.activations import ACT2FN
 from transformers.integrations.accelerate import force_accelerate_hooks
 
 from .. import registry
+from ..caches import rewind
+from ..kernels import state_dtype
 from ..kernels.layer import ACTIVATIONS, Raw, Rule, Weights, causal_conv, decay, gated_norm
 from ..kernels.layer import beta as strength
 from ..ops import launch, launch_step
 from ..registry import BackendError, warn_once
 from . import packing
-from .parts import must_call_norm
+from .family import Family
 
 MAX_WIDTH = 8  # of convolutions that step kernels serve
-
-
-class Dims(NamedTuple):
-    """Heads of q/k and of v, and their dimensions."""
-
-    num_k_heads: int
-    num_v_heads: int
-    head_k_dim: int
-    head_v_dim: int
-
-
-# What a patched family can do beyond running faster, and the tests that show it; docs/models.md is made of this.
-FEATURES = {
-    "padding anywhere": "tests/patches/test_padding.py",
-    "packed by bounds": "tests/patches/test_packing.py",
-    "packed by `position_ids`": "tests/patches/test_packing.py",
-    "cache continued": "tests/patches/test_padding.py",
-    "beams, rows selected": "tests/caches/test_batch.py",
-    "training": "tests/patches/test_models.py",
-    "`torch.compile`, full graph": "tests/patches/test_models.py",
-    "transformers 5.17": "make test-oldest",
-}
-
-
-class Family(ABC):
-    """What is particular to one class of layers. Instances are stateless.
-
-    Attributes:
-        name: transformers' model type, the name users give.
-        class_name: name of the layer class.
-        model_name: name of the text model's class, whose forward calls the decoder layers.
-        op: ``"gdn"`` (one decay per head) or ``"kda"`` (one per channel).
-        about: what is particular to it in a few words, for the docs.
-        cannot: features of `FEATURES` that it does not have, each with the reason.
-        norm_name, output_name: names of the output norm and the output projection in a layer.
-        direct: children whose parameters are read without calling them; accelerate's offload hooks are fired for these.
-    """
-
-    name: str
-    class_name: str
-    model_name: str
-    op: str
-    about: str
-    cannot: tuple[tuple[str, str], ...] = ()
-    norm_name: str = "norm"
-    output_name: str = "out_proj"
-
-    @property
-    def module(self) -> str:
-        """Name of the module that has the layer class."""
-        return f"transformers.models.{self.name}.modeling_{self.name}"
-
-    @property
-    def direct(self) -> tuple[str, ...]:
-        return ("conv1d", self.norm_name)
-
-    def dims(self, layer: Any) -> Dims:
-        """Heads and dimensions of a layer."""
-        return Dims(layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
-
-    @abstractmethod
-    def raw(self, layer: Any, x: Tensor) -> Raw:
-        """Run the layer's input projections on ``[B, T, hidden]``."""
-
-    def decays(self, layer: Any) -> Any:
-        """The module that has A_log and dt_bias."""
-        return layer
-
-    def rule(self, layer: Any) -> Rule:
-        """How the layer's gates and norm are made."""
-        norm = getattr(layer, self.norm_name)
-        return Rule(
-            activation=layer.activation,
-            gate=getattr(norm, "activation", "silu"),
-            eps=getattr(norm, "variance_epsilon", 0.0),
-        )
-
-    def split(self, layer: Any, qkv: Tensor | tuple[Tensor, Tensor, Tensor], a: Tensor, b: Tensor, z: Tensor) -> Raw:
-        """`Raw` of projections ``[B, T, heads dim]`` that have q, k and v side by side or apart, a, b and z apart."""
-        k_heads, v_heads, k_dim, v_dim = self.dims(layer)
-        group = v_heads // k_heads
-        joined = qkv if isinstance(qkv, Tensor) else None
-        sizes = (k_heads * k_dim, k_heads * k_dim, v_heads * v_dim)
-        q, k, v = qkv if joined is None else joined.split_with_sizes(sizes, -1)
-        return Raw(
-            q.unflatten(2, (k_heads, k_dim)),
-            k.unflatten(2, (k_heads, k_dim)),
-            v.unflatten(2, (k_heads, group, v_dim)),
-            a.unflatten(2, (k_heads, group)) if self.op == "gdn" else a,
-            b.unflatten(2, (k_heads, group)),
-            z.unflatten(2, (k_heads, group, v_dim)),
-            joined,
-        )
-
-    def weights(self, layer: Any) -> Weights:
-        """The layer's other parameters."""
-        conv, decays, norm = layer.conv1d, self.decays(layer), getattr(layer, self.norm_name)
-        weight = None if must_call_norm(norm) else norm.weight
-        return Weights(conv.weight.squeeze(1), conv.bias, decays.A_log, decays.dt_bias, weight)
 
 
 @dataclass(frozen=True)
@@ -151,7 +54,7 @@ def _conv(
     `real` ``[B, T]`` tells tokens, which come first, from padding, which neither enters nor shifts the window.
 
     Returns:
-        ``[B, T, C]``, and what the window is to be, ``[B, C, width]`` (all of the past where the cache records that).
+        ``[B, T, C]``, and what the window is to be, ``[B, C, width]``.
     """
     length = qkv.shape[1]
     width = weights.conv.shape[1]
@@ -163,13 +66,14 @@ def _conv(
         states = cache.layers[layer.layer_idx]
         held = states.conv_states[0] if states.has_previous_state[0] else None
         size = width if held is None else held.shape[2]
-        if held is not None or not states.record_past:
-            x = F.pad(x, (size, 0)) if held is None else torch.cat((held, x), -1)
+        x = F.pad(x, (size, 0)) if held is None else torch.cat((held, x), -1)
         if real is not None:  # the window ends at each row's last token
             columns = real.sum(1)[:, None] + torch.arange(x.shape[2] - length, device=x.device)
             recent = x.gather(2, columns[:, None].expand(-1, x.shape[1], -1))
         else:
-            recent = x if states.record_past else x[..., -size:]
+            recent = x[..., -size:]
+        if states.record_past:  # what the cache then takes as it is
+            recent = recent.contiguous()
     out = causal_conv(x.transpose(1, 2), weights.conv, weights.conv_bias, length, sequence)
     return activation(rule.activation)(out).to(qkv.dtype), recent
 
@@ -190,8 +94,6 @@ def _store(layer: Any, cache: Any, recent: Tensor, state: Tensor | None) -> None
         cache.update_recurrent_state(state, layer.layer_idx)
     if not states.has_previous_state[0]:
         cache.update_conv_state(recent, layer.layer_idx, conv_kernel_size=layer.conv1d.weight.shape[2])
-    elif states.record_past:
-        states.conv_states[0] = recent
     else:
         states.conv_states[0].copy_(recent)  # in place, so that its address stays what CUDA graphs know
 
@@ -223,7 +125,7 @@ def _steps(
     family: Family, kernel: registry.Kernel, length: int, raw: Raw, weights: Weights, rule: Rule, states: Any
 ) -> registry.Kernel | None:
     """The kernel that does all between the projections at once, where the next few tokens of a cache let it."""
-    if length > kernel.max_tokens or raw.a is None or weights.norm is None or states.record_past:
+    if length > kernel.max_tokens or raw.a is None or weights.norm is None:
         return None
     if rule.activation != "silu" or rule.gate not in ACTIVATIONS or weights.conv.shape[1] > MAX_WIDTH:
         return None
@@ -232,26 +134,32 @@ def _steps(
     return registry.find(f"step_{family.op}", kernel.backend)
 
 
-def _mix(
+def _request(family: Family, settings: Settings, layer: Any, raw: Raw) -> tuple[Any, ...]:
+    """What the registry is asked."""
+    needs_grad = torch.is_grad_enabled() and raw.q.requires_grad
+    return raw.q.device.type, raw.q.dtype, family.dims(layer), settings.backend, needs_grad
+
+
+def _advance(
     family: Family,
     settings: Settings,
     layer: Any,
-    x: Tensor,
+    raw: Raw,
     cache: Any,
     cu_seqlens: Tensor | None,
     real: Tensor | None,
 ) -> Tensor:
-    """Everything but the output projection: ``[B, T, HV V]``."""
+    """Everything between the projections: ``[B, T, HV V]``."""
     k_heads, v_heads, k_dim, v_dim = family.dims(layer)
-    batch, length = x.shape[:2]
+    batch, length = raw.q.shape[:2]
     states = None if cache is None else cache.layers[layer.layer_idx]
     state = states.recurrent_states[0] if states is not None and states.has_previous_state[0] else None
-    raw, weights, rule = family.raw(layer, x), family.weights(layer), family.rule(layer)
+    weights, rule = family.weights(layer), family.rule(layer)
     if state is not None:
         sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
         _check_cache(family, layer, states, (sequences, v_heads, k_dim, v_dim), raw.q)
-    needs_grad = torch.is_grad_enabled() and raw.q.requires_grad
-    request = (x.device.type, raw.q.dtype, (k_heads, v_heads, k_dim, v_dim), settings.backend, needs_grad)
+    request = _request(family, settings, layer, raw)
+    needs_grad = request[-1]
     kernel = registry.select(f"recurrent_{family.op}", *request)
     if states is not None and state is not None and cu_seqlens is None and real is None and not needs_grad:
         step = _steps(family, kernel, length, raw, weights, rule, states)
@@ -301,6 +209,80 @@ def _order(mask: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return order[..., None], real.gather(1, order)
 
 
+_full: WeakIdKeyDictionary = WeakIdKeyDictionary()  # whether masks are all ones, read once, not once a layer
+
+
+def _no_padding(mask: Tensor) -> bool:
+    """Whether a mask that is always there says nothing. A single token is never padding, as transformers has it."""
+    if mask.shape[1] == 1:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    version = None if mask.is_inference() else mask._version
+    known = _full.get(mask)
+    if version is None or known is None or known[0] != version:
+        known = _full[mask] = (version, bool(mask.all()))
+    return known[1]
+
+
+def _run(
+    family: Family, settings: Settings, layer: Any, x: Tensor, cache: Any, *,
+    cu_seqlens: Tensor | None = None, real: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The layer on x ``[B, T, hidden]``."""
+    mixed = _advance(family, settings, layer, family.raw(layer, x), cache, cu_seqlens, real)
+    return getattr(layer, family.output_name)(mixed)
+
+
+def _padded(family: Family, settings: Settings, layer: Any, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
+    """The layer on x ``[B, T, hidden]``; what the mask ``[B, T]`` hides is as if it were not there, and gives zeros."""
+    if mask is None:
+        return _run(family, settings, layer, x, cache)
+    order, real = _order(mask, x)
+    x = x.gather(1, order.expand_as(x)).masked_fill(~real[..., None], 0.0)
+    out = _run(family, settings, layer, x, cache, real=real)
+    return torch.zeros_like(out).scatter(1, order.expand_as(out), out.masked_fill(~real[..., None], 0.0))
+
+
+def _recorded(family: Family, settings: Settings, layer: Any, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
+    """`_padded`, so that the tokens can be taken back; with a mask for one row."""
+    given = family, settings, layer
+    if x.shape[1] > rewind.RECORDED:
+        sizes = x.shape[1] - rewind.RECORDED, rewind.RECORDED
+        rewind.forget(cache.layers[layer.layer_idx])
+        early, late = (None, None) if mask is None else mask.split(sizes, 1)
+        x, last = x.split(sizes, 1)
+        return torch.cat((_padded(*given, x, cache, early), _recorded(*given, last, cache, late)), 1)
+    places = None if mask is None else mask[0] != 0
+    out = getattr(layer, family.output_name)(_record(*given, x if places is None else x[:, places], cache, places))
+    if places is None:
+        return out
+    whole = torch.zeros_like(x)
+    whole[:, places] = out
+    return whole
+
+
+def _record(family: Family, settings: Settings, layer: Any, x: Tensor, cache: Any, places: Tensor | None) -> Tensor:
+    """`_advance` on x ``[B, T, hidden]``, the tokens of some `places`, which are recorded."""
+    raw, weights, rule = family.raw(layer, x), family.weights(layer), family.rule(layer)
+    states = cache.layers[layer.layer_idx]
+    if states.has_previous_state[0]:
+        window, state = states.conv_states[0], states.recurrent_states[0]
+    else:
+        _, v_heads, k_dim, v_dim = family.dims(layer)
+        window = raw.q.new_zeros(len(x), *weights.conv.shape)
+        state = raw.q.new_zeros(len(x), v_heads, k_dim, v_dim, dtype=state_dtype(raw.q.dtype))
+    past = rewind.before(states, window, state)
+    mixed = _advance(family, settings, layer, raw, cache, None, None)
+    recurrent = registry.select(f"recurrent_{family.op}", *_request(family, settings, layer, raw))
+    kernel = _steps(family, recurrent, 1, raw, weights, rule, states)
+    if kernel is None:
+        rewind.forget(states)
+    else:
+        rewind.after(states, past, raw, places, lambda raw, *states: kernel.fn(raw, weights, rule, *states))
+    return mixed
+
+
 def _check_served(layer: Any, cache: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     """Raise Unserved for calls that belong to the original forward."""
     if torch.compiler.is_exporting():
@@ -309,8 +291,6 @@ def _check_served(layer: Any, cache: Any, mask: Tensor | None, kwargs: dict[str,
         raise Unserved("bounds of packed sequences are read off seq_idx by the host; give cu_seq_lens_q when compiling")
     if cache is not None and not hasattr(cache.layers[layer.layer_idx], "recurrent_states"):
         raise Unserved(f"layer {layer.layer_idx} of the {type(cache).__name__} holds no recurrent state")
-    if mask is not None and cache is not None and cache.layers[layer.layer_idx].record_past:
-        raise Unserved("padding while the cache records its past")
 
 
 def make_forward(family: Family, original: Callable[..., Tensor], settings: Settings) -> Callable[..., Tensor]:
@@ -331,19 +311,20 @@ def make_forward(family: Family, original: Callable[..., Tensor], settings: Sett
                 raise BackendError(f"{family.name}: hf_gdn cannot serve this call: {reason}") from None
             warn_once(f"{family.name}: the original forward runs: {reason}")
             return original(self, hidden_states, cache_params, attention_mask, **kwargs)
-        cu_seqlens, order, real = packing.bounds(hidden_states, kwargs), None, None
-        shape = hidden_states.shape
-        if cu_seqlens is not None:
-            if attention_mask is not None:  # bounds count padding; there it is made zero
-                hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
-            hidden_states = hidden_states.reshape(1, -1, shape[2])
-        elif attention_mask is not None:
-            order, real = _order(attention_mask, hidden_states)
-            hidden_states = hidden_states.gather(1, order.expand_as(hidden_states)).masked_fill(~real[..., None], 0.0)
-        mixed = _mix(family, settings, self, hidden_states, cache_params, cu_seqlens, real)
-        out = getattr(self, family.output_name)(mixed)
-        if order is None or real is None:
-            return out if cu_seqlens is None else out.reshape(shape)
-        return torch.zeros_like(out).scatter(1, order.expand_as(out), out.masked_fill(~real[..., None], 0.0))
+        if attention_mask is not None and family.masks_always and attention_mask.shape == hidden_states.shape[:2]:
+            attention_mask = None if _no_padding(attention_mask) else attention_mask
+        given, cu_seqlens = (family, settings, self), packing.bounds(hidden_states, kwargs)
+        states = None if cache_params is None else cache_params.layers[self.layer_idx]
+        if states is not None and states.record_past:
+            rows = 1 if attention_mask is None else len(attention_mask)
+            if cu_seqlens is None and rows == 1 and not torch.is_grad_enabled():
+                return _recorded(*given, hidden_states, cache_params, attention_mask)
+            rewind.forget(states)
+        if cu_seqlens is None:
+            return _padded(*given, hidden_states, cache_params, attention_mask)
+        if attention_mask is not None:  # bounds count padding; there it is made zero
+            hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
+        packed = hidden_states.reshape(1, -1, hidden_states.shape[2])
+        return _run(*given, packed, cache_params, cu_seqlens=cu_seqlens).reshape(hidden_states.shape)
 
     return forward

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels.layer import Raw, Rule
-from .mixer import Family
+from .family import Family
 
 
 class OlmoHybrid(Family):

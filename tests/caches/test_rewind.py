@@ -1,0 +1,196 @@
+"""Tokens taken back: as if they had never been; and what generate() makes of it: assistants.
+
+The budget for logits and states is that of tests/patches/test_models.py: 1e-5 in fp32.
+"""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import hf_gdn
+from hf_gdn.caches import rewind
+from tests import tiny
+
+BUDGET = 1e-5
+
+
+@pytest.fixture
+def model(family):
+    return tiny.model(family)
+
+
+def read(model, ids, cache):
+    with torch.no_grad():
+        return model(ids, past_key_values=cache).logits
+
+
+def recording(model) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    return cache
+
+
+def states(cache):
+    return [x for layer in cache.layers[:3] for x in (layer.conv_states[0], layer.recurrent_states[0])]
+
+
+@pytest.mark.parametrize("refused", [1, 3, 5])
+@pytest.mark.parametrize("sizes", [[5], [1] * 5, [2, 3], [20]], ids=str)
+def test_crop_and_read_again(model, sizes, refused):
+    ids, _ = tiny.batch(1, 60)
+    others, _ = tiny.batch(1, 60, seed=1)
+    total = sum(sizes)
+    with hf_gdn.patched(strict=True):
+        cache = recording(model)
+        read(model, ids[:, :30], cache)
+        cache.crop(0)
+        start = 30
+        for size in sizes:
+            read(model, ids[:, start : start + size], cache)
+            start += size
+        addresses = [state.data_ptr() for state in states(cache)]
+        cache.crop(-refused)
+        assert cache.get_seq_length() == 30 + total - refused
+        kept = DynamicCache(config=model.config)
+        read(model, ids[:, : 30 + total - refused], kept)
+        for got, wanted in zip(states(cache), states(kept)):
+            tiny.assert_close("state", got, wanted, BUDGET)
+        got = [read(model, others[:, :1], cache), read(model, others[:, 1:20], cache)]
+        wanted = read(model, torch.cat((ids[:, : 30 + total - refused], others[:, :20]), 1), None)[:, -20:]
+        assert [state.data_ptr() for state in states(cache)] == addresses
+    tiny.assert_close("logits", torch.cat(got, 1), wanted, BUDGET)
+
+
+@pytest.mark.parametrize("length", [3, 40, 300, 700])
+def test_tokens_of_the_prompt_can_be_taken_back(model, length):
+    """As assisted decoding does: prompt and first candidates are one forward."""
+    ids, _ = tiny.batch(1, length + 5)
+    with hf_gdn.patched(strict=True):
+        cache = recording(model)
+        tiny.assert_close("recording", read(model, ids[:, :length], cache), read(model, ids[:, :length], None), BUDGET)
+        cache.crop(-3)
+        if length == 3:
+            assert not cache.layers[0].has_previous_state[0]
+        got = read(model, ids[:, length - 3 :], cache)
+        wanted = read(model, ids, None)[:, length - 3 :]
+    tiny.assert_close("logits", got, wanted, BUDGET)
+
+
+@pytest.mark.parametrize("refused", [1, 3, 6])
+def test_padding_in_a_single_row(model, refused):
+    """Of a layer: places are counted, holes and all."""
+    layer, x = tiny.mixer(model), torch.randn(1, 20, 32)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 0, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 0, 1, 0]])
+    with hf_gdn.patched(strict=True), torch.no_grad():
+        cache, kept = recording(model), DynamicCache(config=model.config)
+        for a, b in ((0, 9), (9, 12), (12, 14), (14, 16)):
+            got = layer(x[:, a:b], cache_params=cache, attention_mask=mask[:, a:b])
+            assert not got[:, mask[0, a:b] == 0].any()
+        cache.layers[0].crop(-refused)
+        layer(x[:, : 16 - refused], cache_params=kept, attention_mask=mask[:, : 16 - refused])
+        for name, one, other in zip(("window", "state"), states_of(cache), states_of(kept)):
+            tiny.assert_close(name, one, other, BUDGET)
+
+
+def states_of(cache):
+    return cache.layers[0].conv_states[0], cache.layers[0].recurrent_states[0]
+
+
+def test_what_is_kept_does_not_grow(model):
+    ids, _ = tiny.batch(1, 5)
+    with hf_gdn.patched(strict=True):
+        cache = recording(model)
+        for _ in range(3 * rewind.RECORDED // 5 + 60):
+            read(model, ids, cache)
+        past = rewind.past_of(cache.layers[0])
+        assert rewind.RECORDED <= len(past) <= 2 * rewind.RECORDED
+        whole = copy.deepcopy(cache)
+        cache.crop(-rewind.RECORDED)
+        assert torch.isfinite(cache.layers[0].recurrent_states[0]).all()
+        whole.crop(-rewind.RECORDED)  # a copy has a past of its own
+        for got, wanted in zip(states(whole), states(cache)):
+            assert torch.equal(got, wanted)
+
+
+def test_more_than_was_recorded_is_refused_and_nothing_changed(model):
+    ids, mask = tiny.batch(2, 20)
+    with hf_gdn.patched():
+        cache = DynamicCache(config=model.config)
+        read(model, ids[:1], cache)
+        with pytest.raises(RuntimeError, match="activate_past_recording"):
+            cache.layers[0].crop(-1)
+        cache.activate_past_recording()
+        read(model, ids[:1, :4], cache)
+        before = [state.clone() for state in states(cache)]
+        with pytest.raises(RuntimeError, match=r"crop\(-5\) takes 5 tokens back, the layer has recorded 4"):
+            cache.crop(-5)
+        assert all(torch.equal(x, y) for x, y in zip(states(cache), before))
+        cache.crop(-4)
+        with pytest.raises(RuntimeError, match="the layer has recorded 0"):
+            cache.crop(-1)
+        # Padding is served, and not recorded.
+        cache = recording(model)
+        with torch.no_grad():
+            model(ids, past_key_values=cache, attention_mask=mask)
+        with pytest.raises(RuntimeError, match="the layer has recorded 0"):
+            cache.crop(-1)
+        # Rows of another order are not those of the past.
+        cache = recording(model)
+        read(model, ids, cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(RuntimeError, match="the layer has recorded 0"):
+            cache.crop(-1)
+
+
+def test_reset_and_read_again(model):
+    ids, _ = tiny.batch(1, 20)
+    with hf_gdn.patched(strict=True):
+        cache = recording(model)
+        read(model, ids, cache)
+        for layer in cache.layers[:3]:
+            layer.reset()
+        layer, mixer = cache.layers[0], tiny.mixer(model)
+        x = torch.randn(1, 6, 32)
+        with torch.no_grad():
+            mixer(x, cache_params=cache)
+            layer.crop(-2)
+            wanted = DynamicCache(config=model.config)
+            mixer(x[:, :4], cache_params=wanted)
+    tiny.assert_close("state", layer.recurrent_states[0], wanted.layers[0].recurrent_states[0], BUDGET)
+
+
+# --------------------------------------------------------------------------------------------------------- assistants
+
+
+def generate(model, ids, **kwargs):
+    return model.generate(ids, max_new_tokens=24, pad_token_id=0, do_sample=False, **kwargs)
+
+
+def repetitive() -> torch.Tensor:
+    return torch.tensor([[5, 6, 7, 8, 9] * 6])
+
+
+def test_without_the_patch_assistants_are_refused(model):
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        generate(model, repetitive(), prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 10])
+def test_prompt_lookup_is_greedy(model, tokens):
+    ids, _ = tiny.batch(1, 40)
+    with hf_gdn.patched(strict=True):
+        for prompt in (repetitive(), ids):
+            wanted = generate(model, prompt)
+            assert torch.equal(generate(model, prompt, prompt_lookup_num_tokens=tokens), wanted)
+
+
+@pytest.mark.parametrize("like", ["itself", "another"])
+def test_an_assistant_of_the_same_kind_is_greedy(model, family, like):
+    assistant = tiny.model(family) if like == "itself" else tiny.model(family, seed=7)
+    with hf_gdn.patched(strict=True):
+        wanted = generate(model, repetitive())
+        assert torch.equal(generate(model, repetitive(), assistant_model=assistant), wanted)
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        generate(model, repetitive(), assistant_model=assistant)
