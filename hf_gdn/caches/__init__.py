@@ -1,1 +1,1 @@
-"""What caches of hybrid models lack in transformers."""
+"""What caches of hybrid models lack in transformers, and what there is in a static one."""

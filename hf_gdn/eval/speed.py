@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
+from .. import graphs
 from ..errors import UserError, reason
 from ..patches import patched, unpatched
 from .journal import Row, Work
@@ -77,10 +78,11 @@ VARIANTS: dict[str, tuple[Callable[[], dict[str, Any]], int]] = {
     "eager": (dict, 1),
     "static": (lambda: {"cache_implementation": "static", "disable_compile": True}, 1),
     "compile": (_compiled, 2),
+    "graph": (_compiled, 2),  # the original compiled, the patched from a CUDA graph
 }
-SIDES: dict[str, Callable[[str], AbstractContextManager[Any]]] = {
-    "original": lambda backend: unpatched(),
-    "patched": lambda backend: patched(backend=backend, strict=True),
+SIDES: dict[str, Callable[[str, str], AbstractContextManager[Any]]] = {
+    "original": lambda backend, variant: unpatched(),
+    "patched": lambda backend, variant: patched(backend=backend, strict=True, cuda_graphs=variant == "graph"),
 }
 
 
@@ -89,6 +91,8 @@ def plan(options: Options, device: torch.device) -> list[Cell]:
     unknown = [name for name in options.variants if name not in VARIANTS]
     if unknown or not options.variants:
         raise UserError(f"--variant {','.join(unknown)} is not known; variants: {', '.join(VARIANTS)}")
+    if "graph" in options.variants and device.type not in graphs.captures:
+        raise UserError(f"--variant graph needs a CUDA device; the model is on {device.type}")
     fast = device.type != "cpu"
     batch = options.batch or ((1, 8) if fast else (1, 4))
     prompt = options.prompt or ((512, 4096) if fast else (128, 512))
@@ -250,17 +254,19 @@ def _measure(loaded: Loaded, cell: Cell, prompt: Tensor, backend: str, rounds: i
 
     def runner(side: str) -> Callable[[], Call]:
         def run() -> Call:
-            with SIDES[side](backend):
+            with SIDES[side](backend, cell.variant):
                 return generate(loaded.model, prompt, cell.new_tokens, **make())
 
         return run
 
     # Every cell compiles anew: its first call is cold, and the compiler's limit of variants a function is not met.
     torch.compiler.reset()
+    graphs.release()
     loaded.model.__dict__.pop("_compiled_call", None)
     row: Row = {"batch": cell.batch, "prompt": cell.prompt, "new_tokens": cell.new_tokens, "variant": cell.variant}
     try:
-        calls = in_turns({side: runner(side) for side in SIDES}, warmups, rounds, step)
+        with SIDES["patched"](backend, cell.variant):  # around all turns: a graph is kept from one to the next
+            calls = in_turns({side: runner(side) for side in SIDES}, warmups, rounds, step)
     except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
         return {**row, "counts": False, "failed": f"{type(error).__name__}: {reason(error)}"}
     made = {side: calls[side][-1].tokens for side in SIDES}

@@ -16,21 +16,22 @@ import os
 import pkgutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from .. import registry
+from .. import graphs, registry
 from ..caches import batch, rewind
 from ..registry import warn_once
 from .family import Family
 from .mixer import Settings, make_forward
 from .packing import MODEL_ARGUMENTS, make_model_forward
-from .swap import Swap, describe, foreign_forward, move, own
+from .swap import MISSING, Swap, describe, foreign_forward, move, own
 
 __all__ = ["FamilyStatus", "PatchError", "Status", "all_families", "patch", "patched", "status", "unpatch", "unpatched"]
 
@@ -48,15 +49,18 @@ class _Patch:
     settings: Settings
     layer: Swap
     others: tuple[Swap, ...]
+    graphs: Swap | None = None  # of get_compiled_call, the same for all families that have CUDA graphs
 
 
 @dataclass(frozen=True)
 class FamilyStatus:
-    """What became of one family: `state` is "patched", "original", "absent" or "replaced by ..."."""
+    """What became of one family: `state` is "patched", "original", "absent" or "replaced by ..."; `cuda_graphs` says
+    whether ``generate`` replays the decode steps of its models."""
 
     name: str
     layer: str
     state: str
+    cuda_graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,10 @@ class Status:
 
     def __str__(self) -> str:
         rows = [f"hf_gdn: backend {self.backend}, transformers {self.transformers}"]
-        rows += [f"  {family.name:<16}{family.layer:<32}{family.state}" for family in self.families]
+        rows += [
+            f"  {family.name:<16}{family.layer:<32}{family.state}{', CUDA graphs' if family.cuda_graphs else ''}"
+            for family in self.families
+        ]
         return "\n".join(rows)
 
 
@@ -168,10 +175,27 @@ _CACHE_SWAPS = [
 ]
 
 
+def _graph_swap() -> Swap:
+    """The swap of get_compiled_call, the one in force if there is one."""
+    for change in _patches.values():
+        if change.graphs is not None:
+            return change.graphs
+    here = own(PreTrainedModel, "get_compiled_call")
+    if here is MISSING:
+        raise PatchError(f"cuda_graphs: PreTrainedModel of transformers {transformers.__version__} compiles no calls")
+    return Swap(PreTrainedModel, "get_compiled_call", here, graphs.make_get_compiled_call(here, _has_graphs))
+
+
+def _has_graphs(model: torch.nn.Module) -> bool:
+    """Whether a model has layers of a family that is patched with CUDA graphs."""
+    classes = tuple(change.layer.cls for change in _patches.values() if change.graphs is not None)
+    return any(isinstance(module, classes) for module in model.modules())
+
+
 def _swaps(patches: dict[str, _Patch]) -> list[Swap]:
     """All swaps of some patches. What caches gain comes with the first of them."""
-    swaps = [swap for change in patches.values() for swap in (change.layer, *change.others)]
-    return swaps + (_CACHE_SWAPS if patches else [])
+    swaps = (swap for change in patches.values() for swap in (change.layer, *change.others, change.graphs))
+    return [swap for swap in swaps if swap is not None] + (_CACHE_SWAPS if patches else [])
 
 
 def _put(wanted: dict[str, _Patch], instead_of: dict[str, _Patch]) -> None:
@@ -205,9 +229,17 @@ def _afterwards_as_before() -> Iterator[None]:
         except BaseException:
             _put(before, _patches)
             raise
+        if all(change.graphs is None for change in _patches.values()):
+            graphs.release()
 
 
-def patch(families: Iterable[str] | str | None = None, *, backend: str = "auto", strict: bool = False) -> Status:
+def patch(
+    families: Iterable[str] | str | None = None,
+    *,
+    backend: str = "auto",
+    strict: bool = False,
+    cuda_graphs: bool = False,
+) -> Status:
     """Make the gated-delta-rule layers of transformers run on hf_gdn's kernels, process-wide.
 
     Call it before or after models are loaded, as often as you like; later calls change the settings of the families
@@ -218,6 +250,9 @@ def patch(families: Iterable[str] | str | None = None, *, backend: str = "auto",
         backend: a backend of `hf_gdn.registry.backends()`, which then serves every call or raises; ``"auto"`` takes the
             fastest that can (or the one in ``HF_GDN_BACKEND``) and warns once when that is not the fastest there is.
         strict: raise for calls that would go to the original forward instead.
+        cuda_graphs: let ``generate`` with a static cache on a CUDA device replay its decode steps from CUDA graphs
+            (`hf_gdn.graphs`) rather than compile them. What cannot be a graph runs as ever, with one warning that
+            says why. ``generate(..., disable_compile=True)`` does without.
 
     Returns:
         What is patched now, see `status`.
@@ -227,6 +262,12 @@ def patch(families: Iterable[str] | str | None = None, *, backend: str = "auto",
         PatchError: transformers lacks a class that was asked for, or its forward takes other arguments.
             Nothing is patched then.
     """
+    if not cuda_graphs:
+        graphs.release()  # first, since nothing can be undone by halves: who still has graphs captures them again
+    return _patch_families(families, backend, strict, cuda_graphs)
+
+
+def _patch_families(families: Iterable[str] | str | None, backend: str, strict: bool, cuda_graphs: bool) -> Status:
     with _lock:
         if os.environ.get("HF_GDN_DISABLE", "0") not in ("", "0"):
             warn_once("HF_GDN_DISABLE is set: patch() does nothing")
@@ -236,13 +277,16 @@ def patch(families: Iterable[str] | str | None = None, *, backend: str = "auto",
         _check_transformers()
         settings = Settings(registry.DEFAULT_BACKEND if backend == "auto" else backend, strict)
         registry.check_backend(settings.backend)
+        seam = _graph_swap() if cuda_graphs else None
         wanted = dict(_patches)
         for name, family in chosen.items():
             if families is None and _absent(family):
                 continue
             now = _patches.get(name)
             if now is None or now.settings != settings or own(now.layer.cls, "forward") is not now.layer.replacement:
-                wanted[name] = _make(family, settings, now)
+                wanted[name] = replace(_make(family, settings, now), graphs=seam)
+            elif now.graphs is not seam:
+                wanted[name] = replace(now, graphs=seam)
         return _change(wanted)
 
 
@@ -256,23 +300,28 @@ def unpatch(families: Iterable[str] | str | None = None) -> Status:
     """
     with _lock:
         chosen = _choose(families)
+        graphs.release()
         return _change({name: change for name, change in _patches.items() if name not in chosen})
 
 
 @contextlib.contextmanager
 def patched(
-    families: Iterable[str] | str | None = None, *, backend: str = "auto", strict: bool = False
+    families: Iterable[str] | str | None = None,
+    *,
+    backend: str = "auto",
+    strict: bool = False,
+    cuda_graphs: bool = False,
 ) -> Iterator[Status]:
     """`patch` inside a with block; what was in force before is in force again after it."""
     with _afterwards_as_before():
-        yield patch(families, backend=backend, strict=strict)
+        yield _patch_families(families, backend, strict, cuda_graphs)
 
 
 @contextlib.contextmanager
 def unpatched() -> Iterator[Status]:
     """The original transformers inside a with block; what was in force before is in force again after it."""
     with _afterwards_as_before():
-        yield unpatch()
+        yield _change({})  # keeps CUDA graphs for after the block
 
 
 def status() -> Status:
@@ -287,7 +336,9 @@ def status() -> Status:
         else:
             current = own(change.layer.cls, "forward")
             state = "patched" if current is change.layer.replacement else f"replaced by {describe(current)}"
-        rows.append(FamilyStatus(name, family.class_name, state))
+        seam = change.graphs if change is not None else None
+        replays = seam is not None and own(seam.cls, seam.name) is seam.replacement
+        rows.append(FamilyStatus(name, family.class_name, state, replays))
     backend = ", ".join(dict.fromkeys(change.settings.backend for change in _patches.values())) or "none"
     return Status(backend, tuple(rows), transformers.__version__)
 

@@ -29,6 +29,8 @@ FEATURES = {
     "beams, rows selected": "tests/caches/test_batch.py",
     "training": "tests/patches/test_models.py",
     "`torch.compile`, full graph": "tests/patches/test_models.py",
+    "CUDA graphs": "tests/test_graphs.py",
+    "assistants, tokens taken back": "tests/caches/test_rewind.py",
     "transformers 5.17": "make test-oldest",
 }
 

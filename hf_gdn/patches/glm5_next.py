@@ -16,7 +16,10 @@ class Glm5Next(KimiLinear):
     model_name = "Glm5NextTextModel"
     masks_always = True
     about = "bounded decay or softplus; text tower"
-    cannot = (("packed by `position_ids`", "its full attention reads on across a restart"),)
+    cannot = (
+        ("packed by `position_ids`", "its full attention reads on across a restart"),
+        ("CUDA graphs", "the indexer of its full attention asks the device which keys are there"),
+    )
 
     def rule(self, layer: Any) -> Rule:
         return super().rule(layer)._replace(lower_bound=layer.forget_gate.safe_gate_lower_bound)

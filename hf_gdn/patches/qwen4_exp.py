@@ -15,6 +15,7 @@ class Qwen4Exp(Qwen3_5):
     cannot = (
         ("packed by `position_ids`", "its full attention reads on across a restart"),
         ("`torch.compile`, full graph", "the indexer of its full attention branches on data"),
+        ("CUDA graphs", "the indexer's positions grow from step to step"),
     )
 
 

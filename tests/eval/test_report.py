@@ -265,7 +265,7 @@ def folder(tmp_path_factory):
         (["--stride", "65"], "--stride must be between 1 and --context 64, got 65"),
         (["--mode", "prefill,both"], "--mode both is not known; modes: prefill, decode, mixed"),
         (["--tolerance", "kl=1"], "--tolerance kl=1: no bound 'kl'; bounds: ppl_ratio, kl_mean, same_top"),
-        (["--variant", "graph"], "--variant graph is not known; variants: eager, static, compile"),
+        (["--variant", "fast"], "--variant fast is not known; variants: eager, static, compile, graph"),
         (["--batch", "one"], "--batch one: expected whole numbers"),
         (["--prompt", "0"], "--prompt and --rounds must be at least 1"),
         (["--device", "warp"], "--device warp cannot be used; devices here: cpu"),

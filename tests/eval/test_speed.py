@@ -6,13 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from hf_gdn import registry
+from hf_gdn import graphs, registry
 from hf_gdn.errors import UserError
 from hf_gdn.eval import models, speed
 from hf_gdn.eval.journal import Journal, Work
 from hf_gdn.eval.ranks import Ranks
 from tests import tiny
+from tests.tape import Tape
 
 CPU = torch.device("cpu")
 
@@ -128,6 +130,23 @@ def test_compiled_runs_both_sides(tmp_path, monkeypatch):
     assert found["passed"] and len(seen) == 2  # one graph for the original, one for the patched model
 
 
+def test_graph_captures_once_in_all_turns(tmp_path, monkeypatch):
+    monkeypatch.setitem(graphs.captures, "cpu", Tape)
+    monkeypatch.setattr(Tape, "recorded", 0)
+    monkeypatch.setattr(Tape, "replayed", 0)
+    asked = []
+
+    def compiled(self, config):
+        asked.append(config)
+        return self.__call__
+
+    monkeypatch.setattr(PreTrainedModel, "get_compiled_call", compiled)
+    source = models.Source("kimi_linear-tiny", random=True)
+    found = run(speed.Options((1,), (8,), 6, 2, ("graph",)), folder=tmp_path, source=source)
+    assert found["passed"] and len(asked) == 4  # the original's calls, two to warm up and two timed
+    assert (Tape.recorded, Tape.replayed) == (1, 4 + 3 * 5)
+
+
 @pytest.fixture
 def wrong():
     """Kernels that return zeros."""
@@ -171,7 +190,8 @@ def test_defaults_follow_the_device():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (speed.Options(variants=("graph",)), "--variant graph is not known; variants: eager, static, compile"),
+        (speed.Options(variants=("fast",)), "--variant fast is not known; variants: eager, static, compile, graph"),
+        (speed.Options(variants=("graph",)), "--variant graph needs a CUDA device; the model is on cpu"),
         (speed.Options(batch=(0,)), "--batch, --prompt and --rounds must be at least 1"),
         (speed.Options(rounds=0), "--rounds must be at least 1"),
         (speed.Options(new_tokens=1), "--new-tokens at least 2"),

@@ -25,12 +25,12 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 import hf_gdn
-from hf_gdn import patches, registry
-from hf_gdn.caches import batch
+from hf_gdn import graphs, patches, registry
+from hf_gdn.caches import batch, rewind
 from hf_gdn.kernels import layer as layer_kernels
 from hf_gdn.patches import mixer, packing, swap
 from tests import tiny
@@ -317,7 +317,7 @@ def layer_class(name: str) -> type:
 @contextmanager
 def interrupted(at: Callable[[FrameType], BaseException | None]):
     """Ask `at` before every line of hf_gdn.patches, and raise what it gives."""
-    files = {patches.__file__, mixer.__file__, packing.__file__, swap.__file__}
+    files = {module.__file__ for module in (patches, mixer, packing, swap, graphs)}
 
     def local(frame, event, argument):
         error = at(frame) if event == "line" else None
@@ -390,7 +390,9 @@ def attributes() -> dict[tuple[type, str], object]:
     """All attributes of classes that patching changes."""
     models = [getattr(importlib.import_module(family.module), family.model_name) for family in FAMILIES.values()]
     places = [(cls, "forward") for cls in [*map(layer_class, FAMILIES), *models]]
-    places += [(LinearAttentionCacheLayerMixin, method.__name__) for method in batch.METHODS]
+    places += [(LinearAttentionCacheLayerMixin, method.__name__) for method in batch.METHODS + rewind.METHODS]
+    places += [(base, "_is_stateful") for cls in models for base in cls.__mro__ if vars(base).get("_is_stateful")]
+    places.append((PreTrainedModel, "get_compiled_call"))
     return {place: swap.own(*place) for place in places}
 
 
@@ -448,11 +450,16 @@ def _in_a_block():
         pass
 
 
-STANDS = {"nothing": _nothing, "one": _one_of_them, "all": _all_of_them}
+def _graphs_of_one():
+    hf_gdn.patch(FAMILIES)
+    hf_gdn.patch(next(iter(FAMILIES)), cuda_graphs=True)
+
+
+STANDS = {"nothing": _nothing, "one": _one_of_them, "all": _all_of_them, "graphs": _graphs_of_one}
 
 
 def _patch_otherwise():
-    hf_gdn.patch(FAMILIES, backend="eager")
+    hf_gdn.patch(FAMILIES, backend="eager", cuda_graphs=True)
 
 
 ACTIONS = {"patch": _patch_otherwise, "block": _in_a_block, "unpatch": hf_gdn.unpatch}
@@ -487,7 +494,7 @@ def test_an_interruption_at_any_line_leaves_all_as_it_was(does, stand, error, ho
             what = ("classes", "hooked layer", "table", "status")
             left.append(f"{here}: {', '.join(w for w, x, y in zip(what, now, before) if x != y)}")
             continue
-        assert hf_gdn.patch(FAMILIES).active
+        assert hf_gdn.patch(FAMILIES, cuda_graphs=True).active
         assert all(swap.own(*place) is not original for place, original in originals.items())
         hf_gdn.unpatch()
         assert standing(hooked)[0] == originals
