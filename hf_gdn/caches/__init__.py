@@ -1,1 +1,28 @@
-"""What caches of hybrid models lack in transformers, and what there is in a static one."""
+"""What caches of hybrid models lack in transformers: rows selected, tokens taken back, snapshots, shared prefixes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .identity import fingerprint
+    from .prefix import PrefixCache
+    from .snapshot_files import load, save
+    from .snapshot_layers import SnapshotError
+    from .snapshots import Snapshot, fork, restore, snapshot
+
+_HOMES = {
+    "snapshot": "snapshots", "restore": "snapshots", "fork": "snapshots", "save": "snapshot_files",
+    "load": "snapshot_files", "PrefixCache": "prefix", "fingerprint": "identity", "Snapshot": "snapshots",
+    "SnapshotError": "snapshot_layers",
+}  # fmt: skip
+__all__ = [
+    "snapshot", "restore", "fork", "save", "load", "PrefixCache", "fingerprint", "Snapshot", "SnapshotError",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,210 @@
+"""Shared prefixes of prompts are read once: caches keyed by token ids, within a budget of bytes.
+
+Recurrent states cannot be cut back to an earlier token, so a prefix is found again only where a snapshot was taken: at
+every multiple of `every` tokens and at the end of each prompt. Snapshots make a tree. A node holds the states at its
+end, and keys and values of its own tokens alone: those of the tokens before are its ancestors', so that nested prefixes
+hold nothing twice. What was used least recently goes first, from the leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from . import identity
+from .snapshot_layers import GROWING
+from .snapshots import Snapshot, _own, put, read, repeat
+
+_Ids = tuple[int, ...]
+
+
+class _Node:
+    """Tokens `ids` read after its parent's; `held` is the states at their end, and their keys and values."""
+
+    def __init__(self, parent: _Node | None, ids: _Ids, held: Snapshot | None) -> None:
+        self.parent, self.ids, self.held = parent, ids, held
+        self.end = 0 if held is None else held.length
+        self.nbytes = 0 if held is None else held.nbytes
+        self.children: dict[_Ids, _Node] = {}
+        self.used = 0
+
+    def path(self) -> list[_Node]:
+        """From the root's child to this one."""
+        return [] if self.parent is None else [*self.parent.path(), self]
+
+    def deepest(self, ids: _Ids) -> _Node:
+        """The node below, or this one, that `ids` goes furthest along."""
+        found = self
+        for size in {len(child) for child in self.children}:
+            child = self.children.get(ids[self.end : self.end + size])
+            if child is not None:
+                found = max(found, child.deepest(ids), key=lambda node: node.end)
+        return found
+
+    def below(self) -> Iterator[_Node]:
+        for child in self.children.values():
+            yield child
+            yield from child.below()
+
+
+class PrefixCache:
+    """Caches of prompts' beginnings, of one model.
+
+    ``model.generate(**inputs, past_key_values=prefixes.prefill(**inputs))`` reads of a prompt only what comes after its
+    longest beginning that has been read before.
+
+    Args:
+        model: a causal language model; its weights must stay what they are, or `clear` be called.
+        max_bytes: budget of all that is kept; `nbytes` is what is taken.
+        every: tokens between snapshots inside a prompt. Each costs one set of recurrent states; where two prompts
+            part, up to `every` - 1 tokens that they share are read again.
+        device: where snapshots are kept; None: where they were made.
+
+    Attributes:
+        tokens_read: tokens that went through the model in `prefill`.
+        tokens_reused: tokens that did not have to.
+    """
+
+    def __init__(
+        self, model: nn.Module, max_bytes: int = 2**30, *, every: int = 1024, device: torch.device | str | None = None
+    ) -> None:
+        if max_bytes < 0 or every < 1:
+            raise ValueError(f"PrefixCache needs max_bytes ≥ 0 and every ≥ 1, got {max_bytes} and {every}")
+        self.model: Any = model
+        self.max_bytes, self.every, self.device = max_bytes, every, device
+        self.tokens_read = self.tokens_reused = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all prefixes."""
+        self._root, self._clock, self.nbytes = _Node(None, (), None), 0, 0
+
+    def __len__(self) -> int:
+        """Snapshots that are kept."""
+        return sum(1 for _ in self._root.below())
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: Cache | None = None) -> Cache:
+        """A cache that holds the beginning of a prompt, for `generate` or a forward to go on from.
+
+        One sequence is read up to its last token, which is left for the model to answer. Of several, the tokens with
+        which all of them begin are read once and put into every row; padding ends them.
+
+        Args:
+            input_ids: ``[B, T]``.
+            attention_mask: ``[B, T]``, 0 for padding.
+            cache: an empty cache to fill, such as a StaticCache; None makes a DynamicCache.
+
+        Raises:
+            SnapshotError: the model's caches have no snapshots, or `cache` has no room.
+            ValueError: input_ids is not ``[B, T]``, or `cache` holds something.
+        """
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
+        if cache is not None and int(cache.get_seq_length()):
+            raise ValueError(f"the cache must be empty, it holds {int(cache.get_seq_length())} tokens")
+        working = DynamicCache(config=self.model.config)
+        ids = _common(input_ids, attention_mask)
+        devices = identity.layer_devices(self.model, len(working.layers))
+        if ids:
+            self._read(ids, input_ids[:1], working, devices)
+        if ids and (cache is not None or len(input_ids) > 1):
+            cache = DynamicCache(config=self.model.config) if cache is None else cache
+            put(cache, repeat(read(working), len(input_ids)), devices)
+            return cache
+        return working if cache is None else cache
+
+    @torch.no_grad()
+    def add(self, input_ids: Tensor, cache: Cache) -> None:
+        """Keep what a cache holds after generation, so that a next turn of the conversation goes on from there.
+
+        Args:
+            input_ids: ``[1, T]``, of all tokens, T at least as many as the cache holds.
+            cache: of one sequence without padding, read from its beginning.
+        """
+        found = read(cache)
+        if input_ids.dim() != 2 or len(input_ids) != 1 or input_ids.shape[1] < found.length or found.batch_size != 1:
+            raise ValueError(
+                f"input_ids must be [1, T] with T ≥ {found.length}, as the cache holds {found.length} tokens of "
+                f"{found.batch_size} sequences; got {list(input_ids.shape)}"
+            )
+        ids = tuple(input_ids[0, : found.length].tolist())
+        node = self._root.deepest(ids)
+        self._touch(node)
+        if node.end < found.length:
+            self._keep(node, ids[node.end :], found)
+
+    def _read(self, ids: _Ids, row: Tensor, cache: Cache, devices: list[torch.device | None]) -> None:
+        """Fill an empty cache of one sequence with `ids`, the first of `row` ``[1, T]``."""
+        node = self._root.deepest(ids)
+        self._touch(node)
+        start = node.end
+        if start:
+            put(cache, _join([step.held for step in node.path() if step.held is not None]), devices)
+        self.tokens_reused += start
+        while start < len(ids):
+            end = min(len(ids), start - start % self.every + self.every)
+            self.model(row[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.tokens_read += end - start
+            node = self._keep(node, ids[node.end : end], read(cache))
+            start = end
+
+    def _keep(self, node: _Node, ids: _Ids, found: Snapshot) -> _Node:
+        """Add a node for `ids` after `node`, which ends there in `found`. Returns it, or `node` if there is no room."""
+        held = _after(found, node.end)
+        if not self._make_room(held.nbytes, node.path()):
+            return node
+        held = held._with(lambda _, part: _own(part) if self.device is None else part.to(self.device, copy=True))
+        child = node.children[ids] = _Node(node, ids, held)
+        self.nbytes += held.nbytes
+        self._touch(child)
+        return child
+
+    def _touch(self, node: _Node) -> None:
+        self._clock += 1
+        for step in node.path():
+            step.used = self._clock
+
+    def _make_room(self, size: int, kept: list[_Node]) -> bool:
+        """Forget leaves until there is room for `size` bytes, but none of `kept`; False when that is not enough."""
+        if sum(node.nbytes for node in kept) + size > self.max_bytes:
+            return False
+        while self.nbytes + size > self.max_bytes:
+            leaves = [node for node in self._root.below() if not node.children and node not in kept]
+            oldest = min(leaves, key=lambda node: node.used)
+            assert oldest.parent is not None
+            del oldest.parent.children[oldest.ids]
+            self.nbytes -= oldest.nbytes
+        return True
+
+
+def _common(input_ids: Tensor, mask: Tensor | None) -> _Ids:
+    """The tokens with which all rows begin, but for the last of T."""
+    same = (input_ids == input_ids[:1]).all(0)
+    if mask is not None:
+        same = same & (mask != 0).all(0)
+    count = int(same.long().cumprod(0).sum())
+    return tuple(input_ids[0, : min(count, input_ids.shape[1] - 1)].tolist())
+
+
+def _after(found: Snapshot, start: int) -> Snapshot:
+    """A snapshot's states at its end, and its keys and values from token `start` on. It shares their memory."""
+    return found._with(
+        lambda name, part: part.narrow(GROWING[name], start, found.length - start) if name in GROWING else part
+    )
+
+
+def _join(path: list[Snapshot]) -> Snapshot:
+    """The whole snapshot that pieces, each of tokens after the one before, make together."""
+    layers = tuple(
+        {
+            name: torch.cat([piece.layers[index][name] for piece in path], GROWING[name]) if name in GROWING else part
+            for name, part in parts.items()
+        }
+        for index, parts in enumerate(path[-1].layers)
+    )
+    return Snapshot(path[-1].kinds, layers, path[-1].length)

@@ -1,0 +1,156 @@
+"""Snapshots as safetensors files. Reading one runs nothing that is in it.
+
+Header (``__metadata__``, strings): ``format`` ``"hf_gdn.snapshot"``, ``version``, ``model`` (its fingerprint, or
+empty), ``length`` (tokens), ``batch_size``, ``dtype`` (of keys and values), ``layers`` (kind of each, with commas
+between), ``sha256`` (of all of this and of every tensor). Tensors: ``layers.<index>.<part>``, see `snapshot_layers`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .snapshot_layers import Parts, SnapshotError
+from .snapshots import Snapshot, check, check_model
+
+FORMAT = "hf_gdn.snapshot"
+VERSION = 1
+_KEYS = ("format", "version", "model", "length", "batch_size", "dtype", "layers")
+
+
+def save(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
+    """Write a snapshot to a file that `load` reads.
+
+    The file is written beside its place, brought to the disk and then moved there: a crash at any time leaves the
+    previous file or the new one, whole.
+
+    Raises:
+        OSError: the file cannot be written; what was there before still is.
+        SafetensorError: a tensor cannot be written, likewise.
+    """
+    target = Path(os.path.realpath(path))
+    tensors = {
+        f"layers.{index}.{name}": part.detach().contiguous().cpu()
+        for index, parts in enumerate(snapshot.layers)
+        for name, part in parts.items()
+    }
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "model": snapshot.model or "",
+        "length": str(snapshot.length),
+        "batch_size": str(snapshot.batch_size),
+        "dtype": _dtype(snapshot),
+        "layers": ",".join(snapshot.kinds),
+    }
+    header["sha256"] = _digest(header, tensors)
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        beside.touch()
+        mode = stat.S_IMODE((target if target.exists() else beside).stat().st_mode)
+        save_file(tensors, beside, metadata=header)
+        os.chmod(beside, mode)  # safetensors' own would let nobody else read
+        _to_disk(beside)
+        os.replace(beside, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+    if os.name == "posix":
+        _to_disk(target.parent)
+
+
+def load(
+    path: str | os.PathLike[str], model: nn.Module | str | None = None, device: torch.device | str | int = "cpu"
+) -> Snapshot:
+    """Read a snapshot from a file.
+
+    Args:
+        model: the model that is to use it, or its fingerprint: a snapshot of another one is refused.
+        device: where its tensors go; `restore` moves them to where the cache is.
+
+    Raises:
+        SnapshotError: not a snapshot, of an unknown version, of another model, cut short or damaged.
+        OSError: the file cannot be opened.
+    """
+    with open(path, "rb"):  # a plain OSError, whatever safetensors makes of it
+        pass
+    try:
+        with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            _check_header(path, header)
+            # Copies: the file may be gone or other before they are used.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise SnapshotError(f"{path} is no snapshot, or is damaged: {error}") from None
+    if header["sha256"] != _digest(header, tensors):
+        raise SnapshotError(f"{path} is damaged: its contents do not have the checksum that its header gives")
+    kinds = tuple(header["layers"].split(",")) if header["layers"] else ()
+    layers: tuple[Parts, ...] = tuple({} for _ in kinds)
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"layers\.([0-9]{1,6})\.([a-z_]+(?:\.[0-9]+)?)", name)
+        if match is None or int(match[1]) >= len(kinds):
+            raise SnapshotError(f"{path} has a tensor {name!r}, which no snapshot of {len(kinds)} layers has")
+        layers[int(match[1])][match[2]] = tensor
+    found = Snapshot(kinds, layers, int(header["length"]), header["model"] or None, checked=not header["model"])
+    try:
+        check(found)
+        if (str(found.batch_size), _dtype(found)) != (header["batch_size"], header["dtype"]):
+            raise SnapshotError("its header gives another batch size or dtype than its tensors have")
+        if model is not None:
+            check_model(found, model)
+            found = found._with(lambda _, part: part, checked=True)
+    except SnapshotError as error:
+        raise SnapshotError(f"{path}: {error}") from None
+    return found.to(device)
+
+
+def _check_header(path: str | os.PathLike[str], header: Mapping[str, str]) -> None:
+    if header.get("format") != FORMAT:
+        raise SnapshotError(
+            f"{path} is no snapshot: the format in its header is {header.get('format')!r}, not {FORMAT!r}"
+        )
+    if header.get("version") != str(VERSION):
+        raise SnapshotError(
+            f"{path} is a snapshot of version {header.get('version')}; this hf_gdn reads version {VERSION}"
+        )
+    missing = [key for key in (*_KEYS, "sha256") if key not in header]
+    if missing:
+        raise SnapshotError(f"{path}: its header lacks {', '.join(missing)}")
+    if not re.fullmatch(r"[0-9]{1,15}", header["length"]):
+        raise SnapshotError(f"{path}: its header gives a length of {header['length'][:40]!r} tokens")
+    if header["model"] and not re.fullmatch(r"[^:]+(:[0-9a-f]+){2}", header["model"]):
+        raise SnapshotError(f"{path}: its header names a model {header['model'][:80]!r}, which is no fingerprint")
+
+
+def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the header's values and of names, dtypes, shapes and bytes of the tensors."""
+    digest = hashlib.sha256("\0".join(header[key] for key in _KEYS).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _dtype(snapshot: Snapshot) -> str:
+    return str(snapshot.dtype).removeprefix("torch.")
+
+
+def _to_disk(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
