@@ -1,4 +1,7 @@
-"""What caches of hybrid models lack in transformers: rows selected, tokens taken back, snapshots, shared prefixes."""
+"""What caches of hybrid models lack in transformers, and what there is in a static one.
+
+For users: `snapshot`, `restore`, `fork`, `save`, `load` and `PrefixCache`.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Past:
     """States before some tokens, and the tokens.
 
     Args:
-        of: the layer's window and state, which this is the past of.
+        of: the layer's window and state, which this is the past of, and how often they had been written to.
         window, state: copies of them from before the first token.
         empty: the layer held nothing then.
         tokens: tuples of tensors ``[B, t, ...]`` or None, and the places ``[T]`` that they were given in, t of them
@@ -37,6 +37,7 @@ class Past:
     """
 
     of: tuple[Tensor, Tensor]
+    versions: tuple[int, ...]
     window: Tensor
     state: Tensor
     empty: bool
@@ -48,7 +49,8 @@ class Past:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Past:
         states = self.window.clone(), self.state.clone()
-        return Past(copy.deepcopy(self.of, memo), *states, self.empty, list(self.tokens), self.step)
+        of = copy.deepcopy(self.of, memo)
+        return Past(of, _versions(of), *states, self.empty, list(self.tokens), self.step)
 
     def replay(self, count: int) -> None:
         """Let the first `count` tokens into window and state."""
@@ -67,12 +69,16 @@ def _places(entry: tuple[Any, Tensor | None]) -> int:
     return some[0].shape[1] if places is None else len(places)
 
 
+def _versions(tensors: tuple[Tensor, Tensor]) -> tuple[int, ...]:
+    return tuple(0 if x.is_inference() else x._version for x in tensors)
+
+
 def past_of(layer: Any) -> Past | None:
-    """What a cache layer has recorded, None where that is nothing or not of the tensors it now holds."""
+    """What a cache layer has recorded; None where that is nothing, or somebody else has written to its states since."""
     past = layer.__dict__.get(_KEY)
     if past is None or past.of[0] is not layer.conv_states[0] or past.of[1] is not layer.recurrent_states[0]:
         return None
-    return past
+    return past if past.versions == _versions(past.of) else None
 
 
 def before(layer: Any, window: Tensor, state: Tensor) -> Past:
@@ -80,7 +86,7 @@ def before(layer: Any, window: Tensor, state: Tensor) -> Past:
     past = past_of(layer) if layer.has_previous_state[0] else None
     if past is None:
         empty = not layer.has_previous_state[0]
-        past = Past((window, state), window.clone(), state.clone(), empty, [], _nothing)
+        past = Past((window, state), (), window.clone(), state.clone(), empty, [], _nothing)
     return past
 
 
@@ -93,6 +99,7 @@ def after(
 ) -> None:
     """Call when `tokens` in `places` have moved the layer on (`Past`)."""
     past.of = layer.conv_states[0], layer.recurrent_states[0]
+    past.versions = _versions(past.of)
     past.tokens.append((tokens, places))
     past.step = step
     if len(past) > 2 * RECORDED:

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import hf_gdn
+import hf_gdn.caches
 from hf_gdn.caches import rewind
 from tests import tiny
 
@@ -159,6 +160,24 @@ def test_reset_and_read_again(model):
             wanted = DynamicCache(config=model.config)
             mixer(x[:, :4], cache_params=wanted)
     tiny.assert_close("state", layer.recurrent_states[0], wanted.layers[0].recurrent_states[0], BUDGET)
+
+
+def test_what_others_did_to_the_states_is_noticed(model):
+    """The original without the patch, a snapshot put back: what was recorded before is not the past of that."""
+    ids, _ = tiny.batch(1, 20)
+    with hf_gdn.patched():
+        cache = recording(model)
+        read(model, ids, cache)
+        kept = hf_gdn.caches.snapshot(cache)
+        with hf_gdn.unpatched(), torch.no_grad():
+            tiny.mixer(model)(torch.randn(1, 1, 32), cache_params=cache)
+        with pytest.raises(RuntimeError, match="the layer has recorded 0"):
+            cache.layers[0].crop(-1)
+        cache = recording(model)
+        read(model, ids, cache)
+        hf_gdn.caches.restore(cache, kept)
+        with pytest.raises(RuntimeError, match="the layer has recorded 0"):
+            cache.layers[0].crop(-1)
 
 
 # --------------------------------------------------------------------------------------------------------- assistants

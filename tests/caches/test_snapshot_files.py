@@ -251,7 +251,7 @@ def _written(path, header=None, tensors=None, **changes):
     return path
 
 
-def test_files_made_to_mislead(saved, tmp_path):
+def test_files_made_to_mislead(saved, smallest, tmp_path):
     """Their checksum is right, since whoever wrote them could work it out."""
     _, path, _ = saved
     with safe_open(path, "pt") as file:
@@ -281,16 +281,19 @@ def test_files_made_to_mislead(saved, tmp_path):
         ("length", "4", "for 2 sequences of 4 tokens"), ("length", "-3", "length of '-3'"), ("length", "³", "length"),
         ("length", "9" * 5000, "length"), ("batch_size", "3", "another batch size"), ("dtype", "float64", "dtype"),
         ("layers", "linear,linear", "expected"), ("layers", "linear", "has a tensor 'layers.1"),
-        ("layers", "", "tensor"), ("layers", "linear,__import__", "kinds: linear, attention, indexed"), ("model", "x", "no fingerprint"),
+        ("layers", "", "tensor"),
+        ("layers", "linear,__import__", "kinds: linear, attention, indexed"),
+        ("model", "x", "no fingerprint"),
     ]  # fmt: skip
     for name, value, says in headers:
         with pytest.raises(SnapshotError, match=says):
             caches.load(_written(tmp_path / "header", header, good, **{name: value}))
-    one = StaticCache(config=tiny.config("qwen3_next"), max_cache_len=8)
-    states = {**good, "layers.0.conv.7": good["layers.0.conv.0"]}
-    four = _written(tmp_path / "states", header, states)
-    with pytest.raises(SnapshotError):
-        caches.restore(one, caches.load(four))
+    found = caches.load(_written(tmp_path / "states", header, {**good, "layers.0.conv.7": good["layers.0.conv.0"]}))
+    (cache,) = caches.fork(smallest[1], 1)
+    before = held.everything(cache)
+    with pytest.raises(SnapshotError, match=r"has 1 states a layer, the snapshot conv\.7; nothing was restored"):
+        caches.restore(cache, found)
+    assert held.everything(cache) == before
 
 
 def test_files_that_are_no_snapshots(saved, tmp_path):

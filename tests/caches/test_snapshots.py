@@ -161,6 +161,7 @@ def test_an_empty_cache_too(family):
         cache = filled(model, make=make)
         caches.restore(cache, empty)
         assert int(cache.get_seq_length()) == 0
+        assert not any(tensor.any() for name, tensor in held.tensors(cache).items() if "_states." in name)
         tiny.assert_close("logits", logits(model, ids, cache), full(model, ids), BUDGET)
 
 
