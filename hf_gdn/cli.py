@@ -1,4 +1,4 @@
-"""hf-gdn: report, ppl, speed, kernels, compare, env; `accelerate launch -m hf_gdn.eval` is the same command.
+"""hf-gdn: report, ppl, speed, kernels, stream, compare, env; `accelerate launch -m hf_gdn.eval` is the same command.
 
 Exit codes: 0 fine; 1 not the same model, or slower than before; 2 something given cannot be used; 130 interrupted.
 """
@@ -218,6 +218,27 @@ def kernels(
         _names(direction), dtype, device, gpu_graph, seconds,
     )  # fmt: skip
     _finish(output, lambda: report.main_kernels(options, output, resume, quiet, _command()))
+
+
+@app.command()
+def stream(
+    model: Models = None, text: Texts = None, field: Field = "text", device: Device = None, dtype: Dtype = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the stream at most.")] = 50_000,
+    context: Annotated[int, typer.Option(min=2, help="Tokens kept: the length the model was trained on.")] = 512,
+    sinks: Annotated[int, typer.Option(min=1, help="First tokens among them that are kept for good.")] = 4,
+    output: Annotated[str, typer.Option(help="Folder for stream.json and stream.svg.")] = "hf-gdn-stream",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+) -> None:  # fmt: skip
+    """Perplexity along one long stream: attention sinks, a plain window, everything kept, the window read anew."""
+    from .eval import stream as job
+    from .eval.models import Source
+
+    sources = tuple(Source(name) for name in model or ())
+    options = job.Options(tokens, context, sinks)
+    _finish(
+        output,
+        lambda: job.main(sources, tuple(text or ()), field, options, device, dtype, output, quiet, _command()),
+    )
 
 
 @app.command()

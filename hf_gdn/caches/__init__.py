@@ -1,6 +1,7 @@
 """What caches of hybrid models lack in transformers, and what there is in a static one.
 
-For users: `snapshot`, `restore`, `fork`, `save`, `load` and `PrefixCache`.
+For users: `SinkCache`, `snapshot`, `restore`, `fork`, `save`, `load` and `PrefixCache`, each imported on first use.
+What transformers' own caches gain under `hf_gdn.patch()` is in `batch` and `rewind`.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .identity import fingerprint
     from .prefix import PrefixCache
+    from .sinks import SinkCache
     from .snapshot_files import load, save
     from .snapshot_layers import SnapshotError
     from .snapshots import Snapshot, fork, restore, snapshot
 
 _HOMES = {
-    "snapshot": "snapshots", "restore": "snapshots", "fork": "snapshots", "save": "snapshot_files",
-    "load": "snapshot_files", "PrefixCache": "prefix", "fingerprint": "identity", "Snapshot": "snapshots",
-    "SnapshotError": "snapshot_layers",
+    "SinkCache": "sinks", "snapshot": "snapshots", "restore": "snapshots", "fork": "snapshots",
+    "save": "snapshot_files", "load": "snapshot_files", "PrefixCache": "prefix", "fingerprint": "identity",
+    "Snapshot": "snapshots", "SnapshotError": "snapshot_layers",
 }  # fmt: skip
 __all__ = [
-    "snapshot", "restore", "fork", "save", "load", "PrefixCache", "fingerprint", "Snapshot", "SnapshotError",
+    "SinkCache", "snapshot", "restore", "fork", "save", "load", "PrefixCache", "fingerprint", "Snapshot",
+    "SnapshotError",
 ]  # fmt: skip
 
 

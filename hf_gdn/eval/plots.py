@@ -220,3 +220,27 @@ def plots(result: dict[str, Any]) -> list[dict[str, Any]]:
             add("How far apart are the distributions?", "KL divergence of every scored token.", _histogram_plot(result))
             add("Along the text", "Log-probability of the true token, patched less original.", _trace_plot(result))
     return found
+
+
+def stream(results: list[dict[str, Any]]) -> str:
+    """An SVG file: perplexity along the stream, every way of reading a line, every model a panel."""
+    colours = {"fresh": "#222222", "sinks": "#0072b2", "window": "#e69f00", "dense": "#d55e00"}
+    style: Any = {"svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(7.0, 0.6 + 2.6 * len(results)), layout="constrained")
+        panels = figure.subplots(len(results), 1, squeeze=False)[:, 0]
+        for axes, result in zip(panels, results):
+            fresh = result["ways"]["fresh"]["stretches"]
+            for name, colour in colours.items():
+                way = [value / base for value, base in zip(result["ways"][name]["stretches"], fresh)]
+                line = "--" if name == "window" else "-"  # for it may lie on that of the sinks
+                axes.plot(result["ends"], way, line, color=colour, linewidth=1.2, label=name)
+            axes.axhspan(0.95, 1.05, color="#0072b2", alpha=0.1, linewidth=0)
+            axes.set_ylabel("perplexity / fresh")
+            axes.set_title(result["model"], fontsize=10, loc="left")
+        panels[-1].set_xlabel("tokens read; the band is 5 % around the perplexity at the training length")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+        file = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
+    return file.getvalue()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..caches.sinks import SinkCache
 from ..ops import check_bounds
 
 MODEL_ARGUMENTS = ["position_ids", "attention_mask", "past_key_values"]
@@ -80,14 +81,21 @@ def _restarts(given: dict[str, Any]) -> Tensor | None:
 def make_model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """The forward that stands in for a text model's: the same, which hands on restarting position_ids as ``seq_idx``.
 
-    Not under torch.compile, where nobody can look at them: there the layers need ``cu_seq_lens_q``.
+    Not under torch.compile, where nobody can look at them: there the layers need ``cu_seq_lens_q``. Masks and positions
+    of a `SinkCache` are the cache's.
     """
     names = list(inspect.signature(original).parameters)[1:]
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args)), **kwargs}
+        cache = given.get("past_key_values")
+        if isinstance(cache, SinkCache):
+            out = original(self, **{**given, **cache.begin(self, given)})
+            cache.commit()
+            return out
         if not torch.compiler.is_compiling():
-            seq_idx = _restarts({**dict(zip(names, args)), **kwargs})
+            seq_idx = _restarts(given)
             if seq_idx is not None:
                 kwargs["seq_idx"] = seq_idx
         return original(self, *args, **kwargs)

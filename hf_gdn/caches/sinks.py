@@ -1,0 +1,324 @@
+"""Attention sinks: a cache for hybrid models that takes any number of tokens in fixed memory.
+
+Full-attention layers keep the first `sink_tokens` and the last `window` tokens (StreamingLLM, Xiao et al. 2023), linear
+layers their states, which are of one size anyway. The buffers are made once and written as rings; `hf_gdn.patch()` must
+be in force, for the text model's forward tells the cache what a layer's `update` does not get to know: which tokens are
+padding, and the rotary frequencies. In return it takes positions and masks from the cache.
+
+**Positions.** What counts is how far apart a query and a key are *inside the cache*. transformers caches keys that are
+already rotated, and rotary scores depend on differences only: between tokens in the window these are right as they are,
+and sinks are turned after the query from the key as it came, in fp32 (`sink_plan`). Two things keep that exact for
+ever:
+
+- Positions do not grow with the stream. The angle of position p is p times a frequency, rounded in fp32: at a million
+  it is off by 0.03 rad, at 2^24 positions stop being integers, and models would see values they were never trained on.
+  So positions are set back by a power of two (C or the next above, `Sizes.era`) whenever they are that far beyond C,
+  and the window's keys are turned back as far, once in a key's life. Positions stay below C + era + T in a piece of T.
+- The rotary type must be relative: frequencies and scale may be any, but the same at all positions. With ``dynamic``
+  and ``longrope``, where frequencies depend on the length read, keys in the cache would not fit later ones: refused.
+
+``default``, ``linear``, ``llama3``, ``yarn`` and ``proportional`` are relative; a key's scale stays on it. Models
+without rotary keys (Kimi-Linear, OLMo-Hybrid as released) need nothing of this.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+
+from .sink_masks import as_mask, check_implementation, real_columns
+from .sink_plan import Piece, Sizes, Step, plan_piece, plan_step, turned
+
+__all__ = ["SinkCache", "SinkLayer"]
+
+# Model types whose full attention reads keys (or latents) and values and nothing beside.
+SUPPORTED = ("bailing_hybrid", "kimi_linear", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next")
+_NOT_RELATIVE = ("dynamic", "longrope")
+
+
+class SinkLayer(CacheLayerMixin):
+    """Keys and values of one full-attention layer: two buffers ``[B, H, sinks + window, D]``, and sinks as they came.
+
+    Of latent attention (MLA) "keys" and "values" are the two latents, kept and evicted together.
+    """
+
+    is_compileable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: SinkCache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.rotary_values = cache.latent  # latent attention has its rotary part where others have values
+        self.sinks: Tensor | None = None  # [B, H, sinks, rotary dimensions], as they came
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the buffers, of zeros."""
+        sizes, inv_freq = self.cache.sizes, self.cache.inv_freq
+        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
+        for name, new in (("keys", key_states), ("values", value_states)):
+            setattr(self, name, new.new_zeros((*new.shape[:2], sizes.slots, new.shape[3])))
+        if inv_freq is not None:
+            rotary = value_states if self.rotary_values else key_states
+            self.sinks = rotary.new_zeros((*rotary.shape[:2], sizes.sinks, 2 * len(inv_freq)))
+        if not torch.compiler.is_compiling():
+            for buffer in self.buffers():
+                torch._dynamo.mark_static_address(buffer)
+        self.is_initialized = True
+
+    def buffers(self) -> list[Tensor]:
+        """All that the layer holds."""
+        return [x for x in (self.keys, self.values, self.sinks) if x is not None]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in what a forward has computed and return the keys and values that its queries read."""
+        if self.cache.plan is None:
+            raise RuntimeError(
+                "a SinkCache is filled by models that hf_gdn has patched: call hf_gdn.patch() before the model reads; "
+                f"types: {', '.join(SUPPORTED)}"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self.cache.plan.apply(self, key_states, value_states)
+
+    def set_back(self, positions: Tensor, inv_freq: Tensor) -> None:
+        """Turn the window's keys back by positions ``[B]``."""
+        if not self.is_initialized:
+            return
+        held: Any = self.values if self.rotary_values else self.keys
+        angle = -positions.to(held.device)[:, None, None, None].float() * inv_freq.to(held.device)
+        window = held[:, :, self.cache.sizes.sinks :, : 2 * len(inv_freq)]
+        window.copy_(turned(window, angle))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a forward reads, and 0. The mask itself is the cache's own."""
+        held = min(int(self.get_seq_length()), self.cache.sizes.slots)
+        return (self.cache.sizes.slots if query_length == 1 else held + query_length), 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.seen()
+
+    def get_max_length(self) -> int:
+        return -1  # takes any number
+
+    def reset(self) -> None:
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def rows(self, index: Tensor) -> None:
+        """Replace the rows by those that index names; in place where their number stays."""
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values", "sinks"):
+            held = getattr(self, name)
+            if held is not None:
+                setattr(self, name, _rows(held, index, 0))
+                self.batch_size = len(getattr(self, name))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("a SinkCache cannot be cropped: what its rings have overwritten is gone")
+
+
+def _rows(held: Tensor, index: Tensor, dim: int) -> Tensor:
+    chosen = held[(slice(None),) * dim + (index.to(held.device),)]
+    return held.copy_(chosen) if chosen.shape == held.shape else chosen
+
+
+class SinkCache(Cache):
+    """A cache of constant size for hybrid models: attention sinks and a window, and states of linear layers.
+
+        hf_gdn.patch()
+        cache = SinkCache(model.config, sink_tokens=4, window=4092)
+        model.generate(**inputs, past_key_values=cache, prefill_chunk_size=1024)
+
+    Every token reads the first `sink_tokens` tokens and the last `window` ones, itself among them, whether it came
+    alone or in a piece of many. A piece of T tokens, in a model with rotary keys, reads window + T (1 + sinks) keys
+    once tokens are evicted, so long prompts are cut by whoever calls the model: by ``prefill_chunk_size``, or in a loop
+    of one's own. Padding may stand anywhere; it enters no layer. Decoding one token works on buffers of fixed address
+    and shape, under ``torch.compile(fullgraph=True)`` too. For inference: under ``torch.no_grad()``.
+
+    Args:
+        config: the model's config.
+        sink_tokens: how many first tokens are kept for good; 0 is a plain window.
+        window: how many last tokens are kept.
+
+    Raises:
+        TypeError, ValueError: sizes that are no integers, or too small; a model type or rotary type without sinks.
+    """
+
+    def __init__(self, config: Any, sink_tokens: int = 4, window: int = 4092) -> None:
+        for name, value, least in (("sink_tokens", sink_tokens, 0), ("window", window, 1)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        text = config.get_text_config(decoder=True)
+        family = text.model_type.removesuffix("_text")
+        if family not in SUPPORTED:
+            why = ": its indexer looks at all tokens" if "indexed_attention" in (text.layer_types or ()) else ""
+            raise ValueError(f"no attention sinks for model type {family!r}{why}; types: {', '.join(SUPPORTED)}")
+        rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+        if rope in _NOT_RELATIVE and family != "kimi_linear":  # which has rotary parameters and does not use them
+            raise ValueError(
+                f"no attention sinks with rotary type {rope!r}: its frequencies depend on how much was read, "
+                "so keys in the cache do not fit later ones"
+            )
+        self.sizes = Sizes(sink_tokens, window)
+        self.latent = getattr(text, "kv_lora_rank", None) is not None
+        self.inv_freq: Tensor | None = None  # [F], the model's own, known from the first forward on
+        self.plan: Step | Piece | None = None  # of the forward that is running
+        self._counts: Tensor | None = None  # [3, B]: columns read, tokens read (without padding), base of positions
+        self._taken: tuple[int, Tensor | int] = (0, 0)  # columns and tokens of the forward that is running
+        super().__init__(
+            layers=[
+                LinearAttentionLayer() if kind == "linear_attention" else SinkLayer(self) for kind in text.layer_types
+            ]
+        )
+
+    # ----------------------------------------------------------------------------------------------- around a forward
+
+    def begin(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """Plan a forward of the text model. Whatever is wrong with its arguments is raised here, with nothing changed.
+
+        Args:
+            model: the text model.
+            given: its forward's arguments by name.
+
+        Returns:
+            The arguments that the cache determines: ``attention_mask`` and ``position_ids``.
+        """
+        ids = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        if ids is None:
+            raise ValueError("the model was given neither input_ids nor inputs_embeds")
+        hosted = not (torch.compiler.is_compiling() or (ids.is_cuda and torch.cuda.is_current_stream_capturing()))
+        self._check(given, ids, hosted)
+        batch, length = ids.shape[:2]
+        real = real_columns(
+            given.get("attention_mask"), batch, length, int(self.seen()) if hosted else None, ids.device
+        )
+        if real is not None and hosted and bool(real.all()):
+            real = None
+        kind = model.config._attn_implementation
+        check_implementation(kind)
+        rotary = getattr(model, "rotary_emb", None)
+        self.inv_freq = None if rotary is None else rotary.inv_freq
+        counts = self._begun(batch, ids.device)
+        self._set_back(counts, hosted)
+        n, base = counts[1], counts[2]
+        seen: Tensor | None
+        if length == 1:
+            self.plan, seen = plan_step(self.sizes, n, base, self.inv_freq, n.tolist() if hosted else None)
+            token, plain = n[:, None], False
+        else:
+            tokens = torch.ones(batch, length, dtype=torch.bool, device=ids.device) if real is None else real
+            self.plan, seen, token = plan_piece(self.sizes, n, base, self.inv_freq, n.tolist(), tokens)
+            plain = self.plan.alone
+        dtype = model.embed_tokens.weight.dtype if given.get("inputs_embeds") is None else ids.dtype
+        self._taken = length, length if real is None else real.sum(1)
+        return {
+            "attention_mask": {
+                "full_attention": as_mask(seen, real, plain, kind, dtype),
+                "linear_attention": real if length > 1 or hosted else None,
+            },
+            "position_ids": (token - base[:, None]).clamp(min=0),
+        }
+
+    def commit(self) -> None:
+        """The forward that `begin` has planned is done."""
+        columns, tokens = self._taken
+        if self._counts is not None:
+            self._counts[0] += columns
+            self._counts[1] += tokens
+        self.plan = None
+
+    def _check(self, given: dict[str, Any], ids: Tensor, hosted: bool) -> None:
+        """Raise ValueError for what a cache of this kind, or with these rows, cannot read."""
+        if torch.is_grad_enabled():
+            raise ValueError("a SinkCache is for inference: call the model under torch.no_grad()")
+        for name in ("seq_idx", "cu_seq_lens_q"):
+            if given.get(name) is not None:
+                raise ValueError(f"a SinkCache reads one sequence a row, got {name}")
+        positions = given.get("position_ids")
+        spread = None if positions is None or positions.ndim != 3 or not hosted else positions[-3:] != positions[-1:]
+        if spread is not None and bool(spread.any()):  # height and width do not run with time
+            raise ValueError("a SinkCache reads text; position_ids of images have no place inside the cache")
+        if self._counts is not None and self._counts.shape[1] != len(ids) and (not hosted or self.seen() > 0):
+            raise ValueError(f"the SinkCache holds {self._counts.shape[1]} rows, the model was given {len(ids)}")
+
+    def _begun(self, batch: int, device: torch.device) -> Tensor:
+        """The counters; new ones, and new layers, for another number of rows."""
+        counts = self._counts
+        if counts is None or counts.shape[1] != batch:
+            counts = self._counts = torch.zeros(3, batch, dtype=torch.long, device=device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(counts)
+            for index, layer in enumerate(self.layers):
+                self.layers[index] = SinkLayer(self) if isinstance(layer, SinkLayer) else LinearAttentionLayer()
+        return counts
+
+    def _set_back(self, counts: Tensor, hosted: bool) -> None:
+        """Set positions back where they have come an era beyond C."""
+        base = self.sizes.base(counts[1])
+        if self.inv_freq is None or (hosted and torch.equal(base, counts[2])):
+            return
+        for layer in self.layers:
+            if isinstance(layer, SinkLayer):
+                layer.set_back(base - counts[2], self.inv_freq)
+        counts[2] = base
+
+    # ----------------------------------------------------------------------------------------------- transformers' side
+
+    def seen(self) -> Any:
+        """Columns read so far, padding included: an int, or a tensor where nobody can look (under torch.compile)."""
+        if self._counts is None:
+            return 0
+        seen = self._counts[0, 0]
+        capturing = seen.is_cuda and torch.cuda.is_current_stream_capturing()
+        return seen if torch.compiler.is_compiling() or capturing else int(seen)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all layers hold."""
+        return sum(sum(x.nbytes for x in _tensors(layer)) for layer in self.layers)
+
+    def reset(self) -> None:
+        """Forget everything; the buffers stay where they are."""
+        super().reset()
+        self.plan = None
+        if self._counts is not None:
+            self._counts.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was."""
+        self._rows(beam_idx, lambda layer: layer.reorder_cache(beam_idx))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows that `indices` names, or a mask of rows."""
+        rows = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
+        self._rows(rows, lambda layer: layer.batch_select_indices(rows))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, one beside the other."""
+        if self._counts is not None:
+            rows = torch.arange(self._counts.shape[1], device=self._counts.device).repeat_interleave(repeats)
+            self._rows(rows, lambda layer: layer.batch_repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not possible: what the rings have overwritten is gone."""
+        raise NotImplementedError("a SinkCache cannot be cropped: what its rings have overwritten is gone")
+
+    def _rows(self, index: Tensor, linear: Any) -> None:
+        if self._counts is None:
+            return
+        self._counts = _rows(self._counts, index, 1)  # which raises where a row is not there, before anything changes
+        for layer in self.layers:
+            layer.rows(index) if isinstance(layer, SinkLayer) else linear(layer)
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    if isinstance(layer, SinkLayer):
+        return layer.buffers()
+    return [x for states in (layer.conv_states, layer.recurrent_states) for x in states.values() if x is not None]
