@@ -2,6 +2,7 @@
 PYTHON      ?= python3
 VENV        ?= .venv
 CONSTRAINTS ?= constraints.txt
+WORKERS     ?= 2
 BIN          = $(VENV)/bin
 PIP          = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 export HF_HUB_OFFLINE = 1
@@ -19,8 +20,8 @@ report: $(VENV)/.installed
 
 ## All tests. Triton decides at import whether it interprets, hence two processes.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not interpret" $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not interpret" $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m interpret $(ARGS)
 
 ## The same tests on the oldest transformers we support: constraints.txt, but for what constraints-oldest.txt names.
 test-oldest: .venv-oldest/constraints.txt

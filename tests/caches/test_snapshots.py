@@ -165,6 +165,23 @@ def test_an_empty_cache_too(family):
         tiny.assert_close("logits", logits(model, ids, cache), full(model, ids), BUDGET)
 
 
+def test_what_was_recorded_before_a_restore_is_not_taken_back(family):
+    hf_gdn.patch()
+    model = tiny.model(family)
+    ids, cache = text(), MAKE["dynamic"](model)
+    cache.activate_past_recording()
+    logits(model, ids[:, :20], cache)
+    snapshot = caches.snapshot(cache)
+    go_on(model, ids, cache)
+    caches.restore(cache, snapshot)
+    with pytest.raises(RuntimeError, match="recorded 0"):
+        cache.crop(-1)
+    caches.restore(cache, snapshot)
+    logits(model, ids[:, 20:30], cache)
+    cache.crop(-10)
+    tiny.assert_close("taken back", go_on(model, ids, cache), full(model, ids)[:, 20:], BUDGET)
+
+
 def test_notes_of_others_do_not_survive(family):
     """Such as what a layer has recorded of tokens that it no longer holds."""
     model = tiny.model(family)
