@@ -1,4 +1,4 @@
-"""hf-gdn: report, ppl, speed, kernels, stream, compare, env; `accelerate launch -m hf_gdn.eval` is the same command.
+"""hf-gdn: report, ppl, speed, kernels, stream, chat, compare, env; `accelerate launch -m hf_gdn.eval` is the same.
 
 Exit codes: 0 fine; 1 not the same model, or slower than before; 2 something given cannot be used; 130 interrupted.
 """
@@ -239,6 +239,33 @@ def stream(
         output,
         lambda: job.main(sources, tuple(text or ()), field, options, device, dtype, output, quiet, _command()),
     )
+
+
+@app.command()
+def chat(
+    model: Annotated[str | None, typer.Argument(help="Folder or hub name; an embedded model by default.")] = None,
+    sink_tokens: Annotated[int, typer.Option(min=0, help="First tokens that are kept for good.")] = 4,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Last tokens that are kept; 4092, or 508 for embedded models, by default.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of sampling, 0 for greedy; as the model's generation_config by default.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Share of probability to sample from; as generation_config by default.")
+    ] = None,
+    device: Device = None, dtype: Dtype = None, backend: Backend = "auto",
+    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+) -> None:  # fmt: skip
+    """Talk to a model in the terminal, for as long as you like, in fixed memory (attention sinks)."""
+    from . import chat as job
+
+    options = job.Options(sink_tokens, window, max_new_tokens, temperature, top_p)
+    try:
+        job.main(model, options, device, dtype, backend, seed)
+    except KeyboardInterrupt:
+        _stop("interrupted", 130)
 
 
 @app.command()

@@ -158,7 +158,11 @@ class SinkCache(Cache):
         text = config.get_text_config(decoder=True)
         family = text.model_type.removesuffix("_text")
         if family not in SUPPORTED:
-            why = ": its indexer looks at all tokens" if "indexed_attention" in (text.layer_types or ()) else ""
+            why = (
+                ": its indexer looks at all tokens"
+                if "indexed_attention" in (getattr(text, "layer_types", None) or ())
+                else ""
+            )
             raise ValueError(f"no attention sinks for model type {family!r}{why}; types: {', '.join(SUPPORTED)}")
         rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
         if rope in _NOT_RELATIVE and family != "kimi_linear":  # which has rotary parameters and does not use them
