@@ -137,7 +137,7 @@ def _steps(
 def _request(family: Family, settings: Settings, layer: Any, raw: Raw) -> tuple[Any, ...]:
     """What the registry is asked."""
     needs_grad = torch.is_grad_enabled() and raw.q.requires_grad
-    return raw.q.device.type, raw.q.dtype, family.dims(layer), settings.backend, needs_grad
+    return raw.q.device.type, raw.q.dtype, (*family.dims(layer),), settings.backend, needs_grad
 
 
 def _advance(

@@ -12,7 +12,6 @@ from transformers import DynamicCache
 import hf_gdn
 import hf_gdn.caches
 from hf_gdn.caches import rewind
-from hf_gdn.eval import models
 from tests import tiny
 
 BUDGET = 1e-5
@@ -249,16 +248,3 @@ def test_sampling_is_the_models_own_distribution(rule, how):
             counts[tuple(out[0, -2:])] += 1
     chi2 = ((counts - draws * exact).square() / (draws * exact)).sum().item()
     assert chi2 < 60, f"chi^2 {chi2:.1f}"
-
-
-def test_a_draft_model_with_a_tokenizer_of_its_own():
-    """The universal assistant: drafts go through text."""
-    name, other = models.embedded()[:2]
-    loaded, draft = (models.load(models.Source(n), torch.device("cpu"), torch.float32) for n in (name, other))
-    draft.tokenizer.add_tokens(["a token that the other one does not have"])
-    draft.model.resize_token_embeddings(draft.model.config.vocab_size + 1)
-    ids = torch.tensor([loaded.tokenizer("import os\n\n\ndef main(argv):\n    ").input_ids])
-    arguments = dict(tokenizer=loaded.tokenizer, assistant_tokenizer=draft.tokenizer, assistant_model=draft.model)
-    with hf_gdn.patched(strict=True):
-        wanted = generate(loaded.model, ids)
-        assert torch.equal(generate(loaded.model, ids, **arguments), wanted)
