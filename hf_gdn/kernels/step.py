@@ -188,22 +188,22 @@ def _finish_kernel(
     i_n = (tl.program_id(0) // (HV + HK)).to(tl.int64)
     i_h = tl.program_id(0) % (HV + HK)
     p_window += i_n * (2 * HK * K + HV * V) * WIDTH
-    if i_h >= HV:
-        i_hk = i_h - HV
+    if i_h >= HV:  # no name in both branches: their blocks differ in size
+        i_key = i_h - HV
         o_k = tl.arange(0, BK)
         m_k = o_k < K
-        o_c = i_hk * K + o_k
-        p_x = p_q + i_n * stride_qb + i_hk * stride_qh + o_k
-        _move_window(p_x, stride_qt, p_window + o_c * WIDTH, m_k, T, WIDTH, BW)
-        p_x = p_k + i_n * stride_kb + i_hk * stride_kh + o_k
-        _move_window(p_x, stride_kt, p_window + (HK * K + o_c) * WIDTH, m_k, T, WIDTH, BW)
+        o_ck = i_key * K + o_k
+        p_new_q = p_q + i_n * stride_qb + i_key * stride_qh + o_k
+        _move_window(p_new_q, stride_qt, p_window + o_ck * WIDTH, m_k, T, WIDTH, BW)
+        p_new_k = p_k + i_n * stride_kb + i_key * stride_kh + o_k
+        _move_window(p_new_k, stride_kt, p_window + (HK * K + o_ck) * WIDTH, m_k, T, WIDTH, BW)
     else:
         i_hk, i_r = i_h // (HV // HK), i_h % (HV // HK)
         o_v = tl.arange(0, BV)
         m_v = o_v < V
-        o_c = 2 * HK * K + i_h * V + o_v
-        p_x = p_v + i_n * stride_vb + i_hk * stride_vh + i_r * stride_vr + o_v
-        _move_window(p_x, stride_vt, p_window + o_c * WIDTH, m_v, T, WIDTH, BW)
+        o_cv = 2 * HK * K + i_h * V + o_v
+        p_new_v = p_v + i_n * stride_vb + i_hk * stride_vh + i_r * stride_vr + o_v
+        _move_window(p_new_v, stride_vt, p_window + o_cv * WIDTH, m_v, T, WIDTH, BW)
         p_row = p_o + (i_n * T * HV + i_h) * V + o_v
         p_gate = p_z + i_n * stride_zb + i_hk * stride_zh + i_r * stride_zr + o_v
         b_w = tl.load(p_norm + o_v, mask=m_v, other=0.0).to(tl.float32)
