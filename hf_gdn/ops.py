@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import registry
 from .kernels import state_dtype
 from .kernels.layer import Raw, Rule, Weights
+from .once import read_once
 
 __all__ = ["chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_gated_delta_rule", "fused_recurrent_kda"]
 
@@ -74,23 +74,13 @@ def check(
         )
 
 
-_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
+@read_once
 def check_bounds(cu_seqlens: Tensor, length: int) -> None:
-    """Raise ValueError unless cu_seqlens climbs from 0 to `length`.
-
-    Reading values off a GPU waits for it, so a tensor is read once, not once a layer.
-    """
-    # Tensors made in inference mode have no version to tell a change by.
-    state = None if cu_seqlens.is_inference() else (cu_seqlens._version, length)
-    if state is not None and _checked.get(cu_seqlens) == state:
-        return
+    """Raise ValueError unless cu_seqlens climbs from 0 to `length`."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in pairwise(bounds)):
         shown = str(bounds if len(bounds) <= 16 else [*bounds[:8], "...", *bounds[-7:]])
         raise ValueError(f"cu_seqlens must start at 0, never fall, and end at T = {length}, got {shown}")
-    _checked[cu_seqlens] = state
 
 
 # ---------------------------------------------------------------------------------------------------------- operators

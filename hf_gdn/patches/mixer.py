@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.activations import ACT2FN
 from transformers.integrations.accelerate import force_accelerate_hooks
 
@@ -23,6 +22,7 @@ from ..caches import rewind
 from ..kernels import state_dtype
 from ..kernels.layer import ACTIVATIONS, Raw, Rule, Weights, causal_conv, decay, gated_norm
 from ..kernels.layer import beta as strength
+from ..once import read_once
 from ..ops import launch, launch_step
 from ..registry import BackendError, warn_once
 from . import packing
@@ -209,20 +209,14 @@ def _order(mask: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return order[..., None], real.gather(1, order)
 
 
-_full: WeakIdKeyDictionary = WeakIdKeyDictionary()  # whether masks are all ones, read once, not once a layer
+_all_ones = read_once(lambda mask: bool(mask.all()))
 
 
 def _no_padding(mask: Tensor) -> bool:
     """Whether a mask that is always there says nothing. A single token is never padding, as transformers has it."""
     if mask.shape[1] == 1:
         return True
-    if torch.compiler.is_compiling():
-        return False
-    version = None if mask.is_inference() else mask._version
-    known = _full.get(mask)
-    if version is None or known is None or known[0] != version:
-        known = _full[mask] = (version, bool(mask.all()))
-    return known[1]
+    return not torch.compiler.is_compiling() and _all_ones(mask)
 
 
 def _run(

@@ -14,14 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..caches.sinks import SinkCache
+from ..once import read_once
 from ..ops import check_bounds
 
 MODEL_ARGUMENTS = ["position_ids", "attention_mask", "past_key_values"]
-
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of seq_idx tensors, which are read once, not once a layer
 
 
 def bounds(x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
@@ -45,17 +43,14 @@ def bounds(x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     return cu_seqlens
 
 
+@read_once
 def _of_indices(seq_idx: Tensor, batch: int, length: int) -> Tensor:
     if seq_idx.ndim != 2 or seq_idx.shape[0] not in (1, batch) or seq_idx.shape[1] != length:
         wanted = f"[1, T] = [1, {length}]" + (f" or [B, T] = [{batch}, {length}]" if batch > 1 else "")
         raise ValueError(f"seq_idx must be {wanted} beside hidden states [B, T, hidden], got {list(seq_idx.shape)}")
-    key = None if seq_idx.is_inference() else (seq_idx._version, batch)
-    known = _known.get(seq_idx)
-    if key is None or known is None or known[0] != key:
-        rows = seq_idx.expand(batch, length)
-        begins = F.pad(rows[:, 1:] != rows[:, :-1], (1, 0), value=True).flatten().nonzero().squeeze(1)
-        known = _known[seq_idx] = (key, F.pad(begins, (0, 1), value=batch * length).to(torch.int32))
-    return known[1]
+    rows = seq_idx.expand(batch, length)
+    begins = F.pad(rows[:, 1:] != rows[:, :-1], (1, 0), value=True).flatten().nonzero().squeeze(1)
+    return F.pad(begins, (0, 1), value=batch * length).to(torch.int32)
 
 
 def _restarts(given: dict[str, Any]) -> Tensor | None:
