@@ -36,6 +36,7 @@ __all__ = ["SinkCache", "SinkLayer"]
 
 # Model types whose full attention reads keys (or latents) and values and nothing beside.
 SUPPORTED = ("bailing_hybrid", "kimi_linear", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next")
+_INDEXED = ("glm5_next", "qwen4_exp")
 _NOT_RELATIVE = ("dynamic", "longrope")
 
 
@@ -158,11 +159,7 @@ class SinkCache(Cache):
         text = config.get_text_config(decoder=True)
         family = text.model_type.removesuffix("_text")
         if family not in SUPPORTED:
-            why = (
-                ": its indexer looks at all tokens"
-                if "indexed_attention" in (getattr(text, "layer_types", None) or ())
-                else ""
-            )
+            why = ": its indexer looks at all tokens" if family in _INDEXED else ""
             raise ValueError(f"no attention sinks for model type {family!r}{why}; types: {', '.join(SUPPORTED)}")
         rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
         if rope in _NOT_RELATIVE and family != "kimi_linear":  # which has rotary parameters and does not use them

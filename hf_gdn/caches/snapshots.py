@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from . import identity
+from . import identity, positions
 from .snapshot_layers import BY_NAME, Kind, Parts, SnapshotError, check_parts, kind_of, row_dimension
-
-_POSITIONS = "position_ids"  # of a cache, see `_keeps_positions`
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +85,9 @@ def read(cache: Cache) -> Snapshot:
     """A snapshot that shares its memory with the cache, to be copied from before the cache is used again."""
     kinds = _kinds(cache)
     layers = tuple(kind.read(layer) for kind, layer in zip(kinds, cache.layers))
-    indexed = _keeps_positions(cache)
-    if indexed is not None and layers[indexed] and _POSITIONS in vars(cache):
-        layers[indexed]["indexer_position_ids"] = vars(cache)[_POSITIONS]
+    indexed = positions.first_indexed(cache)
+    if indexed is not None and layers[indexed] and positions.NAME in vars(cache):
+        layers[indexed]["indexer_position_ids"] = vars(cache)[positions.NAME]
     found = Snapshot(tuple(kind.name for kind in kinds), layers, int(cache.get_seq_length()))
     check(found)
     return found
@@ -150,16 +148,16 @@ def put(cache: Cache, found: Snapshot, devices: list[torch.device | None] | None
                 commits.append(kind_of(layer, index).prepare(layer, parts, devices[index] if devices else None))
         except SnapshotError as error:
             raise SnapshotError(f"layer {index}: {error}; nothing was restored") from None
-    indexed, positions = _keeps_positions(cache), None
+    indexed, placed = positions.first_indexed(cache), None
     if indexed is not None and "indexer_position_ids" in found.layers[indexed]:
-        positions = found.layers[indexed]["indexer_position_ids"].to(devices[indexed] if devices else None, copy=True)
+        placed = found.layers[indexed]["indexer_position_ids"].to(devices[indexed] if devices else None, copy=True)
     with torch.inference_mode():  # caches filled in inference mode take no copies outside of it
         for commit in commits:
             commit()
     if indexed is not None:
-        vars(cache).pop(_POSITIONS, None)
-        if positions is not None:
-            setattr(cache, _POSITIONS, positions)
+        vars(cache).pop(positions.NAME, None)
+        if placed is not None:
+            setattr(cache, positions.NAME, placed)
 
 
 @overload
@@ -199,8 +197,8 @@ def fork(cache: Cache, n: int, *, rows: bool = False) -> list[Cache] | Cache:
 def blank(cache: Cache) -> Cache:
     """An empty cache like another one."""
     new = copy.copy(cache)
-    if _keeps_positions(cache) is not None:
-        vars(new).pop(_POSITIONS, None)
+    if positions.first_indexed(cache) is not None:
+        vars(new).pop(positions.NAME, None)
     new.layers = [kind.blank(layer) for kind, layer in zip(_kinds(cache), cache.layers)]
     return new
 
@@ -242,14 +240,6 @@ def _kinds(cache: Cache) -> list[Kind]:
     if getattr(cache, "offloading", False):
         raise SnapshotError("the cache keeps layers off their device (offloading=True), which snapshots cannot follow")
     return [kind_of(layer, index) for index, layer in enumerate(cache.layers)]
-
-
-def _keeps_positions(cache: Cache) -> int | None:
-    """The first indexed layer, where transformers (5.17) keeps its positions on the cache, not on the layer."""
-    for index, layer in enumerate(cache.layers):
-        if hasattr(layer, "indexer_keys"):
-            return None if hasattr(layer, "indexer_position_ids") else index
-    return None
 
 
 def _count(kinds: tuple[str, ...]) -> str:

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from .. import graphs, registry
-from ..caches import batch, rewind
+from ..caches import batch, positions, rewind
 from ..registry import warn_once
 from .family import Family
 from .mixer import Settings, make_forward
@@ -170,8 +170,9 @@ def _make(family: Family, settings: Settings, current: _Patch | None) -> _Patch:
 
 
 _CACHE_SWAPS = [
-    Swap(LinearAttentionCacheLayerMixin, method.__name__, own(LinearAttentionCacheLayerMixin, method.__name__), method)
-    for method in batch.METHODS + rewind.METHODS
+    Swap(cls, method.__name__, own(cls, method.__name__), method)
+    for cls, methods in ((LinearAttentionCacheLayerMixin, batch.METHODS + rewind.METHODS), (Cache, positions.METHODS))
+    for method in methods
 ]
 
 

@@ -25,12 +25,12 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 import hf_gdn
 from hf_gdn import graphs, patches, registry
-from hf_gdn.caches import batch, rewind
+from hf_gdn.caches import batch, positions, rewind
 from hf_gdn.kernels import layer as layer_kernels
 from hf_gdn.patches import mixer, packing, swap
 from tests import tiny
@@ -391,6 +391,7 @@ def attributes() -> dict[tuple[type, str], object]:
     models = [getattr(importlib.import_module(family.module), family.model_name) for family in FAMILIES.values()]
     places = [(cls, "forward") for cls in [*map(layer_class, FAMILIES), *models]]
     places += [(LinearAttentionCacheLayerMixin, method.__name__) for method in batch.METHODS + rewind.METHODS]
+    places += [(Cache, method.__name__) for method in positions.METHODS]
     places += [(base, "_is_stateful") for cls in models for base in cls.__mro__ if vars(base).get("_is_stateful")]
     places.append((PreTrainedModel, "get_compiled_call"))
     return {place: swap.own(*place) for place in places}
