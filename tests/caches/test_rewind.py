@@ -4,14 +4,16 @@ The budget for logits and states is that of tests/patches/test_models.py: 1e-5 i
 """
 
 import copy
+import random
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import hf_gdn
 import hf_gdn.caches
 from hf_gdn.caches import rewind
+from hf_gdn.eval.models import ASSETS
 from tests import tiny
 
 BUDGET = 1e-5
@@ -62,6 +64,39 @@ def test_crop_and_read_again(model, sizes, refused):
         wanted = read(model, torch.cat((ids[:, : 30 + total - refused], others[:, :20]), 1), None)[:, -20:]
         assert [state.data_ptr() for state in states(cache)] == addresses
     tiny.assert_close("logits", torch.cat(got, 1), wanted, BUDGET)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_crops_beyond_the_last_crop(model, seed):
+    """A walk to and fro, as universal assistants go: states are those of reading what is left, logits as well."""
+    dice, text, beyond = random.Random(seed), [], False
+    with hf_gdn.patched(strict=True):
+        cache = recording(model)
+        for _ in range(25):
+            size = dice.choice([1, 1, 2, 7, 20])
+            new = [dice.randrange(1, 64) for _ in range(size)]
+            text += new
+            got = read(model, torch.tensor([new]), cache)
+            past = rewind.past_of(cache.layers[0])
+            assert beyond or past.reach >= min(len(text), rewind.ACROSS)
+            taken = dice.randrange(min(past.reach, size + rewind.ACROSS) + 1) if dice.random() < 0.7 else 0
+            beyond |= taken > size
+            cache.crop(-taken)
+            wanted = read(model, torch.tensor([text]), None)[:, -size:]
+            tiny.assert_close("logits", got, wanted, BUDGET)
+            text = text[: len(text) - taken]
+            assert cache.get_seq_length() == len(text)
+            if text:
+                kept = DynamicCache(config=model.config)
+                read(model, torch.tensor([text]), kept)
+                for one, other in zip(states(cache), states(kept)):
+                    tiny.assert_close("state", one, other, BUDGET)
+            spans = starts(rewind.past_of(cache.layers[0]))
+            assert len(spans) <= 3 and sum(map(len, spans[1:])) < 2 * rewind.ACROSS + 20
+
+
+def starts(past) -> list[rewind.Past]:
+    return [] if past is None else [past, *starts(past.earlier)]
 
 
 @pytest.mark.parametrize("length", [3, 40, 300, 700])
@@ -216,6 +251,27 @@ def test_an_assistant_of_the_same_kind_is_greedy(model, family, like):
 
 
 RULES = pytest.mark.parametrize("rule", ["qwen3_next", "kimi_linear"])
+
+
+def embedded(rule):
+    folder = ASSETS / f"{rule}-tiny"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # in 16 bits logits tie
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@RULES
+@pytest.mark.parametrize("do_sample", [False, True], ids=["by text", "by vocabulary"])
+def test_universal_assistants(rule, do_sample):
+    """Of another tokenizer: transformers goes by way of text, or, when it samples, of the tokens both have."""
+    (model, tokenizer), (draft, draft_tokenizer) = embedded(rule), embedded(rule)
+    draft_tokenizer.add_tokens(["return self", "def __init__", "    if ", "import "])
+    draft.resize_token_embeddings(len(draft_tokenizer))
+    prompt = torch.tensor([tokenizer("import os\n\nclass A:\n    def __init__(self, a):\n")["input_ids"]])
+    given = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=60, top_k=1, do_sample=do_sample)
+    with hf_gdn.patched(rule, strict=True):
+        wanted = model.generate(prompt, **given)
+        assistant = dict(assistant_model=draft, tokenizer=tokenizer, assistant_tokenizer=draft_tokenizer)
+        assert torch.equal(model.generate(prompt, **assistant, **given), wanted)
 
 
 @RULES
