@@ -244,7 +244,7 @@ def stream(
 @app.command()
 def chat(
     model: Annotated[str | None, typer.Argument(help="Folder or hub name; an embedded model by default.")] = None,
-    sink_tokens: Annotated[int, typer.Option(min=0, help="First tokens that are kept for good.")] = 4,
+    sink_tokens: Annotated[int, typer.Option(min=1, help="First tokens that are kept for good.")] = 4,
     window: Annotated[
         int | None, typer.Option(min=1, help="Last tokens that are kept; 4092, or 508 for embedded models, by default.")
     ] = None,

@@ -143,15 +143,17 @@ class SinkCache(Cache):
 
     Args:
         config: the model's config.
-        sink_tokens: how many first tokens are kept for good; 0 is a plain window.
+        sink_tokens: how many first tokens are kept for good.
         window: how many last tokens are kept.
 
     Raises:
         TypeError, ValueError: sizes that are no integers, or too small; a model type or rotary type without sinks.
     """
 
+    least_sinks = 1  # `hf_gdn.eval.stream` compares with none
+
     def __init__(self, config: Any, sink_tokens: int = 4, window: int = 4092) -> None:
-        for name, value, least in (("sink_tokens", sink_tokens, 0), ("window", window, 1)):
+        for name, value, least in (("sink_tokens", sink_tokens, self.least_sinks), ("window", window, 1)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value < least:

@@ -44,6 +44,12 @@ ABOUT = {
 }
 
 
+class PlainWindow(SinkCache):
+    """A window without sinks, for comparison: models whose first tokens matter fall apart on it."""
+
+    least_sinks = 0
+
+
 @dataclass(frozen=True)
 class Options:
     """What is read and kept.
@@ -144,7 +150,7 @@ def measure(loaded: Loaded, ids: Tensor, options: Options, bars: progress.Bars) 
     steps = bars.add(f"{loaded.source.label}: stream", 4 * length + len(places) + options.timed * 4, "tokens")
     caches = {
         "sinks": SinkCache(model.config, options.sinks, context - options.sinks),
-        "window": SinkCache(model.config, 0, context),
+        "window": PlainWindow(model.config, 0, context),
         "dense": DynamicCache(config=model.config),
     }
     found, held, rate = {"fresh": fresh(model, ids, context, steps)}, {}, {}

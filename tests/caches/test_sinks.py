@@ -13,6 +13,7 @@ import hf_gdn
 from hf_gdn.caches import SinkCache
 from hf_gdn.caches.sink_plan import Sizes, plan_piece
 from hf_gdn.caches.sinks import SUPPORTED
+from hf_gdn.eval.stream import PlainWindow
 from hf_gdn.eval.models import ASSETS
 from tests import tiny
 
@@ -94,7 +95,7 @@ def test_sizes(sinks, window, attention):
     ids, _ = tiny.batch(1, 60)
     wanted = oracle(model, ids, sinks, window)
     for cuts in ((), (60,), (3, 20)):
-        got = read(model, ids, cuts, SinkCache(model.config, sinks, window))
+        got = read(model, ids, cuts, (SinkCache if sinks else PlainWindow)(model.config, sinks, window))
         tiny.assert_close(f"logits, {cuts}", got, wanted, BUDGET)
 
 
@@ -349,7 +350,8 @@ def test_decoding_is_one_graph(family):
 @pytest.mark.parametrize(
     "sizes, error, text",
     [
-        ((-1, 8), ValueError, "sink_tokens must be at least 0, got -1"),
+        ((0, 8), ValueError, "sink_tokens must be at least 1, got 0"),
+        ((-1, 8), ValueError, "sink_tokens must be at least 1, got -1"),
         ((4, 0), ValueError, "window must be at least 1, got 0"),
         ((4, -8), ValueError, "window must be at least 1, got -8"),
         ((4, 8.0), TypeError, "window must be an int, got 8.0"),
