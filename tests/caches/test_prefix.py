@@ -1,8 +1,6 @@
 """Prefixes are read once: tokens that go through the model are counted, results are those of one full forward."""
 
 import random
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -263,16 +261,3 @@ def test_bad_input():
     for wrong in (ids[:, :8], ids[0], ids.expand(2, -1)):
         with pytest.raises(ValueError, match=r"\[1, T\] with T ≥ 9"):
             prefixes.add(wrong, used)
-
-
-def test_the_example_in_the_readme(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model = tiny.model("qwen3_next")
-    inputs = dict(input_ids=text(1, 30), attention_mask=torch.ones(1, 30, dtype=torch.long))
-    readme = (Path(hf_gdn.__file__).parents[1] / "README.md").read_text()
-    (example,) = (code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "PrefixCache" in code)
-    assert len(example.splitlines()) <= 10
-    names = dict(model=model, inputs=inputs)
-    exec(example, names)
-    assert names["prefixes"].tokens_read == 29
-    assert names["cache"].get_seq_length() == 29
