@@ -2,40 +2,65 @@
 
     python benchmarks/lookup.py [--model NAME] [--device cuda] [--dtype bfloat16] [--tokens 10] [--output FILE]
 
-Both run patched; transformers refuses the first without the patch. Three prompts: ``repetitive``, a passage said four
-times, which a model goes on with; ``text``, the passage as it is; ``nothing``, ids drawn at random, where hardly any
-draft is found, and none that is right. Greedy; what is counted is the time of whole `generate` calls with 128 new
-tokens, in turns, medians of 5. A row counts when both give the same tokens, but for ties: where they part, the two
-logits are within the dtype's rounding of each other (`hf_gdn.eval.speed.compare_tokens`). The last line is JSON.
+Both run patched; transformers refuses the first without the patch. Four prompts: ``repetitive``, a passage said four
+times, which a model goes on with; ``text``, the passage as it is; ``random``, ids drawn at random; ``refused``, the
+passage with random drafts in place of those that lookup finds, so that none is ever right. Greedy; what is counted is
+the time of whole `generate` calls with 256 new tokens, in turns, medians of 7. A row counts when both give the same
+tokens, but for ties: where they part, the two logits are within the dtype's rounding of each other
+(`hf_gdn.eval.speed.compare_tokens`). The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
+from transformers.generation import PromptLookupCandidateGenerator
 
 import hf_gdn
 from hf_gdn.eval import models, texts
 from hf_gdn.eval.machine import clocks, console, machine, versions
 from hf_gdn.eval.speed import compare_tokens
 
-NEW, ROUNDS = 128, 5
+NEW, ROUNDS = 256, 7
 
 
 def prompts(loaded: models.Loaded) -> dict[str, torch.Tensor]:
     """Ids ``[1, T]`` of every kind."""
     random = torch.Generator().manual_seed(0)
     passage = texts.tokenize(loaded.tokenizer, texts.embedded())[:96]
-    nothing = torch.randint(0, loaded.model.config.get_text_config().vocab_size, (384,), generator=random)
-    return {"repetitive": passage.repeat(4)[None], "text": passage[None], "nothing": nothing[None]}
+    ids = torch.randint(0, loaded.model.config.get_text_config().vocab_size, (384,), generator=random)
+    return {
+        "repetitive": passage.repeat(4)[None],
+        "text": passage[None],
+        "random": ids[None],
+        "refused": passage[None],
+    }
+
+
+@contextlib.contextmanager
+def random_drafts(vocabulary: int) -> Iterator[None]:
+    """What prompt lookup finds is replaced with ids drawn at random."""
+    original = PromptLookupCandidateGenerator.get_candidates
+
+    def get_candidates(self: Any, input_ids: torch.Tensor, **_: Any) -> Any:
+        draft = torch.randint(vocabulary, (1, self.num_output_tokens), device=input_ids.device)
+        return torch.cat((input_ids, draft), 1), None
+
+    PromptLookupCandidateGenerator.get_candidates = get_candidates
+    try:
+        yield
+    finally:
+        PromptLookupCandidateGenerator.get_candidates = original
 
 
 def run(model: Any, ids: torch.Tensor, **kwargs: Any) -> tuple[float, torch.Tensor]:
@@ -80,7 +105,9 @@ def main() -> int:
     for name in options.model.split(","):
         loaded = models.load(models.Source(name), device, models.DTYPES[options.dtype])
         for kind, ids in prompts(loaded).items():
-            row = measure(loaded, kind, ids.to(device), options.tokens, options.dtype)
+            vocabulary = loaded.model.config.get_text_config().vocab_size
+            with random_drafts(vocabulary) if kind == "refused" else contextlib.nullcontext():
+                row = measure(loaded, kind, ids.to(device), options.tokens, options.dtype)
             rows.append(dict(model=name, **row))
             figures = [f"{row['plain']:.0f}", f"{row['lookup']:.0f}", f"{row['ratio']:.2f}x"]
             table.add_row(name, kind, *(figures if row["passed"] else ["other tokens", "", ""]))

@@ -5,8 +5,9 @@ of its own for each is 2 MiB a layer in Qwen3-Next; what the projections made of
 few of them again from the state before them costs what decoding them did, once, only when tokens are really refused.
 So a layer keeps the states as they were and the projections since, and `crop` replays those that stay.
 
-A crop begins a new span of tokens and keeps the one before: universal assistants, whose tokens are made anew from text,
-take back more than they have added. Spans are joined until they have enough tokens, so that there are at most three.
+Before a draft, and where tokens have been taken back, a new span of tokens begins, so that little is to be replayed.
+Those before are kept: universal assistants, whose tokens are made anew from text, take back more than they have added.
+Spans are joined until they have enough tokens, so that there are three at most.
 
 Convolution windows are replayed with the states and stay as wide as ever; both keep their addresses.
 """
@@ -16,16 +17,37 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import cache_utils
 
-# Tokens that can be taken back; between one and two times as many are kept.
-RECORDED = 256
-# Tokens from before a crop that a later one can take back as well; fewer than twice as many are kept, and a draft.
-ACROSS = 32
+# Tokens that can be taken back at least.
+RECORDED = 64
 _KEY = "_hf_gdn_past"  # in a cache layer's __dict__
+Step = Callable[[Any, Tensor, Tensor], Any]
+
+
+class Read(NamedTuple):
+    """Tokens of one call.
+
+    Attributes:
+        raw: a named tuple of tensors ``[B, t, ...]`` or None.
+        places: ``[T]``, t of them true: where among the call's T places the tokens stood; None where t = T.
+        length: T.
+    """
+
+    raw: Any
+    places: Tensor | None
+    length: int
+
+    def first(self, count: int) -> Read:
+        """What stood in the first `count` places."""
+        if count == self.length:
+            return self
+        kept = count if self.places is None else int(self.places[:count].sum())
+        raw = type(self.raw)(*(x if x is None else x[:, :kept] for x in self.raw))
+        return Read(raw, None if self.places is None else self.places[:count], count)
 
 
 @dataclass
@@ -36,9 +58,8 @@ class Past:
         of: the layer's window and state, which this is the past of, and how often they had been written to.
         window, state: copies of them from before the first token.
         empty: the layer held nothing then.
-        tokens: tuples of tensors ``[B, t, ...]`` or None, and the places ``[T]`` that they were given in, t of them
-            true, or None where t places held t tokens.
-        step: ``step(tokens, window, state)`` moves both on, in place.
+        tokens: what was read since.
+        step: ``step(raw, window, state)`` moves both on, in place; None until it is known.
         earlier: the past of the first token, where a crop has kept it.
     """
 
@@ -47,12 +68,12 @@ class Past:
     window: Tensor
     state: Tensor
     empty: bool
-    tokens: list[tuple[Any, Tensor | None]]
-    step: Callable[[Any, Tensor, Tensor], Any]
+    tokens: list[Read]
+    step: Step | None = None
     earlier: Past | None = None
 
     def __len__(self) -> int:
-        return sum(map(_places, self.tokens))
+        return sum([read.length for read in self.tokens])
 
     @property
     def reach(self) -> int:
@@ -64,28 +85,22 @@ class Past:
         states = self.window.clone(), self.state.clone()
         return Past(of, _versions(of), *states, self.empty, list(self.tokens), self.step, earlier)
 
-    def first(self, count: int) -> list[tuple[Any, Tensor | None]]:
-        """The tokens in the first `count` places."""
+    def first(self, count: int) -> list[Read]:
+        """What stood in the first `count` places."""
         found = []
-        for some, places in self.tokens:
-            taken = min(count, _places((some, places)))
-            if taken > 0:
-                kept = taken if places is None else int(places[:taken].sum())
-                part = type(some)(*(x if x is None else x[:, :kept] for x in some))
-                found.append((part, None if places is None else places[:taken]))
-            count -= taken
+        for read in self.tokens:
+            if count <= 0:
+                break
+            found.append(read.first(min(count, read.length)))
+            count -= read.length
         return found
 
-    def replay(self, tokens: list[tuple[Any, Tensor | None]], window: Tensor, state: Tensor) -> None:
+    def replay(self, tokens: list[Read], window: Tensor, state: Tensor) -> None:
         """Let tokens into window and state."""
-        for some, _ in tokens:
-            if some[0].shape[1] > 0:
-                self.step(some, window, state)
-
-
-def _places(entry: tuple[Any, Tensor | None]) -> int:
-    some, places = entry
-    return some[0].shape[1] if places is None else len(places)
+        assert self.step is not None
+        for read in tokens:
+            if read.raw[0].shape[1] > 0:
+                self.step(read.raw, window, state)
 
 
 def _versions(tensors: tuple[Tensor, Tensor]) -> tuple[int, ...]:
@@ -100,34 +115,33 @@ def past_of(layer: Any) -> Past | None:
     return past if past.versions == _versions(past.of) else None
 
 
-def before(layer: Any, window: Tensor, state: Tensor) -> Past:
-    """Call before tokens move a recording layer on; where it holds nothing yet, window and state are zeros."""
+def _next(past: Past, window: Tensor, state: Tensor) -> Past:
+    """The span after one that ends in `window` and `state`, which are kept."""
+    closed = past.earlier
+    if closed is None or len(closed) >= RECORDED:
+        closed = past
+    else:
+        closed.tokens += past.tokens
+    if len(closed) >= RECORDED:
+        closed.earlier = None
+    return Past(past.of, past.versions, window, state, False, [], past.step, closed)
+
+
+def before(layer: Any, window: Tensor, state: Tensor, length: int) -> Past:
+    """Call before `length` tokens move a recording layer on; where it holds nothing yet, window and state are zeros."""
     past = past_of(layer) if layer.has_previous_state[0] else None
     if past is None:
-        empty = not layer.has_previous_state[0]
-        past = Past((window, state), (), window.clone(), state.clone(), empty, [], _nothing)
+        return Past((window, state), (), window.clone(), state.clone(), not layer.has_previous_state[0], [])
+    if past.tokens and (length > 1 or len(past) >= RECORDED):  # of a draft some will be taken back
+        past = layer.__dict__[_KEY] = _next(past, window.clone(), state.clone())
     return past
 
 
-def _nothing(*_: Any) -> None:
-    pass
-
-
-def after(
-    layer: Any, past: Past, tokens: Any, places: Tensor | None, step: Callable[[Any, Tensor, Tensor], Any]
-) -> None:
-    """Call when `tokens` in `places` have moved the layer on (`Past`)."""
+def after(layer: Any, past: Past, raw: Any, places: Tensor | None) -> None:
+    """Call when tokens have moved the layer on (`Read`)."""
     past.of = layer.conv_states[0], layer.recurrent_states[0]
     past.versions = _versions(past.of)
-    past.tokens.append((tokens, places))
-    past.step = step
-    if len(past) > 2 * RECORDED:
-        old, kept = 0, len(past)
-        while kept - _places(past.tokens[old]) >= RECORDED:
-            kept -= _places(past.tokens[old])
-            old += 1
-        past.replay(past.tokens[:old], past.window, past.state)
-        past.tokens, past.empty, past.earlier = past.tokens[old:], past.empty and not old, None
+    past.tokens.append(Read(raw, places, raw[0].shape[1] if places is None else len(places)))
     layer.__dict__[_KEY] = past
 
 
@@ -138,29 +152,21 @@ def forget(layer: Any) -> None:
 
 def _back(layer: Any, past: Past, count: int) -> Past:
     """Take `count` tokens back that `past` reaches; returns what is the past then."""
+    if count == 0:
+        return past
     while count > len(past):
         assert past.earlier is not None
         count, past = count - len(past), past.earlier
-    of = layer.conv_states[0], layer.recurrent_states[0]
     tokens = past.first(len(past) - count)
-    if count == 0 and not tokens:
-        return past
-    window, state = (x.clone() for x in ((past.window, past.state) if count > 0 else of))
-    if count > 0:
-        past.replay(tokens, window, state)
-        of[0].copy_(window)
-        of[1].copy_(state)
-        layer.has_previous_state[0] = bool(tokens) or not past.empty
+    window, state = past.window.clone(), past.state.clone()
+    past.replay(tokens, window, state)
+    of = layer.conv_states[0], layer.recurrent_states[0]
+    of[0].copy_(window)
+    of[1].copy_(state)
+    layer.has_previous_state[0] = bool(tokens) or not past.empty
     past.tokens = tokens
     if tokens:
-        closed = past.earlier
-        if closed is None or len(closed) >= ACROSS:
-            closed = past
-        else:
-            closed.tokens += tokens
-        if len(closed) >= ACROSS:
-            closed.earlier = None
-        past = Past(of, (), window, state, False, [], past.step, closed)
+        past = _next(past, window, state)
     past.of, past.versions = of, _versions(of)
     return past
 
@@ -176,13 +182,13 @@ def crop(self: Any, tokens_to_remove: int) -> None:
     """
     if not self.record_past or tokens_to_remove > 0:
         return _original_crop(self, tokens_to_remove)  # which refuses
-    past, count = past_of(self), -tokens_to_remove
+    past, count = past_of(self), -int(tokens_to_remove)  # generate() gives tensors
     recorded = 0 if past is None else past.reach
     if count > recorded and any(self.is_recurrent_states_initialized.values()):
         raise RuntimeError(
-            f"crop({tokens_to_remove}) takes {count} tokens back, the layer has recorded {recorded}: of patched models "
-            f"the last {RECORDED} or more since activate_past_recording() or the last crop and {ACROSS} or more before "
-            "that crop, without gradients, and without padding where there are several rows"
+            f"crop({tokens_to_remove}) takes {count} tokens back, the layer has recorded {recorded}; of patched models "
+            f"it is the last {RECORDED} or more since activate_past_recording(), without gradients, of several rows "
+            "without padding"
         )
     forget(self)
     if past is not None:

@@ -28,6 +28,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from .. import graphs, registry
 from ..caches import batch, positions, rewind
 from ..registry import warn_once
+from .drafts import make_get_candidate_generator
 from .family import Family
 from .mixer import Settings, make_forward
 from .packing import MODEL_ARGUMENTS, make_model_forward
@@ -165,6 +166,7 @@ def _make(family: Family, settings: Settings, current: _Patch | None) -> _Patch:
     others = (
         _swap(model, "forward", make_model_forward, current),
         _swap(stateful, "_is_stateful", lambda _: False, current),
+        _swap(stateful, "_get_candidate_generator", make_get_candidate_generator, current),
     )
     return _Patch(family, settings, layer, others)
 

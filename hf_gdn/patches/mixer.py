@@ -258,23 +258,29 @@ def _recorded(family: Family, settings: Settings, layer: Any, x: Tensor, cache: 
 
 def _record(family: Family, settings: Settings, layer: Any, x: Tensor, cache: Any, places: Tensor | None) -> Tensor:
     """`_advance` on x ``[B, T, hidden]``, the tokens of some `places`, which are recorded."""
-    raw, weights, rule = family.raw(layer, x), family.weights(layer), family.rule(layer)
-    states = cache.layers[layer.layer_idx]
+    raw, states = family.raw(layer, x), cache.layers[layer.layer_idx]
     if states.has_previous_state[0]:
         window, state = states.conv_states[0], states.recurrent_states[0]
     else:
         _, v_heads, k_dim, v_dim = family.dims(layer)
-        window = raw.q.new_zeros(len(x), *weights.conv.shape)
+        window = raw.q.new_zeros(len(x), *layer.conv1d.weight.squeeze(1).shape)
         state = raw.q.new_zeros(len(x), v_heads, k_dim, v_dim, dtype=state_dtype(raw.q.dtype))
-    past = rewind.before(states, window, state)
+    past = rewind.before(states, window, state, x.shape[1])
     mixed = _advance(family, settings, layer, raw, cache, None, None)
-    recurrent = registry.select(f"recurrent_{family.op}", *_request(family, settings, layer, raw))
-    kernel = _steps(family, recurrent, 1, raw, weights, rule, states)
-    if kernel is None:
+    past.step = past.step or _replay(family, settings, layer, raw, states)
+    if past.step is None:
         rewind.forget(states)
     else:
-        rewind.after(states, past, raw, places, lambda raw, *states: kernel.fn(raw, weights, rule, *states))
+        rewind.after(states, past, raw, places)
     return mixed
+
+
+def _replay(family: Family, settings: Settings, layer: Any, raw: Raw, states: Any) -> rewind.Step | None:
+    """What lets tokens like these into a window and a state once more; None where no step kernel serves them."""
+    weights, rule = family.weights(layer), family.rule(layer)
+    recurrent = registry.select(f"recurrent_{family.op}", *_request(family, settings, layer, raw))
+    kernel = _steps(family, recurrent, 1, raw, weights, rule, states)
+    return None if kernel is None else lambda raw, *states: kernel.fn(raw, weights, rule, *states)
 
 
 def _check_served(layer: Any, cache: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> None:

@@ -392,7 +392,8 @@ def attributes() -> dict[tuple[type, str], object]:
     places = [(cls, "forward") for cls in [*map(layer_class, FAMILIES), *models]]
     places += [(LinearAttentionCacheLayerMixin, method.__name__) for method in batch.METHODS + rewind.METHODS]
     places += [(Cache, method.__name__) for method in positions.METHODS]
-    places += [(base, "_is_stateful") for cls in models for base in cls.__mro__ if vars(base).get("_is_stateful")]
+    bases = [base for cls in models for base in cls.__mro__ if vars(base).get("_is_stateful")]
+    places += [(base, name) for base in bases for name in ("_is_stateful", "_get_candidate_generator")]
     places.append((PreTrainedModel, "get_compiled_call"))
     return {place: swap.own(*place) for place in places}
 
