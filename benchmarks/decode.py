@@ -18,11 +18,12 @@ The last line of the output is JSON.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import itertools
 import json
+import shlex
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 import hf_gdn
 from hf_gdn import registry
 from hf_gdn.eval.ceilings import captured, timer
-from hf_gdn.eval.machine import clocks, console, machine, versions
+from hf_gdn.eval.machine import console, made_with
 from hf_gdn.kernels import STEP_GDN, STEP_KDA, reference
 
 Row = dict[str, Any]
@@ -161,11 +162,8 @@ def main() -> int:
             )
             table.add_row(f"{row['row']} {row['what']}", row["how"], str(row["batch"]), *figures, f"{row['error']:.1e}")
     out.print(table)
-    found = dict(
-        kind="decode", date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        command="python benchmarks/decode.py", dtype=str(dtype).removeprefix("torch."),
-        machine={**machine(device), **clocks(device)}, versions=versions(), rows=rows,
-    )  # fmt: skip
+    head = made_with("decode", shlex.join(["python", *sys.argv]), device)
+    found = dict(**head, dtype=str(dtype).removeprefix("torch."), rows=rows)
     if options.output:
         options.output.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(json.dumps(found))

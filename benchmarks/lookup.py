@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from transformers.generation import PromptLookupCandidateGenerator
 
 import hf_gdn
 from hf_gdn.eval import models, texts
-from hf_gdn.eval.machine import clocks, console, machine, versions
+from hf_gdn.eval.machine import console, made_with
 from hf_gdn.eval.speed import compare_tokens
 
 NEW, ROUNDS = 256, 7
@@ -112,11 +113,8 @@ def main() -> int:
             figures = [f"{row['plain']:.0f}", f"{row['lookup']:.0f}", f"{row['ratio']:.2f}x"]
             table.add_row(name, kind, *(figures if row["passed"] else ["other tokens", "", ""]))
     console().print(table)
-    found = dict(
-        kind="lookup", date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        command="python benchmarks/lookup.py", dtype=options.dtype, draft=options.tokens, new_tokens=NEW,
-        machine={**machine(device), **clocks(device)}, versions=versions(), rows=rows,
-    )  # fmt: skip
+    head = made_with("lookup", shlex.join(["python", *sys.argv]), device)
+    found = dict(**head, dtype=options.dtype, draft=options.tokens, new_tokens=NEW, rows=rows)
     if options.output:
         options.output.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(json.dumps(found))

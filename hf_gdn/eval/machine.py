@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import platform
 import subprocess
@@ -73,6 +74,17 @@ def clocks(device: torch.device) -> dict[str, str]:
         return dict(zip(fields.split(","), (value.strip() for value in done.stdout.split(","))))
     frequency = psutil.cpu_freq()
     return {"cpu_mhz": f"{frequency.current:.0f}"} if frequency is not None else {}
+
+
+def made_with(kind: str, command: str, device: torch.device) -> dict[str, Any]:
+    """The head of every file of results."""
+    return {
+        "kind": kind,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "machine": {**machine(device), **clocks(device)},
+        "versions": versions(),
+    }
 
 
 def _processor() -> str:

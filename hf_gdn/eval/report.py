@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -225,16 +224,8 @@ def _journal(told: dict[str, Any], device: torch.device, output: str, resume: bo
 
 def _head(kind: str, command: str, ranks: Ranks, device: torch.device) -> dict[str, Any]:
     """What every report says of itself."""
-    return {
-        "schema": SCHEMA,
-        "kind": kind,
-        "hf_gdn": __version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "processes": ranks.count,
-        "machine": {**machine.machine(device), **machine.clocks(device)},
-        "versions": machine.versions(),
-    }
+    made = machine.made_with(kind, command, device)
+    return {"schema": SCHEMA, "hf_gdn": __version__, "processes": ranks.count, **made}
 
 
 FILES: dict[str, Callable[[dict[str, Any]], str]] = {

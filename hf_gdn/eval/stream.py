@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..caches import SinkCache
+from ..caches import SinkCache, snapshots
 from ..errors import UserError
 from ..patches import patched
 from . import journal, machine, models, perplexity, plots, progress, texts
@@ -156,7 +156,7 @@ def measure(loaded: Loaded, ids: Tensor, options: Options, bars: progress.Bars) 
     found, held, rate = {"fresh": fresh(model, ids, context, steps)}, {}, {}
     for name, cache in caches.items():
         found[name] = through(model, ids, cache, steps)
-        held[name] = _bytes(cache)
+        held[name] = cache.nbytes if isinstance(cache, SinkCache) else snapshots.read(cache).nbytes
     found["re-read"] = re_read(model, ids, places, context, steps)
     for name, cache in caches.items():
 
@@ -190,18 +190,6 @@ def _ratio(values: Tensor, reference: Tensor) -> float:
     """Perplexity over the reference's, on the tokens that both have."""
     both = values.isfinite() & reference.isfinite()
     return math.exp((reference[both] - values[both]).mean().item()) if both.any() else math.nan
-
-
-def _bytes(cache: Any) -> int:
-    if isinstance(cache, SinkCache):
-        return cache.nbytes
-    held = 0
-    for layer in cache.layers:
-        states = [layer.keys, layer.values] if hasattr(layer, "keys") else [
-            x for kind in (layer.conv_states, layer.recurrent_states) for x in kind.values()
-        ]  # fmt: skip
-        held += sum(x.nbytes for x in states if x is not None)
-    return held
 
 
 # --------------------------------------------------------------------------------------------------------------- output
@@ -243,10 +231,8 @@ def main(
         for source in sources or tuple(Source(name) for name in models.embedded()):
             loaded = models.load(source, place, models.pick_dtype(dtype, source.name, place))
             results.append(measure(loaded, texts.tokenize(loaded.tokenizer, text), options, bars))
-    report = {
-        "kind": "stream", "command": command, "text": text.source, "options": asdict(options),
-        "machine": machine.machine(place), "versions": machine.versions(), "results": results,
-    }  # fmt: skip
+    head = machine.made_with("stream", command, place)
+    report = {**head, "text": text.source, "options": asdict(options), "results": results}
     for name, made in (("stream.json", json.dumps(report, indent=1) + "\n"), ("stream.svg", plots.stream(results))):
         journal.write_whole(Path(folder) / name, lambda path, made=made: path.write_text(made, encoding="utf-8"))
     console = machine.console()

@@ -97,6 +97,13 @@ def compile_for(
     return Compiled(target, binary.metadata.shared, registers, spills, "hsaco")
 
 
+def check(*results: Compiled) -> None:
+    """Nothing spilled, and no more shared memory than the target has."""
+    for result in results:
+        assert result.shared <= SHARED_LIMIT[result.target], result
+        assert result.spills == 0, result
+
+
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
     # A Triton kernel has no arrays of its own in local memory: whatever is on its stack was spilled there.
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -11,7 +11,7 @@ import triton
 
 from hf_gdn.kernels import recurrent as module
 
-from .compiled import SHARED_LIMIT, TARGETS, Compiled, compile_for
+from .compiled import TARGETS, Compiled, check, compile_for
 
 ROWS = [heads for heads, _, _ in module._LAUNCH]
 GATES = pytest.mark.parametrize("is_kda", [False, True], ids=["gdn", "kda"])
@@ -38,11 +38,6 @@ def compiled(target, is_kda, K=128, V=128, heads=ROWS[-1], given=("p_initial",),
         kernel, signature, constexprs, target, num_warps,
         divisible=[name for name in strides if name in signature], enable_fp_fusion=module.FP_FUSION,
     )  # fmt: skip
-
-
-def check(result: Compiled) -> None:
-    assert result.shared <= SHARED_LIMIT[result.target], result
-    assert result.spills == 0, result
 
 
 @pytest.mark.parametrize("target", TARGETS)
