@@ -51,6 +51,22 @@ def _sum_rows(b_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.reshape(b_x, [COLUMNS])
 
 
+@triton.jit
+def _l2norm(b_x, BK: tl.constexpr):
+    """A row of K numbers over its length."""
+    return b_x * tl.rsqrt(_sum_rows(b_x * b_x, BK, 1) + 1e-6)
+
+
+@triton.jit
+def _token(b_s, b_q, b_k, b_v, b_decay, b_beta, scale, BK: tl.constexpr, BV: tl.constexpr):
+    """The delta rule for one token: the state ``[BK, BV]`` and o ``[BV]``. The decay is a number or ``[BK, 1]``."""
+    b_s *= b_decay
+    b_u = b_beta * (b_v - _sum_rows(b_s * b_k[:, None], BK, BV))
+    # Fused by hand, in every tile: it saves registers, without which some tiles spill.
+    b_s = tl.fma(b_k[:, None], b_u[None, :], b_s)
+    return b_s, scale * _sum_rows(b_s * b_q[:, None], BK, BV)
+
+
 # A single token gets a kernel of its own, without a loop; other values of T share one.
 @triton.jit(do_not_specialize_on_alignment=["T"])
 def _recurrent_kernel(
@@ -124,16 +140,12 @@ def _recurrent_kernel(
         b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)
         b_beta = tl.load(p_beta).to(tl.float32)
         if QK_L2NORM:
-            b_q *= tl.rsqrt(_sum_rows(b_q * b_q, BK, 1) + 1e-6)
-            b_k *= tl.rsqrt(_sum_rows(b_k * b_k, BK, 1) + 1e-6)
+            b_q, b_k = _l2norm(b_q, BK), _l2norm(b_k, BK)
         if IS_KDA:
-            b_s *= tl.exp(tl.load(p_g, mask=m_k, other=0.0).to(tl.float32))[:, None]
+            b_decay = tl.exp(tl.load(p_g, mask=m_k, other=0.0).to(tl.float32))[:, None]
         else:
-            b_s *= tl.exp(tl.load(p_g).to(tl.float32))
-        b_u = b_beta * (b_v - _sum_rows(b_s * b_k[:, None], BK, BV))
-        # Fused by hand, in every tile: it saves registers, without which some tiles spill.
-        b_s = tl.fma(b_k[:, None], b_u[None, :], b_s)
-        b_o = scale * _sum_rows(b_s * b_q[:, None], BK, BV)
+            b_decay = tl.exp(tl.load(p_g).to(tl.float32))
+        b_s, b_o = _token(b_s, b_q, b_k, b_v, b_decay, b_beta, scale, BK, BV)
         tl.store(p_o, b_o.to(p_o.dtype.element_ty), mask=m_v)
         if p_tokens is not None:
             tl.store(p_tokens + o_s, b_s, mask=m_s)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..registry import Kernel, register
 from .launch import on_device, tl, triton, why_not
 from .layer import Raw, Rule, Weights
-from .recurrent import FP_FUSION, _sum_rows, launch_options
+from .recurrent import FP_FUSION, _l2norm, _sum_rows, _token, launch_options
 
 
 @triton.jit
@@ -128,8 +128,6 @@ def _step_kernel(
             p_v, stride_vt, p_window + o_cv * WIDTH, p_weight + o_cv * WIDTH,
             None if p_bias is None else p_bias + o_cv, m_v, i_t, WIDTH,
         )  # fmt: skip
-        b_q *= tl.rsqrt(_sum_rows(b_q * b_q, BK, 1) + 1e-6)
-        b_k *= tl.rsqrt(_sum_rows(b_k * b_k, BK, 1) + 1e-6)
         if IS_KDA:
             b_g = tl.load(p_a + i_t * stride_at, mask=m_k, other=0.0).to(tl.float32) + b_bias
         else:
@@ -137,12 +135,10 @@ def _step_kernel(
         b_g = -b_rate * _exp1p_log(b_g) if LOWER_BOUND is None else LOWER_BOUND * tl.sigmoid(b_rate * b_g)
         if DECAY_IN_DTYPE:
             b_g = b_g.to(p_q.dtype.element_ty).to(tl.float32)
-        b_s *= tl.exp(b_g)[:, None] if IS_KDA else tl.exp(b_g)
         b_beta = tl.sigmoid(tl.load(p_b + i_t * stride_bt).to(tl.float32))
         b_beta = beta_scale * b_beta.to(p_b.dtype.element_ty).to(tl.float32)
-        b_u = b_beta * (b_v - _sum_rows(b_s * b_k[:, None], BK, BV))
-        b_s = tl.fma(b_k[:, None], b_u[None, :], b_s)
-        b_o = scale * _sum_rows(b_s * b_q[:, None], BK, BV)
+        b_decay = tl.exp(b_g)[:, None] if IS_KDA else tl.exp(b_g)
+        b_s, b_o = _token(b_s, _l2norm(b_q, BK), _l2norm(b_k, BK), b_v, b_decay, b_beta, scale, BK, BV)
         tl.store(p_o, b_o.to(p_o.dtype.element_ty), mask=m_v)
         p_o += HV * V
     tl.store(p_s, b_s, mask=m_s)
