@@ -13,7 +13,7 @@ most ``scale |q| |S|``, and where terms cancel only that bounds its error.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -318,7 +318,18 @@ def test_split_anywhere_is_whole(op, case, data):
 @examples(30)
 @given(case=cases(packed=True))
 def test_packed_is_separate_to_the_bit(op, case):
-    """Rows of a batch are alike but for rounding: BLAS takes other paths for other numbers of small matrices."""
+    assert_alone(op, case)
+
+
+@every_op
+@examples(30)
+@given(case=cases(packed=False), sizes=st.tuples(*[st.sampled_from([8, 16, 32, 64])] * 2))
+def test_batched_is_single_to_the_bit(op, case, sizes):
+    """In sizes like those of models. BLAS takes other paths for one very small matrix than for several."""
+    assert_alone(op, replace(case, K=sizes[0], V=sizes[1], HK=case.HK + 1))
+
+
+def assert_alone(op, case):
     arguments = build(op, case)
     got = FUNCTIONS[op](**arguments)
     wanted = joined(arguments, [FUNCTIONS[op](**one) for one in sequences(arguments)])
