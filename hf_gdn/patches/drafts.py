@@ -42,7 +42,7 @@ class CarefulLookup(CandidateGenerator):
     def update_candidate_strategy(self, input_ids: Any, scores: Any, num_matches: int) -> None:
         self.lookup.update_candidate_strategy(input_ids, scores, num_matches)
         if self.drafted > 0:
-            self.refusals = 0 if num_matches > 0 else self.refusals + 1
+            self.refusals = 0 if num_matches > 0 else min(self.refusals + 1, LONGEST_PAUSE)
             self.waiting = min(1 << self.refusals >> 2, LONGEST_PAUSE)
 
 
