@@ -8,27 +8,18 @@ import pytest
 import torch
 
 from hf_gdn import ops, registry
-from hf_gdn.kernels import STEP_GDN, STEP_KDA, layer, reference
+from hf_gdn.kernels import STEP_KDA, layer, reference
 from tests.tiny import assert_close
 
+from .steps import FAMILIES, double
+
 BUDGET = 1e-5
-RULES = {
-    "qwen3_next": (STEP_GDN, {}),
-    "qwen4_exp": (STEP_GDN, dict(gate="sigmoid")),
-    "olmo_hybrid": (STEP_GDN, dict(beta_scale=2.0, eps=1e-5)),
-    "kimi_linear": (STEP_KDA, dict(gate="sigmoid", norm_in_fp32=True)),
-    "glm5_next": (STEP_KDA, dict(gate="sigmoid", norm_in_fp32=True, lower_bound=-5.0)),
-}
 
 
-@pytest.fixture(params=RULES)
+@pytest.fixture(params=FAMILIES)
 def inputs(request):
-    op, rule = RULES[request.param]
+    op, rule = FAMILIES[request.param]
     return op.make_inputs(B=2, T=3, HK=4 if op is STEP_KDA else 2, HV=4, K=12, V=20, **rule)
-
-
-def double(tensors):
-    return type(tensors)(*(x.double() if isinstance(x, torch.Tensor) else x for x in tensors))
 
 
 def first(raw, tokens):

@@ -13,10 +13,12 @@ import itertools
 import pytest
 import torch
 
-from hf_gdn.kernels import STEP_GDN, STEP_KDA, reference
+from hf_gdn.kernels import STEP_KDA, reference
 from hf_gdn.kernels import step as module
 from hf_gdn.kernels.launch import INTERPRET
 from tests.tiny import assert_close
+
+from .steps import FAMILIES, double
 
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")]
 
@@ -33,14 +35,6 @@ SHAPES = {  # B, T, HK, HV, K, V, width
     "width_3": (2, 2, 1, 2, 8, 8, 3),
     "width_8": (1, 3, 1, 2, 8, 8, 8),
 }
-FAMILIES = {  # what differs between families
-    "qwen3_next": (STEP_GDN, {}),
-    "qwen4_exp": (STEP_GDN, dict(gate="sigmoid")),
-    "olmo_hybrid": (STEP_GDN, dict(beta_scale=2.0, eps=1e-5)),
-    "kimi_linear": (STEP_KDA, dict(gate="sigmoid", norm_in_fp32=True)),
-    "glm5_next": (STEP_KDA, dict(gate="sigmoid", norm_in_fp32=True, lower_bound=-5.0)),
-    "bailing_hybrid": (STEP_KDA, dict(gate="sigmoid", norm_in_fp32=True, lower_bound=-5.0, decay_in_dtype=True)),
-}
 
 
 def make(family, shape, **kwargs):
@@ -49,10 +43,6 @@ def make(family, shape, **kwargs):
     if op is STEP_KDA:
         HK = HV
     return op.make_inputs(B=B, T=T, HK=HK, HV=HV, K=K, V=V, width=width, **{**rule, **kwargs})
-
-
-def double(tensors):
-    return type(tensors)(*(x.double() if isinstance(x, torch.Tensor) else x for x in tensors))
 
 
 def check(inputs):
