@@ -139,7 +139,8 @@ class SinkCache(Cache):
     alone or in a piece of many. A piece of T tokens, in a model with rotary keys, reads window + T (1 + sinks) keys
     once tokens are evicted, so long prompts are cut by whoever calls the model: by ``prefill_chunk_size``, or in a loop
     of one's own. Padding may stand anywhere; it enters no layer. Decoding one token works on buffers of fixed address
-    and shape, under ``torch.compile(fullgraph=True)`` too. For inference: under ``torch.no_grad()``.
+    and shape, under ``torch.compile(fullgraph=True)`` too. A ``copy.deepcopy`` is a branch, or what to go back to. For
+    inference: under ``torch.no_grad()``.
 
     Args:
         config: the model's config.

@@ -2,6 +2,7 @@
 module, from the hidden states of the tokens that are kept, at positions 0, 1, 2, ... and without any cache.
 """
 
+import copy
 import os
 
 import pytest
@@ -194,6 +195,24 @@ def test_generate_a_padded_batch(family, how):
     got = model.generate(ids, attention_mask=mask, past_key_values=cache, **GENERATE, **how)[:, 30:]
     assert got.tolist() == [alone(model, ids[row : row + 1, mask[row] == 1]) for row in range(3)]
     assert cache.get_seq_length() == 49
+
+
+def test_a_copy_goes_on_by_itself(family):
+    """Branches of a conversation, to the bit, tokens having been evicted before and after."""
+    model = tiny.model(family)
+    ids, others = (tiny.batch(2, 60, seed=seed)[0] for seed in (0, 1))
+    cache = SinkCache(model.config, SINKS, WINDOW)
+    with torch.no_grad():
+        for piece in ids[:, :40].split(10, 1):
+            model(piece, past_key_values=cache)
+        branch = copy.deepcopy(cache)
+        for piece in others.split(1, 1):
+            model(piece, past_key_values=branch)
+        whole = copy.deepcopy(cache)
+        for piece in ids[:, 40:].split(1, 1):
+            got, wanted = (model(piece, past_key_values=each).logits for each in (cache, whole))
+            assert torch.equal(got, wanted)
+    assert cache.get_seq_length() == whole.get_seq_length() == 60 and branch.get_seq_length() == 100
 
 
 def test_generate_compiled():
