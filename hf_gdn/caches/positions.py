@@ -39,11 +39,15 @@ def _with_positions(name: str, change: Callable[[Cache, Tensor, Any], Tensor]) -
     return method
 
 
+def _rows(_: Cache, positions: Tensor, rows: Tensor) -> Tensor:
+    return positions[:, rows.to(positions.device)]
+
+
 METHODS = (
     (
         _with_positions("crop", lambda cache, positions, _: positions[..., : cache.get_seq_length()]),
-        _with_positions("reorder_cache", lambda _, positions, rows: positions[:, rows.to(positions.device)]),
-        _with_positions("batch_select_indices", lambda _, positions, rows: positions[:, rows.to(positions.device)]),
+        _with_positions("reorder_cache", _rows),
+        _with_positions("batch_select_indices", _rows),
         _with_positions("batch_repeat_interleave", lambda _, positions, n: positions.repeat_interleave(n, dim=1)),
     )
     if _ON_CACHE

@@ -60,7 +60,7 @@ class Past:
         empty: the layer held nothing then.
         tokens: what was read since.
         step: ``step(raw, window, state)`` moves both on, in place; None until it is known.
-        earlier: the past of the first token, where a crop has kept it.
+        earlier: the past of the first token, where that is kept (`_next`).
     """
 
     of: tuple[Tensor, Tensor]
@@ -131,7 +131,9 @@ def before(layer: Any, window: Tensor, state: Tensor, length: int) -> Past:
     """Call before `length` tokens move a recording layer on; where it holds nothing yet, window and state are zeros."""
     past = past_of(layer) if layer.has_previous_state[0] else None
     if past is None:
-        return Past((window, state), (), window.clone(), state.clone(), not layer.has_previous_state[0], [])
+        empty = not layer.has_previous_state[0]
+        copies = (window, state) if empty else (window.clone(), state.clone())  # zeros are nobody else's
+        return Past((window, state), (), *copies, empty, [])
     if past.tokens and (length > 1 or len(past) >= RECORDED):  # of a draft some will be taken back
         past = layer.__dict__[_KEY] = _next(past, window.clone(), state.clone())
     return past

@@ -120,7 +120,7 @@ class SinkLayer(CacheLayerMixin):
                 self.batch_size = len(getattr(self, name))
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("a SinkCache cannot be cropped: what its rings have overwritten is gone")
+        self.cache.crop(tokens_to_remove)  # which refuses
 
 
 def _rows(held: Tensor, index: Tensor, dim: int) -> Tensor:

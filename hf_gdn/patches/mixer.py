@@ -263,7 +263,7 @@ def _record(family: Family, settings: Settings, layer: Any, x: Tensor, cache: An
         window, state = states.conv_states[0], states.recurrent_states[0]
     else:
         _, v_heads, k_dim, v_dim = family.dims(layer)
-        window = raw.q.new_zeros(len(x), *layer.conv1d.weight.squeeze(1).shape)
+        window = raw.q.new_zeros(len(x), *family.weights(layer).conv.shape)
         state = raw.q.new_zeros(len(x), v_heads, k_dim, v_dim, dtype=state_dtype(raw.q.dtype))
     past = rewind.before(states, window, state, x.shape[1])
     mixed = _advance(family, settings, layer, raw, cache, None, None)
