@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import registry
 from .kernels import state_dtype
-from .kernels.layer import Raw, Rule, Weights
+from .kernels.layer import Prepared, Raw, Rule, Weights
 from .once import read_once
 
 __all__ = ["chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_gated_delta_rule", "fused_recurrent_kda"]
@@ -188,6 +188,76 @@ def launch_step(
     if torch.compiler.is_compiling() and not kernel.traceable:
         return STEP_OPERATORS[kernel.op](*raw[:6], *weights, window, state, *rule, kernel.backend)
     return kernel.fn(raw, weights, rule, window, state)
+
+
+_PROLOGUE_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor z, Tensor conv, Tensor? conv_bias, Tensor A_log, "
+    "Tensor dt_bias, float? lower_bound, bool decay_in_dtype, float beta_scale, Tensor? window, int keep, "
+    "Tensor? cu_seqlens, Tensor? lengths, str backend) "
+    "-> (Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor window)"
+)
+
+
+def _define_prologue(op: str) -> Any:
+    """Make an operator of a prologue op; the window it returns has no elements where none is asked for."""
+
+    def run(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, *rest):
+        *rule, window, keep, cu_seqlens, lengths, backend = rest
+        raw, weights = Raw(q, k, v, a, b, z), Weights(conv, conv_bias, A_log, dt_bias, None)
+        made = registry.get(op, backend).fn(
+            raw, weights, Rule(*rule), window=window, keep=keep, cu_seqlens=cu_seqlens, lengths=lengths
+        )
+        return *(x.contiguous() for x in made[:5]), q.new_empty(0) if made.window is None else made.window
+
+    def fake(q, k, v, a, b, z, conv, *rest):
+        heads, keep = v.shape[2] * v.shape[3], rest[7]
+        dtype, channels = state_dtype(q.dtype), (q.shape[3],) if op.endswith("kda") else ()
+        return (
+            q.new_empty(q.shape),
+            q.new_empty(q.shape),
+            q.new_empty((*q.shape[:2], heads, v.shape[4])),
+            q.new_empty((*q.shape[:2], heads, *channels), dtype=dtype),
+            q.new_empty((*q.shape[:2], heads), dtype=dtype),
+            q.new_empty((q.shape[0], conv.shape[0], keep) if keep else 0),
+        )
+
+    operator = torch.library.custom_op(f"hf_gdn::{op}", run, mutates_args=(), schema=_PROLOGUE_SCHEMA)
+    operator.register_fake(fake)
+    return operator
+
+
+PROLOGUE_OPERATORS = {op: _define_prologue(op) for op in ("prologue_gdn", "prologue_kda")}
+
+
+def launch_prologue(
+    kernel: registry.Kernel, raw: Raw, weights: Weights, rule: Rule, *,
+    window: Tensor | None, keep: int, cu_seqlens: Tensor | None, lengths: Tensor | None,
+) -> Prepared:  # fmt: skip
+    """Call a prologue kernel: directly, or as an operator where torch.compile cannot look into it."""
+    if torch.compiler.is_compiling() and not kernel.traceable:
+        q, k, v, g, beta, recent = PROLOGUE_OPERATORS[kernel.op](
+            *raw[:6], *weights[:4], *rule[:3], window, keep, cu_seqlens, lengths, kernel.backend
+        )
+        return Prepared(q, k, v, g, beta, recent if keep else None)
+    return kernel.fn(raw, weights, rule, window=window, keep=keep, cu_seqlens=cu_seqlens, lengths=lengths)
+
+
+def _gated_norm(
+    o: Tensor, z: Tensor, weight: Tensor, gate: str, norm_in_fp32: bool, eps: float, backend: str
+) -> Tensor:
+    rule = Rule(gate=gate, norm_in_fp32=norm_in_fp32, eps=eps)
+    return registry.get("gated_norm", backend).fn(o, z, weight, rule)
+
+
+NORM_OPERATOR = torch.library.custom_op("hf_gdn::gated_norm", _gated_norm, mutates_args=())
+NORM_OPERATOR.register_fake(lambda o, *_: torch.empty_like(o))
+
+
+def launch_norm(kernel: registry.Kernel, o: Tensor, z: Tensor, weight: Tensor, rule: Rule) -> Tensor:
+    """Call a gated norm: directly, or as an operator where torch.compile cannot look into it."""
+    if torch.compiler.is_compiling() and not kernel.traceable:
+        return NORM_OPERATOR(o, z, weight, *rule[4:], kernel.backend)
+    return kernel.fn(o, z, weight, rule)
 
 
 # ---------------------------------------------------------------------------------------------------------- functions

@@ -28,6 +28,8 @@ _ORDER = ("triton", "fla", "eager")
 _BUILTIN = (
     "hf_gdn.kernels.recurrent",
     "hf_gdn.kernels.step",
+    "hf_gdn.kernels.prologue",
+    "hf_gdn.kernels.gated_norm",
     "hf_gdn.kernels.chunk_gdn",
     "hf_gdn.kernels.chunk_kda",
     "hf_gdn.kernels.fla",

@@ -15,9 +15,13 @@ The recurrent ops take two more, for decoding:
     inplace=False       write the final state into `initial_state` and return that very tensor
     token_states=None   a tensor ``[B, T, HV, K, V]`` in fp32 that receives the state after every token
 
-The step ops are all of a layer between its projections, for the next few tokens of a cache (`hf_gdn.kernels.layer`):
+What is around the delta rule between a layer's projections (`hf_gdn.kernels.layer` has the types):
 
-    fn(raw, weights, rule, window, state)  ->  y ``[B, T, HV, V]``, with window and state moved on in place
+    prologue  fn(raw, weights, rule, *, window=None, keep=0, cu_seqlens=None, lengths=None)
+              ->  (q, k, v, g, beta, window), as the delta rule takes them, q and k normalised
+    norm      fn(o, z, weight, rule)  ->  y ``[B, T, HV, V]``
+    step      fn(raw, weights, rule, window, state)  ->  y, with window and state moved on in place: all of it at once,
+              for the next few tokens of a cache
 """
 
 from __future__ import annotations
@@ -67,11 +71,11 @@ CHUNK_KDA = register_op(Op("chunk_kda", reference.delta_rule, _make_inputs(per_c
 RECURRENT_KDA = register_op(Op("recurrent_kda", reference.delta_rule, _make_inputs(per_channel=True)))
 
 
-def _make_step_inputs(per_channel: bool):
+def _make_layer_inputs(per_channel: bool, state: bool):
     def make_inputs(
         *, B=1, T=1, HK=2, HV=2, K=64, V=64, width=4, bias=False, dtype=torch.float32, device="cpu", seed=0, **rule
     ) -> dict[str, Any]:  # fmt: skip
-        """Random arguments of a step, q, k, v and z interleaved by key head in one tensor as in Qwen3-Next."""
+        """Random arguments of a call, q, k, v and z interleaved by key head in one tensor as in Qwen3-Next."""
         from .layer import Raw, Rule, Weights
 
         random, group = torch.Generator().manual_seed(seed), HV // HK
@@ -88,11 +92,22 @@ def _make_step_inputs(per_channel: bool):
             A_log=normal(HV), dt_bias=normal(HV * K if per_channel else HV), norm=1 + 0.1 * normal(V),
         )  # fmt: skip
         raw = Raw(q, k, v, normal(B, T, HV * K) if per_channel else a, b, z)
-        state = 0.1 * normal(B, HV, K, V, dtype=state_dtype(dtype))
-        return dict(raw=raw, weights=weights, rule=Rule(**rule), window=normal(B, channels, width), state=state)
+        before = 0.1 * normal(B, HV, K, V, dtype=state_dtype(dtype))
+        inputs = dict(raw=raw, weights=weights, rule=Rule(**rule), window=normal(B, channels, width))
+        return {**inputs, "state": before} if state else {**inputs, "keep": width}
 
     return make_inputs
 
 
-STEP_GDN = register_op(Op("step_gdn", reference.step, _make_step_inputs(per_channel=False)))
-STEP_KDA = register_op(Op("step_kda", reference.step, _make_step_inputs(per_channel=True)))
+def _make_norm_inputs(**sizes) -> dict[str, Any]:
+    """Random arguments of a norm, z a slice of a projection."""
+    inputs = _make_layer_inputs(False, False)(**sizes)
+    raw, weights, rule = inputs["raw"], inputs["weights"], inputs["rule"]
+    return dict(o=raw.v.flatten(2, 3).contiguous(), z=raw.z, weight=weights.norm, rule=rule)
+
+
+STEP_GDN = register_op(Op("step_gdn", reference.step, _make_layer_inputs(per_channel=False, state=True)))
+STEP_KDA = register_op(Op("step_kda", reference.step, _make_layer_inputs(per_channel=True, state=True)))
+PROLOGUE_GDN = register_op(Op("prologue_gdn", reference.prologue, _make_layer_inputs(per_channel=False, state=False)))
+PROLOGUE_KDA = register_op(Op("prologue_kda", reference.prologue, _make_layer_inputs(per_channel=True, state=False)))
+GATED_NORM = register_op(Op("gated_norm", reference.gated_norm, _make_norm_inputs))

@@ -38,15 +38,17 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def _without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep autocast from rounding the state's products to 16 bits."""
+def without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep autocast from rounding the state's products to 16 bits. fn's first argument is q, or has a q."""
 
     @functools.wraps(fn)
-    def call(q: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_autocast_enabled(q.device.type):
-            return fn(q, *args, **kwargs)
-        with torch.autocast(q.device.type, enabled=False):
-            return fn(q, *args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()))
+        device = (first if isinstance(first, Tensor) else first.q).device.type
+        if not torch.is_autocast_enabled(device):
+            return fn(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return fn(*args, **kwargs)
 
     return call
 
@@ -162,7 +164,7 @@ def _packed(fn, q, k, v, g, beta, *, cu_seqlens: Tensor, initial_state: Tensor |
     return torch.cat(outputs, 1), torch.cat(states, 0)
 
 
-@_without_autocast
+@without_autocast
 def chunk(
     q: Tensor,
     k: Tensor,
@@ -213,7 +215,7 @@ def chunk(
     return o.transpose(1, 2).contiguous(), state
 
 
-@_without_autocast
+@without_autocast
 def recurrent(
     q: Tensor,
     k: Tensor,

@@ -1,10 +1,12 @@
 """What lies between a layer's projections, in plain PyTorch: convolution, gates, gated norm; and the names for it.
 
-    q, k, v <- silu(conv(q | k | v)) ;  q, k <- l2norm ;  g, beta <- gates(a, b) ;  o <- delta rule
-    y <- norm(o) gate(z)
+    q, k, v <- silu(conv(q | k | v)) ;  q, k <- l2norm ;  g, beta <- gates(a, b)        `prologue`
+    o <- delta rule                                                                  `hf_gdn.kernels.eager`
+    y <- norm(o) gate(z)                                                             `gated_norm`
 
-Everything is seen as the projections leave it: `Raw` holds views, whatever their strides. Rounding follows
-transformers': q, k, v after their activation, beta and o are in the model's dtype, the rest is fp32.
+`step` is all three for the next few tokens of a cache. Everything is seen as the projections leave it: `Raw` holds
+views, whatever their strides. q, k, v and o are rounded to the model's dtype, once each, beta as transformers rounds
+it; the rest is fp32.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import Kernel, register
-from .eager import recurrent, why_not
+from . import state_dtype
+from .eager import l2norm, recurrent, why_not, without_autocast
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
@@ -61,8 +64,8 @@ class Rule(NamedTuple):
         lower_bound: the decay is ``lower_bound sigmoid(exp(A_log) a)`` rather than ``-exp(A_log) softplus(a)``.
         decay_in_dtype: the decay is rounded to the model's dtype.
         beta_scale: factor on beta.
-        activation: of the convolution.
-        gate: activation of the norm's gate, ``"silu"`` or ``"sigmoid"``.
+        activation: of the convolution: a name of `ACTIVATIONS`, or a function where it is another one.
+        gate: activation of the norm's gate, likewise.
         norm_in_fp32: the norm's weight is applied in fp32, else in the model's dtype, after rounding.
         eps: of the norm.
     """
@@ -70,10 +73,26 @@ class Rule(NamedTuple):
     lower_bound: float | None = None
     decay_in_dtype: bool = False
     beta_scale: float = 1.0
-    activation: str = "silu"
-    gate: str = "silu"
+    activation: str | Callable[[Tensor], Tensor] = "silu"
+    gate: str | Callable[[Tensor], Tensor] = "silu"
     norm_in_fp32: bool = False
     eps: float = 1e-6
+
+
+class Prepared(NamedTuple):
+    """What the delta rule is given."""
+
+    q: Tensor  # [B, T, HK, K], normalised over K, in the model's dtype
+    k: Tensor  # [B, T, HK, K], likewise
+    v: Tensor  # [B, T, HV, V], in the model's dtype
+    g: Tensor  # [B, T, HV] (GDN) or [B, T, HV, K] (KDA), natural-log decay in fp32
+    beta: Tensor  # [B, T, HV], in fp32
+    window: Tensor | None  # [B, C, keep], contiguous: what the convolution's window is to be; None where keep is 0
+
+
+def activation(function: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What a `Rule` names."""
+    return ACTIVATIONS[function] if isinstance(function, str) else function
 
 
 def decay(rule: Rule, weights: Weights, raw: Raw) -> Tensor:
@@ -133,16 +152,66 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, length: int, seq
     return out if bias is None else out + bias.to(dtype)
 
 
-def gated_norm(
-    rule: Rule, weight: Tensor, o: Tensor, z: Tensor, gate: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """RMS norm of o ``[..., V]`` gated by z of the same shape; `gate` where the rule's is not one of `ACTIVATIONS`."""
-    gate = gate or ACTIVATIONS[rule.gate]
+@without_autocast
+def prologue(
+    raw: Raw, weights: Weights, rule: Rule, *,
+    window: Tensor | None = None, keep: int = 0, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None,
+) -> Prepared:  # fmt: skip
+    """Everything before the delta rule.
+
+    Args:
+        raw: of tokens ``[B, T]``.
+        weights: the convolution's and the gates'.
+        rule: its gates and its activation.
+        window: left context, the last inputs of the convolution: ``[B, C, keep]`` in raw's dtype; zeros when None. It
+            is not written to. Packed sequences do not see it.
+        keep: columns of the window that is returned, which ends at each row's last token; 0 for none.
+        cu_seqlens: ``[N + 1]`` boundaries of sequences packed along T, B = 1: the convolution stays inside each.
+        lengths: ``[B]``, how many tokens a row has; those after them are padding, which neither decays nor writes.
+    """
+    qkv = raw.joined()
+    batch, length, k_heads, k_dim = raw.q.shape
+    group, v_dim = raw.v.shape[3:]
+    x, recent, sequence = qkv.transpose(1, 2), None, None
+    if keep:
+        x = F.pad(x, (keep, 0)) if window is None else torch.cat((window, x), -1)
+    g, strength = decay(rule, weights, raw), beta(rule, raw).to(state_dtype(qkv.dtype))
+    if lengths is not None:
+        padding = torch.arange(length, device=qkv.device) >= lengths[:, None]
+        g = g.masked_fill(padding.view(batch, length, *[1] * (g.dim() - 2)), 0.0)
+        strength = strength.masked_fill(padding[..., None], 0.0)
+    if keep and lengths is not None:
+        columns = lengths[:, None] + torch.arange(keep, device=qkv.device)
+        recent = x.gather(2, columns[:, None].expand(-1, x.shape[1], -1))
+    elif keep:
+        recent = x[..., -keep:].contiguous()
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(length, device=qkv.device), right=True)
+    out = causal_conv(x.transpose(1, 2), weights.conv, weights.conv_bias, length, sequence)
+    sizes = (k_heads * k_dim, k_heads * k_dim, k_heads * group * v_dim)
+    q, k, v = activation(rule.activation)(out).split_with_sizes(sizes, -1)
+    q, k = (l2norm(x.unflatten(2, (k_heads, k_dim))).to(qkv.dtype) for x in (q, k))
+    return Prepared(q, k, v.to(qkv.dtype).unflatten(2, (k_heads * group, v_dim)), g, strength, recent)
+
+
+def gated_norm(o: Tensor, z: Tensor, weight: Tensor, rule: Rule) -> Tensor:
+    """RMS norm of o, gated by z.
+
+    Args:
+        o: ``[B, T, HV, V]``, contiguous.
+        z: ``[B, T, HK, R, V]`` in o's dtype, strided in all but V.
+        weight: ``[V]``.
+        rule: its gate, eps, and where the weight is applied.
+
+    Returns:
+        ``[B, T, HV, V]`` in o's dtype.
+    """
+    z = z.reshape(o.shape)
     if rule.norm_in_fp32:
-        o = F.rms_norm(o.float(), o.shape[-1:], weight.float(), rule.eps)
+        y = F.rms_norm(o.float(), o.shape[-1:], weight.float(), rule.eps)
     else:
-        o = weight * F.rms_norm(o.float(), o.shape[-1:], eps=rule.eps).to(o.dtype)
-    return (o * gate(z.float())).to(z.dtype)
+        y = weight * F.rms_norm(o.float(), o.shape[-1:], eps=rule.eps).to(o.dtype)
+    return (y * activation(rule.gate)(z.float())).to(z.dtype)
 
 
 def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) -> Tensor:
@@ -177,8 +246,10 @@ def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) 
     )  # fmt: skip
     window.copy_(x.narrow(2, x.shape[2] - size, size))  # right after the state: nothing in between can fail
     assert weights.norm is not None
-    return gated_norm(rule, weights.norm, o, raw.z.reshape(o.shape))
+    return gated_norm(o, raw.z, weights.norm, rule)
 
 
-for _op in ("step_gdn", "step_kda"):
-    register(Kernel(_op, "eager", step, why_not, traceable=True))
+for _rule in ("gdn", "kda"):
+    register(Kernel(f"prologue_{_rule}", "eager", prologue, why_not, differentiable=True, traceable=True))
+    register(Kernel(f"step_{_rule}", "eager", step, why_not, traceable=True))
+register(Kernel("gated_norm", "eager", gated_norm, why_not, differentiable=True, traceable=True))

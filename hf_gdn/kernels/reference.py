@@ -64,41 +64,76 @@ def delta_rule(q, k, v, g, beta, *, scale, initial_state=None, cu_seqlens=None, 
     return (torch.stack(outputs, 1) if outputs else torch.zeros_like(v)), state
 
 
-def step(raw, weights, rule, window, state):
-    """Everything between a layer's projections, for tokens that follow those of a cache. Give it float64.
+def prologue(raw, weights, rule, *, window=None, keep=0, cu_seqlens=None, lengths=None):
+    """Everything between a layer's input projections and the delta rule. Give it float64.
 
     Args:
-        raw, weights, rule: `hf_gdn.kernels.layer`; raw's tensors may be strided, a is given.
-        window: ``[B, C, width]``, the last inputs of the convolution, oldest first.
-        state: ``[B, HV, K, V]``.
+        raw, weights, rule: `hf_gdn.kernels.layer`; raw's tensors may be strided, a is given, the activation is silu.
+        window: ``[B, C, keep]``, the last inputs of the convolution before raw's tokens, oldest first; zeros when None.
+        keep: columns of the window that is returned.
+        cu_seqlens: ``[N + 1]`` boundaries of N sequences packed along T (then B is 1), which do not see the window.
+        lengths: ``[B]``, tokens of each row; what comes after them is padding.
 
     Returns:
-        ``(y, window, state)``: ``[B, T, HV, V]``, and the two as they are afterwards; nothing is changed in place.
+        ``(q, k, v, g, beta, window)``: q, k ``[B, T, HK, K]``, normalised; v ``[B, T, HV, V]``; g ``[B, T, HV]`` or
+        ``[B, T, HV, K]``, beta ``[B, T, HV]``; the last `keep` inputs of every row, ``[B, C, keep]``, or None.
     """
     batch, length, k_heads, k_dim = raw.q.shape
     group, v_dim = raw.v.shape[3:]
     v_heads, width = k_heads * group, weights.conv.shape[1]
     x = torch.cat([part.reshape(batch, length, -1) for part in (raw.q, raw.k, raw.v)], -1)
-    x = torch.cat([window.to(x.dtype), x.transpose(1, 2)], -1)  # [B, C, width + T]
-    columns = []
+    before = x.new_zeros(batch, keep, x.shape[2]) if window is None else window.to(x.dtype).transpose(1, 2)
+    qkv = torch.zeros_like(x)
+    starts = [0] if cu_seqlens is None else cu_seqlens.tolist()
     for t in range(length):
-        taps = x[:, :, t + 1 : t + 1 + width]
-        column = (taps * weights.conv).sum(-1)
-        columns.append(column if weights.conv_bias is None else column + weights.conv_bias)
-    qkv = torch.stack(columns, 1)
+        start = max(s for s in starts if s <= t)
+        for i in range(width):  # i tokens back
+            if t - i >= start:
+                tap = x[:, t - i]
+            elif cu_seqlens is None and t - i + before.shape[1] >= 0:
+                tap = before[:, t - i]
+            else:
+                continue
+            qkv[:, t] += tap * weights.conv[:, width - 1 - i]
+    if weights.conv_bias is not None:
+        qkv = qkv + weights.conv_bias
     qkv = qkv / (1 + torch.exp(-qkv))
     q, k, v = qkv.split([k_heads * k_dim, k_heads * k_dim, v_heads * v_dim], -1)
+    q, k = (y.reshape(batch, length, k_heads, k_dim) for y in (q, k))
+    q, k = (y / (y.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     per_channel = raw.a.dim() == 3
     a = raw.a.reshape(batch, length, v_heads, *([k_dim] if per_channel else []))
     a = a + weights.dt_bias.reshape(a.shape[2:])
     rate = weights.A_log.reshape(v_heads, *([1] if per_channel else [])).exp()
     g = -rate * torch.log1p(a.exp()) if rule.lower_bound is None else rule.lower_bound / (1 + torch.exp(-rate * a))
     beta = rule.beta_scale / (1 + torch.exp(-raw.b.reshape(batch, length, v_heads)))
-    o, state = delta_rule(
-        q.reshape(batch, length, k_heads, k_dim), k.reshape(batch, length, k_heads, k_dim),
-        v.reshape(batch, length, v_heads, v_dim), g, beta, scale=k_dim**-0.5, initial_state=state, qk_l2norm=True,
-    )  # fmt: skip
-    z = raw.z.reshape(batch, length, v_heads, v_dim)
+    ends = [length] * batch if lengths is None else lengths.tolist()
+    recent = None if keep == 0 else torch.empty(batch, x.shape[2], keep, dtype=x.dtype)
+    for row, end in enumerate(ends):
+        g[row, end:] = 0
+        beta[row, end:] = 0
+        if recent is not None:
+            recent[row] = torch.cat([before[row], x[row, :end]])[-keep:].T
+    return q, k, v.reshape(batch, length, v_heads, v_dim), g, beta, recent
+
+
+def gated_norm(o, z, weight, rule):
+    """RMS norm of o ``[B, T, HV, V]`` gated by z ``[B, T, HK, R, V]``: ``[B, T, HV, V]``. Give it float64."""
+    z = z.reshape(o.shape)
     gate = 1 / (1 + torch.exp(-z)) * (z if rule.gate == "silu" else 1)
-    y = o / (o.pow(2).mean(-1, keepdim=True) + rule.eps).sqrt() * weights.norm * gate
-    return y, x[:, :, -window.shape[2] :], state
+    return o / (o.pow(2).mean(-1, keepdim=True) + rule.eps).sqrt() * weight * gate
+
+
+def step(raw, weights, rule, window, state):
+    """Everything between a layer's projections, for tokens that follow those of a cache. Give it float64.
+
+    Args:
+        raw, weights, rule, window: as in `prologue`.
+        state: ``[B, HV, K, V]``.
+
+    Returns:
+        ``(y, window, state)``: ``[B, T, HV, V]``, and the two as they are afterwards; nothing is changed in place.
+    """
+    *inputs, window = prologue(raw, weights, rule, window=window, keep=window.shape[2])
+    o, state = delta_rule(*inputs, scale=raw.q.shape[3] ** -0.5, initial_state=state)
+    return gated_norm(o, raw.z, weights.norm, rule), window, state

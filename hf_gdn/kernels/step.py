@@ -37,6 +37,35 @@ def _exp1p_log(b_x):
 
 
 @triton.jit
+def _log_decay(b_a, b_bias, b_rate, dtype: tl.constexpr, LOWER_BOUND: tl.constexpr, ROUNDED: tl.constexpr):
+    """g of what the projection gives, rounded to the model's dtype where the model does that."""
+    b_g = b_a.to(tl.float32) + b_bias
+    b_g = -b_rate * _exp1p_log(b_g) if LOWER_BOUND is None else LOWER_BOUND * tl.sigmoid(b_rate * b_g)
+    return b_g.to(dtype).to(tl.float32) if ROUNDED else b_g
+
+
+@triton.jit
+def _strength(b_b, beta_scale):
+    """beta of what the projection gives, its sigmoid rounded as the model does."""
+    return beta_scale * tl.sigmoid(b_b.to(tl.float32)).to(b_b.dtype).to(tl.float32)
+
+
+@triton.jit
+def _norm_gate(b_o, b_mean, b_w, b_z, eps, dtype: tl.constexpr, IN_FP32: tl.constexpr, IS_SILU: tl.constexpr):
+    """RMS norm of b_o, whose squares have the mean b_mean, times the gate of b_z, all in fp32 blocks of one shape."""
+    b_o *= tl.rsqrt(b_mean + eps)
+    if IN_FP32:
+        b_o *= b_w
+    else:  # rounded before the weight and after
+        b_o = b_o.to(dtype).to(tl.float32) * b_w
+        b_o = b_o.to(dtype).to(tl.float32)
+    b_gate = tl.sigmoid(b_z)
+    if IS_SILU:
+        b_gate *= b_z
+    return b_o * b_gate
+
+
+@triton.jit
 def _conv_silu(p_x, stride_t, p_window, p_weight, p_bias, m_c, i_t, WIDTH: tl.constexpr):
     """silu of the convolution at token i_t, rounded as the model rounds it. Pointers are at the channels, p_x at token
     0 of this call; what comes before it is in the window, whose last column is the token before token 0."""
@@ -128,15 +157,9 @@ def _step_kernel(
             p_v, stride_vt, p_window + o_cv * WIDTH, p_weight + o_cv * WIDTH,
             None if p_bias is None else p_bias + o_cv, m_v, i_t, WIDTH,
         )  # fmt: skip
-        if IS_KDA:
-            b_g = tl.load(p_a + i_t * stride_at, mask=m_k, other=0.0).to(tl.float32) + b_bias
-        else:
-            b_g = tl.load(p_a + i_t * stride_at).to(tl.float32) + b_bias
-        b_g = -b_rate * _exp1p_log(b_g) if LOWER_BOUND is None else LOWER_BOUND * tl.sigmoid(b_rate * b_g)
-        if DECAY_IN_DTYPE:
-            b_g = b_g.to(p_q.dtype.element_ty).to(tl.float32)
-        b_beta = tl.sigmoid(tl.load(p_b + i_t * stride_bt).to(tl.float32))
-        b_beta = beta_scale * b_beta.to(p_b.dtype.element_ty).to(tl.float32)
+        b_a = tl.load(p_a + i_t * stride_at, mask=m_k, other=0.0) if IS_KDA else tl.load(p_a + i_t * stride_at)
+        b_g = _log_decay(b_a, b_bias, b_rate, p_q.dtype.element_ty, LOWER_BOUND, DECAY_IN_DTYPE)
+        b_beta = _strength(tl.load(p_b + i_t * stride_bt), beta_scale)
         b_decay = tl.exp(b_g)[:, None] if IS_KDA else tl.exp(b_g)
         b_s, b_o = _token(b_s, _l2norm(b_q, BK), _l2norm(b_k, BK), b_v, b_decay, b_beta, scale, BK, BV)
         tl.store(p_o, b_o.to(p_o.dtype.element_ty), mask=m_v)
@@ -206,16 +229,9 @@ def _finish_kernel(
         for _ in range(T):
             b_o = tl.load(p_row, mask=m_v, other=0.0).to(tl.float32)
             b_z = tl.load(p_gate, mask=m_v, other=0.0).to(tl.float32)
-            b_o *= tl.rsqrt(_sum_rows(b_o * b_o, BV, 1) / V + eps)
-            if NORM_IN_FP32:
-                b_o *= b_w
-            else:  # rounded before the weight and after
-                b_o = b_o.to(p_o.dtype.element_ty).to(tl.float32) * b_w
-                b_o = b_o.to(p_o.dtype.element_ty).to(tl.float32)
-            b_gate = tl.sigmoid(b_z)
-            if GATE_IS_SILU:
-                b_gate *= b_z
-            tl.store(p_row, (b_o * b_gate).to(p_o.dtype.element_ty), mask=m_v)
+            b_mean = _sum_rows(b_o * b_o, BV, 1) / V
+            b_y = _norm_gate(b_o, b_mean, b_w, b_z, eps, p_o.dtype.element_ty, NORM_IN_FP32, GATE_IS_SILU)
+            tl.store(p_row, b_y.to(p_o.dtype.element_ty), mask=m_v)
             p_row += HV * V
             p_gate += stride_zt
 

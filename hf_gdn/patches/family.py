@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from transformers.activations import ACT2FN
 
-from ..kernels.layer import Raw, Rule, Weights
+from ..kernels.layer import ACTIVATIONS, Raw, Rule, Weights
 from .parts import must_call_norm
 
 
@@ -33,6 +34,11 @@ FEATURES = {
     "assistants, tokens taken back": "tests/caches/test_rewind.py",
     "transformers 5.17": "make test-oldest",
 }
+
+
+def _known(activation: str) -> Any:
+    """An activation as a `Rule` has it, by transformers' name."""
+    return activation if activation in ACTIVATIONS else ACT2FN[activation]
 
 
 class Family(ABC):
@@ -85,8 +91,8 @@ class Family(ABC):
         """How the layer's gates and norm are made."""
         norm = getattr(layer, self.norm_name)
         return Rule(
-            activation=layer.activation,
-            gate=getattr(norm, "activation", "silu"),
+            activation=_known(layer.activation),
+            gate=_known(getattr(norm, "activation", "silu")),
             eps=getattr(norm, "variance_epsilon", 0.0),
         )
 

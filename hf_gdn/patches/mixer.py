@@ -12,23 +12,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from transformers.integrations.accelerate import force_accelerate_hooks
 
 from .. import registry
 from ..caches import rewind
 from ..kernels import state_dtype
-from ..kernels.layer import ACTIVATIONS, Raw, Rule, Weights, causal_conv, decay, gated_norm
-from ..kernels.layer import beta as strength
+from ..kernels.layer import Raw, Rule, Weights
 from ..once import read_once
-from ..ops import launch, launch_step
+from ..ops import launch, launch_norm, launch_prologue, launch_step
 from ..registry import BackendError, warn_once
 from . import packing
 from .family import Family
 
-MAX_WIDTH = 8  # of convolutions that step kernels serve
+MAX_WIDTH = 8  # of convolutions that the Triton kernels serve
 
 
 @dataclass(frozen=True)
@@ -43,44 +40,7 @@ class Unserved(Exception):
     """The mixer cannot serve a call; the text says why."""
 
 
-# -------------------------------------------------------------------------------------------------------- convolution
-
-
-def _conv(
-    layer: Any, weights: Weights, rule: Rule, qkv: Tensor, cache: Any, cu_seqlens: Tensor | None, real: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Convolution and activation of qkv ``[B, T, C]`` after the cached window, which `_store` moves on later.
-
-    `real` ``[B, T]`` tells tokens, which come first, from padding, which neither enters nor shifts the window.
-
-    Returns:
-        ``[B, T, C]``, and what the window is to be, ``[B, C, width]``.
-    """
-    length = qkv.shape[1]
-    width = weights.conv.shape[1]
-    sequence = None
-    if cu_seqlens is not None:
-        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(length, device=qkv.device), right=True)
-    x, recent = qkv.transpose(1, 2), None
-    if cache is not None:
-        states = cache.layers[layer.layer_idx]
-        held = states.conv_states[0] if states.has_previous_state[0] else None
-        size = width if held is None else held.shape[2]
-        x = F.pad(x, (size, 0)) if held is None else torch.cat((held, x), -1)
-        if real is not None:  # the window ends at each row's last token
-            columns = real.sum(1)[:, None] + torch.arange(x.shape[2] - length, device=x.device)
-            recent = x.gather(2, columns[:, None].expand(-1, x.shape[1], -1))
-        else:
-            recent = x[..., -size:]
-        if states.record_past:  # what the cache then takes as it is
-            recent = recent.contiguous()
-    out = causal_conv(x.transpose(1, 2), weights.conv, weights.conv_bias, length, sequence)
-    return activation(rule.activation)(out).to(qkv.dtype), recent
-
-
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """An activation by transformers' name."""
-    return ACTIVATIONS.get(name) or ACT2FN[name]
+# -------------------------------------------------------------------------------------------------------------- cache
 
 
 def _store(layer: Any, cache: Any, recent: Tensor, state: Tensor | None) -> None:
@@ -96,9 +56,6 @@ def _store(layer: Any, cache: Any, recent: Tensor, state: Tensor | None) -> None
         cache.update_conv_state(recent, layer.layer_idx, conv_kernel_size=layer.conv1d.weight.shape[2])
     else:
         states.conv_states[0].copy_(recent)  # in place, so that its address stays what CUDA graphs know
-
-
-# ---------------------------------------------------------------------------------------------------------- recurrence
 
 
 def _check_cache(family: Family, layer: Any, states: Any, shape: tuple[int, ...], q: Tensor) -> None:
@@ -121,22 +78,38 @@ def _check_cache(family: Family, layer: Any, states: Any, shape: tuple[int, ...]
             raise ValueError(f"{here} {name} is on {held.device}, the hidden states are on {q.device}")
 
 
+# ------------------------------------------------------------------------------------------------ between projections
+
+
+def _plain(raw: Raw, weights: Weights, rule: Rule) -> bool:
+    """Whether convolution and gates are those that every backend's kernels have."""
+    return rule.activation == "silu" and raw.a is not None and weights.conv.shape[1] <= MAX_WIDTH
+
+
+def _beside(kernel: registry.Kernel, op: str, serves: bool) -> registry.Kernel:
+    """The kernel of `op` that belongs to the backend of `kernel`; the eager one where that has none that serves."""
+    found = (registry.find(op, kernel.backend) if serves else None) or registry.find(op, "eager")
+    assert found is not None
+    return found
+
+
 def _steps(
     family: Family, kernel: registry.Kernel, length: int, raw: Raw, weights: Weights, rule: Rule, states: Any
 ) -> registry.Kernel | None:
     """The kernel that does all between the projections at once, where the next few tokens of a cache let it."""
-    if length > kernel.max_tokens or raw.a is None or weights.norm is None:
+    if length > kernel.max_tokens or weights.norm is None:
         return None
-    if rule.activation != "silu" or rule.gate not in ACTIVATIONS or weights.conv.shape[1] > MAX_WIDTH:
+    if not isinstance(rule.gate, str) or not _plain(raw, weights, rule):
         return None
     if not (states.conv_states[0].is_contiguous() and states.recurrent_states[0].is_contiguous()):
         return None
     return registry.find(f"step_{family.op}", kernel.backend)
 
 
-def _request(family: Family, settings: Settings, layer: Any, raw: Raw) -> tuple[Any, ...]:
+def _request(family: Family, settings: Settings, layer: Any, raw: Raw, weights: Weights) -> tuple[Any, ...]:
     """What the registry is asked."""
-    needs_grad = torch.is_grad_enabled() and raw.q.requires_grad
+    given = (*raw, *weights)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     return raw.q.device.type, raw.q.dtype, (*family.dims(layer),), settings.backend, needs_grad
 
 
@@ -150,7 +123,7 @@ def _advance(
     real: Tensor | None,
 ) -> Tensor:
     """Everything between the projections: ``[B, T, HV V]``."""
-    k_heads, v_heads, k_dim, v_dim = family.dims(layer)
+    _, v_heads, k_dim, v_dim = family.dims(layer)
     batch, length = raw.q.shape[:2]
     states = None if cache is None else cache.layers[layer.layer_idx]
     state = states.recurrent_states[0] if states is not None and states.has_previous_state[0] else None
@@ -158,35 +131,35 @@ def _advance(
     if state is not None:
         sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
         _check_cache(family, layer, states, (sequences, v_heads, k_dim, v_dim), raw.q)
-    request = _request(family, settings, layer, raw)
+    request = _request(family, settings, layer, raw, weights)
     needs_grad = request[-1]
     kernel = registry.select(f"recurrent_{family.op}", *request)
     if states is not None and state is not None and cu_seqlens is None and real is None and not needs_grad:
         step = _steps(family, kernel, length, raw, weights, rule, states)
         if step is not None:
             return launch_step(step, raw, weights, rule, states.conv_states[0], state).flatten(2)
-    g, beta = decay(rule, weights, raw), strength(rule, raw)
-    if real is not None:  # padding neither decays the state nor writes to it
-        padding = real.logical_not()[..., None]
-        g = g.masked_fill(padding if g.ndim == 3 else padding[..., None], 0.0)
-        beta = beta.masked_fill(padding, 0.0)
     if length > kernel.max_tokens:
         kernel = registry.select(f"chunk_{family.op}", *request)
-    qkv, recent = _conv(layer, weights, rule, raw.joined(), cache, cu_seqlens, real)
-    q, k, v = qkv.split_with_sizes((k_heads * k_dim, k_heads * k_dim, v_heads * v_dim), -1)
-    q, k = q.view(batch, length, k_heads, k_dim), k.view(batch, length, k_heads, k_dim)
-    v = v.view(batch, length, v_heads, v_dim)
+    window, keep = None, 0
+    if states is not None:
+        window = states.conv_states[0] if states.has_previous_state[0] else None
+        keep = weights.conv.shape[1] if window is None else window.shape[2]
+    *inputs, recent = launch_prologue(
+        _beside(kernel, f"prologue_{family.op}", _plain(raw, weights, rule)), raw, weights, rule,
+        window=window, keep=keep, cu_seqlens=cu_seqlens, lengths=None if real is None else real.sum(1),
+    )  # fmt: skip
     inplace = kernel.op.startswith("recurrent") and state is not None and not needs_grad and state.is_contiguous()
     o, final = launch(
-        kernel, q, k, v, g, beta, scale=k_dim**-0.5, initial_state=state, cu_seqlens=cu_seqlens, qk_l2norm=True,
+        kernel, *inputs, scale=k_dim**-0.5, initial_state=state, cu_seqlens=cu_seqlens, qk_l2norm=False,
         inplace=inplace,
     )  # fmt: skip
     if recent is not None:
         _store(layer, cache, recent, None if inplace else final)
-    z = raw.z.reshape(o.shape)
     if weights.norm is None:
-        return getattr(layer, family.norm_name)(o.flatten(0, -2), z.flatten(0, -2)).view(batch, length, -1)
-    return gated_norm(rule, weights.norm, o, z, activation(rule.gate)).flatten(2)
+        norm, z = getattr(layer, family.norm_name), raw.z.reshape(o.shape)
+        return norm(o.flatten(0, -2), z.flatten(0, -2)).view(batch, length, -1)
+    norm = _beside(kernel, "gated_norm", isinstance(rule.gate, str))
+    return launch_norm(norm, o, raw.z, weights.norm, rule).flatten(2)
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
@@ -278,7 +251,7 @@ def _record(family: Family, settings: Settings, layer: Any, x: Tensor, cache: An
 def _replay(family: Family, settings: Settings, layer: Any, raw: Raw, states: Any) -> rewind.Step | None:
     """What lets tokens like these into a window and a state once more; None where no step kernel serves them."""
     weights, rule = family.weights(layer), family.rule(layer)
-    recurrent = registry.select(f"recurrent_{family.op}", *_request(family, settings, layer, raw))
+    recurrent = registry.select(f"recurrent_{family.op}", *_request(family, settings, layer, raw, weights))
     kernel = _steps(family, recurrent, 1, raw, weights, rule, states)
     return None if kernel is None else lambda raw, *states: kernel.fn(raw, weights, rule, *states)
 

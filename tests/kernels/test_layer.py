@@ -1,4 +1,4 @@
-"""The step in plain PyTorch against the float64 oracle, and its operator.
+"""Prologue, norm and step in plain PyTorch against the float64 oracle, and their operators.
 
 In fp32 a step is some thirty roundings of 2^-25 on average, and sums over K and V of up to 64 terms; 1e-5 is ten times
 what they make together. The oracle shares nothing with it.
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_gdn import ops, registry
-from hf_gdn.kernels import STEP_KDA, layer, reference
+from hf_gdn.kernels import GATED_NORM, PROLOGUE_GDN, PROLOGUE_KDA, STEP_KDA, layer, reference
 from tests.tiny import assert_close
 
 from .steps import FAMILIES, double
@@ -71,3 +71,101 @@ def test_few_tokens_at_once_or_one_by_one(inputs):
         parts.append(layer.step(raw, inputs["weights"], inputs["rule"], window, state))
     for name, got, want in zip(("y", "window", "state"), (torch.cat(parts, 1), window, state), (at_once, *whole)):
         assert_close(name, got, want, BUDGET)
+
+
+# ------------------------------------------------------------------------------------------------- prologue and norm
+
+
+@pytest.fixture(params=FAMILIES)
+def call(request):
+    """Arguments of a prologue."""
+    op, rule = FAMILIES[request.param]
+    op, heads = (PROLOGUE_KDA, 4) if op is STEP_KDA else (PROLOGUE_GDN, 2)
+    return op.make_inputs(B=2, T=9, HK=heads, HV=4, K=12, V=20, bias=True, **rule)
+
+
+def operator(call):
+    kind = "kda" if call["raw"].a.dim() == 3 else "gdn"
+    return f"prologue_{kind}"
+
+
+@pytest.mark.parametrize("context", ["cache", "empty", "none", "padded", "packed"])
+def test_the_eager_prologue_is_the_oracles(call, context):
+    if context in ("empty", "none", "packed"):
+        call["window"] = None
+    if context == "none":
+        call["keep"] = 0
+    if context == "padded":
+        call["lengths"] = torch.tensor([9, 2])
+    if context == "packed":
+        call["raw"] = type(call["raw"])(*(x if x is None else x[:1] for x in call["raw"]))
+        call["cu_seqlens"] = torch.tensor([0, 0, 2, 3, 9])
+    exact = dict(call, raw=double(call["raw"]), weights=double(call["weights"]))
+    exact["window"] = None if call["window"] is None else call["window"].double()
+    wanted = reference.prologue(**exact)
+    for name, got, want in zip(layer.Prepared._fields, layer.prologue(**call), wanted, strict=True):
+        if want is None:
+            assert got is None
+        else:
+            assert_close(name, got, want, BUDGET)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_prologue_rounds_once(call, dtype):
+    """q, k and v are within half a unit in the last place of what float32 gives, and the gates are float32."""
+    raw, weights = (
+        type(x)(*(y if y is None else y.to(dtype) for y in x)) for x in (call["raw"], call["weights"])
+    )  # fmt: skip
+    made = layer.prologue(raw, weights, call["rule"])
+    wanted = layer.prologue(
+        type(raw)(*(x if x is None else x.float() for x in raw)), weights, call["rule"]._replace(decay_in_dtype=False)
+    )
+    for name, got, want in zip("qkv", made, wanted):
+        assert got.dtype == dtype and torch.equal(got, want.to(dtype)), name
+    assert made.g.dtype == made.beta.dtype == torch.float32
+
+
+def test_autocast_leaves_the_prologue_alone(call):
+    plain = layer.prologue(**call)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = layer.prologue(**call)
+    assert all(torch.equal(x, y) for x, y in zip(plain, cast))
+
+
+@pytest.mark.parametrize("keep", [4, 0])
+def test_the_prologues_operator(call, keep):
+    raw = [x if x is None else x.contiguous() for x in call["raw"][:6]]
+    window = call["window"] if keep else None
+    given = (*raw, *call["weights"][:4], *call["rule"][:3], window, keep, None, torch.tensor([9, 4]), "eager")
+    torch.library.opcheck(ops.PROLOGUE_OPERATORS[operator(call)], given)
+
+
+def test_prologue_and_norm_compile_as_operators_without_a_break(call):
+    """As kernels that torch.compile cannot look into are called."""
+    weights, rule = call["weights"], call["rule"]
+    first = registry.Kernel(operator(call), "eager", layer.prologue, lambda request: None)
+    last = registry.Kernel("gated_norm", "eager", layer.gated_norm, lambda request: None)
+
+    def function(raw, window):
+        made = ops.launch_prologue(first, raw, weights, rule, window=window, keep=4, cu_seqlens=None, lengths=None)
+        return *made, ops.launch_norm(last, made.v, raw.z, weights.norm, rule) + 1
+
+    results = [
+        f(call["raw"], call["window"]) for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager"))
+    ]
+    for name, got, want in zip((*layer.Prepared._fields, "y"), *results, strict=True):
+        assert_close(name, got, want, 1e-6)
+
+
+def test_the_norms_operator(call):
+    z, weight, rule = call["raw"].z.contiguous(), call["weights"].norm, call["rule"]
+    o = torch.randn(2, 9, 4, 20)
+    torch.library.opcheck(ops.NORM_OPERATOR, (o, z, weight, *rule[4:], "eager"))
+
+
+@pytest.mark.parametrize("gate", ["silu", "sigmoid"])
+@pytest.mark.parametrize("norm_in_fp32", [False, True])
+def test_the_eager_norm_is_the_oracles(gate, norm_in_fp32):
+    call = GATED_NORM.make_inputs(B=2, T=5, HK=2, HV=4, V=20, gate=gate, norm_in_fp32=norm_in_fp32)
+    exact = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+    assert_close("y", layer.gated_norm(**call), reference.gated_norm(**exact), BUDGET)

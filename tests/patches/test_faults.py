@@ -173,12 +173,21 @@ def _in_projections(patch, family, fault):
 
 def _in_norm(patch, family, fault):
     patch.setattr(layer_kernels, "gated_norm", fault)
-    patch.setattr(mixer, "gated_norm", fault)
+    _in_kernels(patch, fault, "gated_norm")
 
 
-def _in_kernel(patch, family, fault):
+def _in_prologue(patch, family, fault):
+    _in_kernels(patch, fault, "prologue", "step")
+
+
+def _in_delta_rule(patch, family, fault):
+    _in_kernels(patch, fault, "chunk", "recurrent", "step")
+
+
+def _in_kernels(patch, fault, *ops):
     for kernel in registry.kernels():
-        patch.setitem(registry._table, (kernel.op, kernel.backend), dataclasses.replace(kernel, fn=fault))
+        if kernel.op.startswith(ops):
+            patch.setitem(registry._table, (kernel.op, kernel.backend), dataclasses.replace(kernel, fn=fault))
 
 
 def _in_convolution(patch, family, fault):
@@ -187,7 +196,13 @@ def _in_convolution(patch, family, fault):
     patch.setitem(layer_kernels.ACTIVATIONS, "silu", fault)
 
 
-STEPS = {"projections": _in_projections, "convolution": _in_convolution, "kernel": _in_kernel, "norm": _in_norm}
+STEPS = {
+    "projections": _in_projections,
+    "prologue": _in_prologue,
+    "convolution": _in_convolution,
+    "delta_rule": _in_delta_rule,
+    "norm": _in_norm,
+}
 
 
 @RULES

@@ -1,0 +1,95 @@
+"""The output norm of a layer over whole sequences, gated: what follows the delta rule in prefill.
+
+    y = norm(o) gate(z) ,  norm(o) = o / sqrt(mean o^2 + eps) * weight
+
+The oracle is `hf_gdn.kernels.reference.gated_norm`. z is read where the projection left it, in the family's own layout.
+Where the weight is applied in the model's dtype (Qwen3-Next) the norm is rounded before and after it, else it stays in
+fp32 (Kimi-Linear).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registry import Kernel, register
+from .launch import on_device, tl, triton, why_not
+from .layer import Rule
+from .step import _norm_gate
+
+# Elements a program, and warps: 32 rows of 128 as 32 numbers a thread. Bound by memory; not timed.
+_TILE, _WARPS = 4096, 4
+
+
+@triton.jit
+def _gated_norm_kernel(
+    p_o,  # [B, T, HV, V] contiguous
+    p_z,  # [B, T, HK, R, V]
+    p_w,  # [V]
+    p_y,  # [B, T, HV, V] contiguous
+    eps,
+    rows,  # B T HV
+    T,
+    stride_zb, stride_zt, stride_zh, stride_zr,
+    HV: tl.constexpr,
+    R: tl.constexpr,
+    V: tl.constexpr,
+    BR: tl.constexpr,
+    BV: tl.constexpr,
+    NORM_IN_FP32: tl.constexpr,
+    GATE_IS_SILU: tl.constexpr,
+):  # fmt: skip
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    o_v = tl.arange(0, BV)
+    m = (o_r < rows)[:, None] & (o_v < V)[None, :]
+    o_h, o_t = o_r % HV, o_r // HV
+    o_z = o_t // T * stride_zb + o_t % T * stride_zt + o_h // R * stride_zh + o_h % R * stride_zr
+    b_o = tl.load(p_o + o_r[:, None] * V + o_v[None, :], mask=m, other=0.0).to(tl.float32)
+    b_z = tl.load(p_z + o_z[:, None] + o_v[None, :], mask=m, other=0.0).to(tl.float32)
+    b_w = tl.load(p_w + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
+    b_mean = tl.sum(b_o * b_o, 1)[:, None] / V
+    b_y = _norm_gate(b_o, b_mean, b_w, b_z, eps, p_y.dtype.element_ty, NORM_IN_FP32, GATE_IS_SILU)
+    tl.store(p_y + o_r[:, None] * V + o_v[None, :], b_y.to(p_y.dtype.element_ty), mask=m)
+
+
+def gated_norm(o: Tensor, z: Tensor, weight: Tensor, rule: Rule) -> Tensor:
+    """RMS norm of o, gated by z; no gradients. All arithmetic is fp32 but for the roundings that are the model's.
+
+    Args:
+        o: ``[B, T, HV, V]`` in fp16, bf16 or fp32, contiguous; V up to 256.
+        z: ``[B, T, HK, R, V]`` in o's dtype, R = HV / HK, contiguous in V.
+        weight: ``[V]`` in any float dtype.
+        rule: its gate is silu or sigmoid.
+
+    Returns:
+        ``[B, T, HV, V]`` in o's dtype, contiguous.
+    """
+    y = torch.empty_like(o)
+    rows, (HV, V) = o.shape[:3].numel(), o.shape[2:]
+    BV = triton.next_power_of_2(V)
+    BR = _TILE // BV
+    if rows == 0:
+        return y
+    with on_device(o):
+        _gated_norm_kernel[(triton.cdiv(rows, BR),)](
+            p_o=o,
+            p_z=z,
+            p_w=weight,
+            p_y=y,
+            eps=rule.eps,
+            rows=rows,
+            T=o.shape[1],
+            stride_zb=z.stride(0), stride_zt=z.stride(1), stride_zh=z.stride(2), stride_zr=z.stride(3),
+            HV=HV,
+            R=z.shape[3],
+            V=V,
+            BR=BR,
+            BV=BV,
+            NORM_IN_FP32=rule.norm_in_fp32,
+            GATE_IS_SILU=rule.gate == "silu",
+            num_warps=_WARPS,
+        )  # fmt: skip
+    return y
+
+
+register(Kernel("gated_norm", "triton", gated_norm, why_not))

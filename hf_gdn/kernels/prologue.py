@@ -1,0 +1,305 @@
+"""Everything before the delta rule over whole sequences, in one kernel: prefill.
+
+    x <- silu(conv(window | x)) for x = q, k, v ;  q, k <- x / sqrt(sum x^2 + 1e-6)
+    g <- -exp(A_log) softplus(a + dt_bias), or lower_bound sigmoid(exp(A_log) (a + dt_bias)) ;  beta <- sigmoid(b)
+
+The oracle is `hf_gdn.kernels.reference.prologue`. Projections are read where they lie, in the family's own layout, and
+each activation is written once, as the chunk kernels read it: no split, cat, transpose or fp32 copy.
+
+A program serves some tokens of a sequence and one head: q and k of a key head, or v, decay and beta of a value head.
+The taps of the convolution load the tile again, shifted; all but the first of those loads hit the nearest cache. What
+the window is to be goes to a tensor of its own: the cache moves when the rest of the call has run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registry import Kernel, register
+from .chunk_common import CHUNK, chunks_of, locate_chunk
+from .launch import on_device, tl, triton, why_not
+from .layer import Prepared, Raw, Rule, Weights
+from .step import _log_decay, _strength
+
+# By the wider padded dimension of a head: (tokens a program, warps), 16 numbers a thread. At 32 some targets spill.
+# Bound by memory; not timed.
+_LAUNCH = {16: (64, 2), 32: (64, 4), 64: (64, 8), 128: (32, 8), 256: (16, 8)}
+
+
+@triton.jit
+def _conv_tile(
+    p_x, stride_t, p_window, p_weight, p_bias, i_t, start, end, m_c,
+    BT: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """silu of the convolution at BT tokens from i_t of a sequence from start to end, ``[BT, channels]`` in fp32.
+    Pointers are at the channels, p_x at token 0; the window, if there is one, ends before that."""
+    o_t = i_t + tl.arange(0, BT)
+    m_t = o_t < end
+    b_sum = tl.zeros([BT, m_c.shape[0]], tl.float32)
+    if (
+        p_window is not None and i_t == 0
+    ):  # the first tokens begin with what is in the window, row by row: there are few
+        for t in tl.static_range(WIDTH - 1):
+            b_row = tl.zeros(m_c.shape, tl.float32)
+            for i in tl.static_range(WIDTH - 1 - t):
+                if KEEP + t + i >= WIDTH - 1:
+                    b_x = tl.load(p_window + (KEEP + t + i - (WIDTH - 1)), mask=m_c, other=0.0).to(tl.float32)
+                    b_row += b_x * tl.load(p_weight + i, mask=m_c, other=0.0).to(tl.float32)
+            b_sum = tl.where((o_t == t)[:, None], b_row[None, :], b_sum)
+    for i in tl.static_range(WIDTH):
+        o_from = o_t - (WIDTH - 1 - i)
+        m = (m_t & (o_from >= start))[:, None] & m_c[None, :]
+        b_x = tl.load(p_x[None, :] + o_from[:, None] * stride_t, mask=m, other=0.0).to(tl.float32)
+        b_sum += b_x * tl.load(p_weight + i, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    if p_bias is not None:
+        b_sum += tl.load(p_bias, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    return b_sum * tl.sigmoid(b_sum)
+
+
+@triton.jit
+def _normed(b_x):
+    """Rows over their length."""
+    return b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) + 1e-6)[:, None]
+
+
+@triton.jit
+def _last_inputs(p_x, stride_t, p_window, p_recent, length, m_c, KEEP: tl.constexpr, BW: tl.constexpr):
+    """The window after `length` tokens. Pointers are at the channels."""
+    o_w = tl.arange(0, BW)
+    o_from = length - KEEP + o_w[None, :]
+    m = m_c[:, None] & (o_w < KEEP)[None, :]
+    b_x = tl.load(p_x[:, None] + o_from * stride_t, mask=m & (o_from >= 0), other=0.0)
+    if p_window is not None:
+        m_old = m & (o_from < 0) & (o_from + KEEP >= 0)
+        b_x = tl.where(o_from < 0, tl.load(p_window[:, None] + KEEP + o_from, mask=m_old, other=0.0), b_x)
+    tl.store(p_recent[:, None] + o_w[None, :], b_x, mask=m)
+
+
+@triton.jit
+def _prologue_kernel(
+    p_q,  # [B, T, HK, K]
+    p_k,  # [B, T, HK, K]
+    p_v,  # [B, T, HK, R, V]
+    p_a,  # [B, T, HK, R], or [B, T, HK, R, K] with one decay per channel
+    p_b,  # [B, T, HK, R]
+    p_window,  # [B, C, KEEP] contiguous, C = HK K + HK K + HV V; or None
+    p_weight,  # [C, WIDTH] contiguous
+    p_bias,  # [C] or None
+    p_A_log,  # [HV]
+    p_dt_bias,  # [HV] or [HV, K]
+    p_lengths,  # [B], or None
+    p_oq,  # [B, T, HK, K] contiguous, like all that is written
+    p_ok,  # [B, T, HK, K]
+    p_ov,  # [B, T, HV, V]
+    p_og,  # [B, T, HV] or [B, T, HV, K]
+    p_obeta,  # [B, T, HV]
+    p_recent,  # [B, C, KEEP], or None
+    p_bounds,  # [N + 1], or None
+    p_first,  # [N], or None
+    p_sequence,  # [chunks], or None
+    beta_scale,
+    T,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_kt, stride_kh,
+    stride_vb, stride_vt, stride_vh, stride_vr,
+    stride_ab, stride_at, stride_ah, stride_ar,
+    stride_bb, stride_bt, stride_bh, stride_br,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KEEP: tl.constexpr,
+    BW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LOWER_BOUND: tl.constexpr,
+    IS_KDA: tl.constexpr,
+    DECAY_IN_DTYPE: tl.constexpr,
+):  # fmt: skip
+    # Heads of the same tokens are neighbours: they lie in the same rows.
+    i_h = tl.program_id(0) % (HK + HV)
+    i_tile = (tl.program_id(0) // (HK + HV)).to(tl.int64)
+    i_chunk, i_sub = i_tile // (CHUNK // BT), i_tile % (CHUNK // BT)
+    i_b, i_t, end = locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T)
+    i_t += i_sub * BT
+    if i_t >= end:
+        return
+    if p_bounds is not None:
+        start = tl.load(p_bounds + tl.load(p_sequence + i_chunk)).to(tl.int64)
+        is_first = i_tile == 0
+        p_context = None  # of other sequences
+    else:
+        start = i_b * 0
+        is_first = i_t == 0
+        p_context = p_window
+    length = i_b * 0 + T
+    if p_lengths is not None:
+        length = tl.load(p_lengths + i_b).to(tl.int64)
+    dtype = p_oq.dtype.element_ty
+    o_t = i_t + tl.arange(0, BT)
+    m_t = o_t < end
+    o_row = i_b * T + o_t
+    i_channel = i_b * (2 * HK * K + HV * V)
+    if i_h < HK:  # no name in both branches: their blocks differ in size
+        o_k = tl.arange(0, BK)
+        m_k = o_k < K
+        m_tk = m_t[:, None] & m_k[None, :]
+        o_q = i_h * K + o_k
+        o_key = HK * K + o_q
+        p_xq = p_q + i_b * stride_qb + i_h * stride_qh + o_k
+        p_xk = p_k + i_b * stride_kb + i_h * stride_kh + o_k
+        b_q = _conv_tile(
+            p_xq, stride_qt, None if p_context is None else p_context + (i_channel + o_q) * KEEP,
+            p_weight + o_q * WIDTH, None if p_bias is None else p_bias + o_q, i_t, start, end, m_k,
+            BT, WIDTH, KEEP,
+        )  # fmt: skip
+        o_out = (o_row * HK + i_h)[:, None] * K + o_k[None, :]
+        tl.store(p_oq + o_out, _normed(b_q).to(dtype), mask=m_tk)
+        b_k = _conv_tile(
+            p_xk, stride_kt, None if p_context is None else p_context + (i_channel + o_key) * KEEP,
+            p_weight + o_key * WIDTH, None if p_bias is None else p_bias + o_key, i_t, start, end, m_k,
+            BT, WIDTH, KEEP,
+        )  # fmt: skip
+        tl.store(p_ok + o_out, _normed(b_k).to(dtype), mask=m_tk)
+        if p_recent is not None and is_first:
+            _last_inputs(
+                p_xq, stride_qt, None if p_window is None else p_window + (i_channel + o_q) * KEEP,
+                p_recent + (i_channel + o_q) * KEEP, length, m_k, KEEP, BW,
+            )  # fmt: skip
+            _last_inputs(
+                p_xk, stride_kt, None if p_window is None else p_window + (i_channel + o_key) * KEEP,
+                p_recent + (i_channel + o_key) * KEEP, length, m_k, KEEP, BW,
+            )  # fmt: skip
+    else:
+        i_value = i_h - HK
+        i_hk, i_r = i_value // (HV // HK), i_value % (HV // HK)
+        o_v = tl.arange(0, BV)
+        m_v = o_v < V
+        o_value = 2 * HK * K + i_value * V + o_v
+        p_xv = p_v + i_b * stride_vb + i_hk * stride_vh + i_r * stride_vr + o_v
+        b_v = _conv_tile(
+            p_xv, stride_vt, None if p_context is None else p_context + (i_channel + o_value) * KEEP,
+            p_weight + o_value * WIDTH, None if p_bias is None else p_bias + o_value, i_t, start, end, m_v,
+            BT, WIDTH, KEEP,
+        )  # fmt: skip
+        o_head = o_row * HV + i_value
+        tl.store(p_ov + o_head[:, None] * V + o_v[None, :], b_v.to(dtype), mask=m_t[:, None] & m_v[None, :])
+        if p_recent is not None and is_first:
+            _last_inputs(
+                p_xv, stride_vt, None if p_window is None else p_window + (i_channel + o_value) * KEEP,
+                p_recent + (i_channel + o_value) * KEEP, length, m_v, KEEP, BW,
+            )  # fmt: skip
+        m_real = o_t < length
+        p_xb = p_b + i_b * stride_bb + i_hk * stride_bh + i_r * stride_br
+        b_beta = _strength(tl.load(p_xb + o_t * stride_bt, mask=m_t, other=0.0), beta_scale)
+        tl.store(p_obeta + o_head, tl.where(m_real, b_beta, 0.0), mask=m_t)
+        p_xa = p_a + i_b * stride_ab + i_hk * stride_ah + i_r * stride_ar + o_t * stride_at
+        b_rate = tl.exp(tl.load(p_A_log + i_value).to(tl.float32))
+        if IS_KDA:
+            o_d = tl.arange(0, BK)
+            m_d = o_d < K
+            m_td = m_t[:, None] & m_d[None, :]
+            b_bias = tl.load(p_dt_bias + i_value * K + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+            b_a = tl.load(p_xa[:, None] + o_d[None, :], mask=m_td, other=0.0)
+            b_g = _log_decay(b_a, b_bias, b_rate, dtype, LOWER_BOUND, DECAY_IN_DTYPE)
+            tl.store(p_og + o_head[:, None] * K + o_d[None, :], tl.where(m_real[:, None], b_g, 0.0), mask=m_td)
+        else:
+            b_a = tl.load(p_xa, mask=m_t, other=0.0)
+            b_bias = tl.load(p_dt_bias + i_value).to(tl.float32)
+            b_g = _log_decay(b_a, b_bias, b_rate, dtype, LOWER_BOUND, DECAY_IN_DTYPE)
+            tl.store(p_og + o_head, tl.where(m_real, b_g, 0.0), mask=m_t)
+
+
+def prologue(
+    raw: Raw, weights: Weights, rule: Rule, *,
+    window: Tensor | None = None, keep: int = 0, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None,
+) -> Prepared:  # fmt: skip
+    """Everything before the delta rule, in one launch; no gradients. All arithmetic is fp32.
+
+    Args:
+        raw: of tokens ``[B, T]``, T from 1 up, in fp16, bf16 or fp32; a is given. K and V up to 256.
+        weights: in any float dtype, conv contiguous. Width of the convolution up to 8.
+        rule: its activation is silu.
+        window: left context, the last inputs of the convolution: ``[B, C, keep]`` in raw's dtype; zeros when
+            None. Packed sequences do not see it.
+        keep: columns of the window that is returned, which ends at each row's last token; 0 for none.
+        cu_seqlens: ``[N + 1]`` boundaries of sequences packed along T, B = 1: the convolution stays inside each.
+        lengths: ``[B]``, how many tokens a row has; those after them are padding, which neither decays nor writes.
+
+    Returns:
+        q, k and v in raw's dtype, g and beta in fp32, and the window, all contiguous and new.
+
+    Source: Gated Delta Networks (arXiv 2412.06464), figure 1; Kimi Linear (arXiv 2510.26692), section 3.
+    """
+    q, k, v, a, b = raw[:5]
+    assert a is not None
+    B, T, HK, K = q.shape
+    R, V = v.shape[3:]
+    HV, C = HK * R, 2 * HK * K + HK * R * V
+    is_kda = a.dim() == 3
+    if is_kda:
+        a = a.unflatten(2, (HK, R, K))
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device=q.device)
+
+    made = Prepared(
+        empty(B, T, HK, K, dtype=q.dtype), empty(B, T, HK, K, dtype=q.dtype), empty(B, T, HV, V, dtype=q.dtype),
+        empty(B, T, HV, K) if is_kda else empty(B, T, HV), empty(B, T, HV),
+        empty(B, C, keep, dtype=q.dtype) if keep else None,
+    )  # fmt: skip
+    chunks = chunks_of(B, T, cu_seqlens)
+    BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    BT, num_warps = next(row for width, row in _LAUNCH.items() if max(BK, BV) <= width)
+    with on_device(q):
+        _prologue_kernel[(chunks.programs * (CHUNK // BT) * (HK + HV),)](
+            p_q=q,
+            p_k=k,
+            p_v=v,
+            p_a=a,
+            p_b=b,
+            p_window=None if window is None else window.contiguous(),
+            p_weight=weights.conv,
+            p_bias=weights.conv_bias,
+            p_A_log=weights.A_log,
+            p_dt_bias=weights.dt_bias,
+            p_lengths=lengths,
+            p_oq=made.q,
+            p_ok=made.k,
+            p_ov=made.v,
+            p_og=made.g,
+            p_obeta=made.beta,
+            p_recent=made.window,
+            beta_scale=rule.beta_scale,
+            T=T,
+            stride_qb=q.stride(0), stride_qt=q.stride(1), stride_qh=q.stride(2),
+            stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=k.stride(2),
+            stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vh=v.stride(2), stride_vr=v.stride(3),
+            stride_ab=a.stride(0), stride_at=a.stride(1), stride_ah=a.stride(2), stride_ar=a.stride(3),
+            stride_bb=b.stride(0), stride_bt=b.stride(1), stride_bh=b.stride(2), stride_br=b.stride(3),
+            HK=HK,
+            HV=HV,
+            K=K,
+            V=V,
+            BT=BT,
+            BK=BK,
+            BV=BV,
+            WIDTH=weights.conv.shape[1],
+            KEEP=keep,
+            BW=triton.next_power_of_2(max(keep, 1)),
+            CHUNK=CHUNK,
+            LOWER_BOUND=rule.lower_bound,
+            IS_KDA=is_kda,
+            DECAY_IN_DTYPE=rule.decay_in_dtype,
+            num_warps=num_warps,
+            **chunks.arguments(),
+        )  # fmt: skip
+    return made
+
+
+register(Kernel("prologue_gdn", "triton", prologue, why_not))
+register(Kernel("prologue_kda", "triton", prologue, why_not))

@@ -1,0 +1,155 @@
+"""Prefill of patched layers on the Triton kernels, in the interpreter: what runs, and that it is the original.
+
+The budget is that of tests/patches/test_models.py: 1e-5 in fp32.
+"""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import hf_gdn
+from hf_gdn import ops, registry
+from hf_gdn.kernels.launch import INTERPRET
+from tests import tiny
+
+from .test_step_interpreted import PRODUCTS, Operators, states
+
+pytestmark = [pytest.mark.interpret, pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")]
+
+BUDGET = 1e-5
+LAUNCHES = {"gdn": 5, "kda": 6}  # prologue, preparation, scan, norm
+
+
+def run(layer, *pieces, cache=None, **kwargs):
+    """The layer on pieces of tokens, one after the other."""
+    with torch.no_grad():
+        return torch.cat([layer(x, cache_params=cache, **kwargs) for x in pieces], 1)
+
+
+def on_triton(family, **kwargs):
+    return hf_gdn.patched(family, backend="triton", strict=True, **kwargs)
+
+
+@pytest.fixture
+def layer(family):
+    return tiny.mixer(tiny.model(family))
+
+
+def test_prefill_is_the_originals_and_the_original_goes_on(family):
+    """Two long pieces, the second after a cache, and a short first call; then unpatched."""
+    model = tiny.model(family)
+    layer, x = tiny.mixer(model), torch.randn(2, 90, 32, generator=torch.Generator().manual_seed(0))
+    for sizes in ([65, 20, 5], [3, 20, 67]):
+        theirs, ours = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        *first, last = x.split(sizes, 1)
+        wanted = run(layer, *first, cache=theirs)
+        with on_triton(family):
+            got = run(layer, *first, cache=ours)
+        tiny.assert_close("prefill", got, wanted, BUDGET)
+        for name, one, other in zip(("window", "state"), states(ours), states(theirs)):
+            tiny.assert_close(name, one, other, BUDGET)
+        tiny.assert_close("unpatched", run(layer, last, cache=ours), run(layer, last, cache=theirs), BUDGET)
+
+
+def test_padding_anywhere(family, layer):
+    config = tiny.model(family).config.get_text_config()
+    x, mask = torch.randn(3, 40, 32), torch.ones(3, 40, dtype=torch.long)
+    mask[1, :9], mask[1, 30:], mask[2] = 0, 0, 0
+    mask[2, 5::7] = 1
+    with on_triton(family):
+        cache = DynamicCache(config=config)
+        got = run(layer, x, cache=cache, attention_mask=mask)
+        later = run(layer, x[:, :20], cache=cache)
+    for row in range(3):
+        kept = DynamicCache(config=config)
+        real = x[row : row + 1, mask[row] == 1]
+        for each in tiny.mixers(tiny.model(family)):  # OLMo-Hybrid of 5.17 asks the last one whether there is a past
+            run(each, real, cache=kept)
+        kept = DynamicCache(config=config)
+        with hf_gdn.patched(family, backend="eager"):
+            wanted = run(layer, real, cache=kept), run(layer, x[row : row + 1, :20], cache=kept)
+        tiny.assert_close(f"row {row}", got[row, mask[row] == 1], wanted[0][0], BUDGET)
+        tiny.assert_close(f"row {row}, later", later[row], wanted[1][0], BUDGET)
+    assert not got[mask == 0].any()
+
+
+def test_packed_sequences(family, layer):
+    x, bounds = torch.randn(1, 50, 32), [0, 7, 8, 8, 50]
+    with on_triton(family):
+        packed = run(layer, x, cu_seq_lens_q=torch.tensor(bounds, dtype=torch.int32))
+    for first, last in pairwise(bounds):
+        if first < last:
+            tiny.assert_close(f"{first}:{last}", packed[:, first:last], run(layer, x[:, first:last]), BUDGET)
+
+
+def test_compiles_as_operators_without_a_break(family, layer):
+    """As kernels that torch.compile cannot look into are called."""
+    x = torch.randn(2, 40, 32)
+    wanted = run(layer, x)
+    with on_triton(family), torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        tiny.assert_close("compiled", compiled(x), wanted, BUDGET)
+    torch._dynamo.reset()
+
+
+def test_gradients_go_another_way(family, layer):
+    """Even where only what is behind the projections is trained."""
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False)
+    gates = [p for name, p in layer.named_parameters() if name.rpartition(".")[2] in ("A_log", "dt_bias")]
+    for parameter in gates:
+        parameter.requires_grad_(True)
+    x = torch.randn(1, 20, 32)
+    with hf_gdn.patched(family, backend="eager"):
+        wanted = torch.autograd.grad(layer(x).square().sum(), gates)
+    with on_triton(family):
+        got = torch.autograd.grad(layer(x).square().sum(), gates)
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+def test_prefill_is_the_projections_and_few_launches(family, layer, monkeypatch):
+    """Nothing else is computed, cast or copied: no cat, no split that copies, no fp32 activations."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launches, execute, x = [], GridExecutor.__call__, torch.randn(2, 40, 32)
+
+    def counted(self, *args, **kwargs):
+        launches.append(self.fn.__name__)
+        with torch.utils._python_dispatch._disable_current_modes():  # what the interpreter does is none of ours
+            return execute(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    with on_triton(family), Operators() as seen, torch.no_grad():
+        layer(x)
+    op = hf_gdn.patches.all_families()[family].op
+    assert len(launches) == LAUNCHES[op], launches
+    products = [name for name in seen.names if name in ("mm", "addmm", "bmm")]
+    others = [name for name in seen.names if name not in ("mm", "addmm", "bmm", "empty_like")]
+    assert len(products) == PRODUCTS[family], seen.names
+    assert not others, f"besides the projections: {others}"
+
+
+def test_kernels_of_a_backend_go_together(family, layer, monkeypatch):
+    """Prologue and norm are those of the delta rule's backend where it has them, the eager ones where it has not."""
+    seen, op = [], hf_gdn.patches.all_families()[family].op
+    for name in ("launch_prologue", "launch_norm"):
+        launch = getattr(ops, name)
+
+        def watched(kernel, *args, launch=launch, **kwargs):
+            seen.append((kernel.op, kernel.backend))
+            return launch(kernel, *args, **kwargs)
+
+        monkeypatch.setattr(hf_gdn.patches.mixer, name, watched)
+    x = torch.randn(1, 20, 32)
+    with on_triton(family):
+        run(layer, x)
+    assert seen == [(f"prologue_{op}", "triton"), ("gated_norm", "triton")]
+    for name in (f"prologue_{op}", "gated_norm"):
+        kernel = registry.get(name, "triton")
+        monkeypatch.delitem(registry._table, (name, "triton"))
+        assert kernel
+    with on_triton(family):
+        run(layer, x)
+    assert seen[2:] == [(f"prologue_{op}", "eager"), ("gated_norm", "eager")]
