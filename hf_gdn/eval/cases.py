@@ -58,6 +58,9 @@ SHAPES = {
     "qwen3_next-80b": Shape("qwen3_next", "gdn", 16, 32, 128, 128),
     "kimi_linear-48b": Shape("kimi_linear", "kda", 32, 32, 128, 128),
     "qwen3_5_moe-35b": Shape("qwen3_5_moe", "gdn", 16, 32, 128, 128),
+    # What each of eight processes has of them.
+    "qwen3_next-80b-tp8": Shape("qwen3_next", "gdn", 2, 4, 128, 128),
+    "kimi_linear-48b-tp8": Shape("kimi_linear", "kda", 4, 4, 128, 128),
     "olmo_hybrid": Shape("olmo_hybrid", "gdn", 30, 30, 96, 192),
     **{path.parent.name: _read(path) for path in sorted(models.ASSETS.glob("*/config.json"))},
 }
