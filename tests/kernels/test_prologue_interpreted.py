@@ -12,19 +12,19 @@ from itertools import pairwise
 import pytest
 import torch
 
-pytest.importorskip("triton")
-from hf_gdn.kernels import GATED_NORM, PROLOGUE_GDN, PROLOGUE_KDA, STEP_KDA, launch, reference
-from tests.tiny import assert_close
-
-if not launch.INTERPRET:
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-
+from hf_gdn.kernels import GATED_NORM, PROLOGUE_GDN, PROLOGUE_KDA, STEP_KDA, reference
 from hf_gdn.kernels import gated_norm as norm_module
 from hf_gdn.kernels import prologue as module
+from hf_gdn.kernels.launch import INTERPRET
+from tests.tiny import assert_close
 
 from .steps import FAMILIES, double
 
-pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 
 BUDGET = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1.6e-2}
 NAMES = ("q", "k", "v", "g", "beta", "window")
