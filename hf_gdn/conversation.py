@@ -24,7 +24,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from .caches import SinkCache
 from .errors import UserError, reason
 from .eval import models
-from .eval.journal import write_whole
+from .files import write_whole
 
 FORMAT, VERSION = "hf_gdn.chat", 1
 PIECE = 512  # tokens of a long input that are read at once
@@ -166,7 +166,7 @@ class Conversation:
         held = {"format": FORMAT, "version": VERSION, "model": self.loaded.source.label, "tokenizer": self.key}
         whole = json.dumps({**held, "text": text, "ids": self.ids}, indent=1) + "\n"
         try:
-            write_whole(Path(path), lambda partial: partial.write_text(whole, encoding="utf-8"))
+            write_whole(path, lambda partial: partial.write_text(whole, encoding="utf-8"))
         except (OSError, ValueError) as error:  # of a path that can name no file
             raise UserError(f"{path!r} cannot be written: {reason(error)}") from error
 

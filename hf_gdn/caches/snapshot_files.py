@@ -7,20 +7,17 @@ between), ``sha256`` (of all of this and of every tensor). Tensors: ``layers.<in
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
-import secrets
-import stat
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files import write_whole
 from .snapshot_layers import Parts, SnapshotError
 from .snapshots import Snapshot, check, check_model
 
@@ -39,7 +36,6 @@ def save(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written; what was there before still is.
         SafetensorError: a tensor cannot be written, likewise.
     """
-    target = Path(os.path.realpath(path))
     tensors = {
         f"layers.{index}.{name}": part.detach().contiguous().cpu()
         for index, parts in enumerate(snapshot.layers)
@@ -55,20 +51,7 @@ def save(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
         "layers": ",".join(snapshot.kinds),
     }
     header["sha256"] = _digest(header, tensors)
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        beside.touch()
-        mode = stat.S_IMODE((target if target.exists() else beside).stat().st_mode)
-        save_file(tensors, beside, metadata=header)
-        os.chmod(beside, mode)  # safetensors' own would let nobody else read
-        _to_disk(beside)
-        os.replace(beside, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
-    if os.name == "posix":
-        _to_disk(target.parent)
+    write_whole(path, lambda beside: save_file(tensors, beside, metadata=header))
 
 
 def load(
@@ -146,11 +129,3 @@ def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 def _dtype(snapshot: Snapshot) -> str:
     return str(snapshot.dtype).removeprefix("torch.")
-
-
-def _to_disk(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -8,7 +8,6 @@ the report is written the folder goes.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,24 +19,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError, reason
+from ..files import write_whole
 from .progress import Bars
 from .ranks import Ranks
 
 Row = dict[str, Any]
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Call `write` with the name of a neighbouring file, then move that to `path`: it is never seen half written."""
-    partial = path.with_name(f".{path.name}.partial")
+def put(path: Path, writer: Callable[[Path], Any]) -> Path:
+    """`hf_gdn.files.write_whole`, raising UserError where the file cannot be written."""
     try:
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        return partial.replace(path)
+        return write_whole(path, writer)
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be written: {reason(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def prepare(output: str) -> Path:
@@ -103,11 +97,11 @@ class Journal:
             self.remove()
             self._folder.mkdir()
             text = json.dumps(self._job, indent=2)
-            write_whole(self._folder / "job.json", lambda path: path.write_text(text, encoding="utf-8"))
+            put(self._folder / "job.json", lambda path: path.write_text(text, encoding="utf-8"))
             self._fresh = False
         tensors = {name: value.contiguous() for name, value in row.items() if isinstance(value, Tensor)}
         rest = {name: value for name, value in row.items() if name not in tensors}
-        self._rows[key] = write_whole(
+        self._rows[key] = put(
             self._folder / f"{key}.safetensors", lambda path: save_file(tensors, path, {"row": json.dumps(rest)})
         )
 

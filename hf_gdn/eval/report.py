@@ -20,7 +20,7 @@ from ..patches import families_in, layer_kernels, patched
 from . import journal as journals
 from . import machine, microbench, models, page, ppl, progress, sheets, speed, texts
 from . import output as formats
-from .journal import Journal, Work, write_whole
+from .journal import Journal, Work, put
 from .models import Loaded, Source
 from .ranks import Ranks
 
@@ -240,7 +240,7 @@ def write(report: dict[str, Any], folder: Path) -> None:
     """Write the report in all formats, each file whole or not at all."""
     texts = {name: make(report) for name, make in FILES.items()}
     for name, text in texts.items():
-        write_whole(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        put(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
 
 
 def show(report: dict[str, Any], folder: str, quiet: bool) -> None:

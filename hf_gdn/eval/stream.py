@@ -234,7 +234,7 @@ def main(
     head = machine.made_with("stream", command, place)
     report = {**head, "text": text.source, "options": asdict(options), "results": results}
     for name, made in (("stream.json", json.dumps(report, indent=1) + "\n"), ("stream.svg", plots.stream(results))):
-        journal.write_whole(Path(folder) / name, lambda path, made=made: path.write_text(made, encoding="utf-8"))
+        journal.put(Path(folder) / name, lambda path, made=made: path.write_text(made, encoding="utf-8"))
     console = machine.console()
     for result in results:
         header, rows = table(result)

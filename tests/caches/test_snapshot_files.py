@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache, StaticCache
 
-from hf_gdn import caches
+from hf_gdn import caches, files
 from hf_gdn.caches import SnapshotError, snapshot_files
 from tests import tiny
 from tests.caches import held
@@ -101,7 +101,7 @@ def test_an_empty_snapshot_has_a_file_too(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------ crashes
 
-STAGES = ["save_file", "_to_disk", "os.replace"]
+STAGES = ["save_file", "_to_disk", "replace"]
 
 
 def _stop(monkeypatch, stage, how):
@@ -112,8 +112,8 @@ def _stop(monkeypatch, stage, how):
             args[1].write_bytes(b"half a file")
         how()
 
-    owner, _, name = stage.rpartition(".")
-    monkeypatch.setattr(os if owner else snapshot_files, name, stopped)
+    owner = {"save_file": snapshot_files, "_to_disk": files, "replace": os}[stage]
+    monkeypatch.setattr(owner, stage, stopped)
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_the_order_is_write_sync_move_sync(saved, monkeypatch):
         return lambda *args, **kwargs: (order.append((name, str(args[-1]))), function(*args, **kwargs))[1]
 
     monkeypatch.setattr(snapshot_files, "save_file", noting("write", save_file))
-    monkeypatch.setattr(snapshot_files, "_to_disk", noting("sync", snapshot_files._to_disk))
+    monkeypatch.setattr(files, "_to_disk", noting("sync", files._to_disk))
     monkeypatch.setattr(os, "replace", noting("move", os.replace))
     caches.save(other, path)
     assert [name for name, _ in order] == ["write", "sync", "move", "sync"]

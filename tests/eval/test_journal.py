@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_gdn.errors import UserError
-from hf_gdn.eval.journal import Journal, Work, prepare, write_whole
+from hf_gdn.eval.journal import Journal, Work, prepare, put
 from hf_gdn.eval.ranks import Ranks
 
 JOB = {"context": 512, "models": ["a"]}
@@ -74,12 +74,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "report.json"
     path.write_text("old")
 
-    def write(place):
+    def halfway(place):
         place.write_text("half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match=r"report.json' cannot be written: No space left on device"):
-        write_whole(path, write)
+        put(path, halfway)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
