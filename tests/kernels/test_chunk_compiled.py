@@ -95,6 +95,7 @@ def check(name: str, target: str, K: int = 128, V: int = 128, heads: int = HV, p
     launch = LAUNCHES[name]
     BK = chunk_common.padded(K)
     constexprs = {"HK": HK, "HV": HV, "K": K, "V": V, "BT": chunk_common.CHUNK, "PRECISION": None}
+    constexprs |= {"SEGMENTS": 1, "p_states": None, "p_long": None}
     num_warps, options, width = launch.num_warps(BK), {}, BK
     if launch.key_tiles:
         BV, num_warps, options["num_stages"] = chunk_common.scan_options(
