@@ -7,7 +7,7 @@ Per sequence and value head, G the running sum of g inside a chunk, S the state 
     u = A (V - e^G K S) ;  O = scale e^G Q S + P u ;  S <- e^(G_last) S + K^T (e^(G_last - G) u)
 
 The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives the form. Two kernels prepare A and P
-of all chunks at once, a third walks the chunks of a sequence with S in registers.
+of all chunks at once, a third walks the chunks of a sequence, or of a segment of one (`segments`), with S in registers.
 
 With qk_l2norm q and k are never written: 1/|q| and 1/|k| are numbers per token, and join those of the gate.
 """
@@ -207,7 +207,7 @@ def _scan_kernel(
     i_x, i_h = i_xh // HV, i_xh % HV
     i_hk = i_h // (HV // HK)
     i_n, i_s, i_slot, i_b, i_t, end, i_chunk, is_last, is_served = locate_segment(
-        i_x, p_bounds, p_first, p_long, sequences, minimum, T, BT, SEGMENTS, STATE_ONLY
+        i_x, i_v * BV >= V, p_bounds, p_first, p_long, sequences, minimum, T, BT, SEGMENTS, STATE_ONLY
     )
     if not is_served:
         return

@@ -9,7 +9,8 @@ Per sequence and value head, G the running sum of g [., K] inside a chunk, S the
 The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives the form.
 
 Four kernels: q and k with their decay from and to the ends of the chunk; N and P, and the inverse
-(`chunk_kda_scores`, which says how a gate of any size is served); and the scan, with S in registers.
+(`chunk_kda_scores`, which says how a gate of any size is served); and the scan of a sequence, or of a segment of one
+(`segments`), with S in registers.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def _scan_kernel(
     i_xh = (i_program // tl.cdiv(COLUMNS, BV)).to(tl.int64)
     i_x, i_h = i_xh // HV, i_xh % HV
     i_n, i_s, i_slot, i_b, i_t, end, i_chunk, is_last, is_served = locate_segment(
-        i_x, p_bounds, p_first, p_long, sequences, minimum, T, BT, SEGMENTS, STATE_ONLY
+        i_x, i_v * BV >= V, p_bounds, p_first, p_long, sequences, minimum, T, BT, SEGMENTS, STATE_ONLY
     )
     if not is_served:
         return

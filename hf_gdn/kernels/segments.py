@@ -77,14 +77,14 @@ def _segment_length(tokens, minimum, BT: tl.constexpr, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def locate_segment(
-    i_x, p_bounds, p_first, p_long, sequences, minimum, T,
+    i_x, is_transition, p_bounds, p_first, p_long, sequences, minimum, T,
     BT: tl.constexpr, SEGMENTS: tl.constexpr, STATE_ONLY: tl.constexpr,
 ):  # fmt: skip
     """``(sequence, segment, slot, batch, first token, end, first chunk, is the last, is to be served)`` of a program.
 
     States are kept in slots, SEGMENTS - 1 for every sequence that may be long: the one after segment s in slot s. The
-    state pass has a program per slot; the scan has one per sequence, for its first segment, then one per slot, for the
-    segment that begins with that slot's state.
+    state pass has programs per slot; the scan has them per sequence, for its first segment, then per slot, for the
+    segment that begins with that slot's state. `is_transition`: the program's columns are all of M_s.
     """
     if SEGMENTS == 1:
         i_b, i_t, end, i_chunk = locate_sequence(i_x, p_bounds, p_first, T)
@@ -104,8 +104,9 @@ def locate_segment(
         i_t += i_s * length * BT
         i_chunk += i_s * length
         i_next = i_t + length * BT
-        # Nothing begins after the last segment, and those past the end of the sequence are empty.
-        is_served = i_next < end if STATE_ONLY else (i_s == 0) | (i_t < end)
+        is_served = (i_t < end) | (i_s == 0)
+        if STATE_ONLY:  # nothing begins after the last segment, and the first is not met by an unknown state
+            is_served = (i_next < end) & ((i_s > 0) | (is_transition == 0))
         return i_n, i_s, i_slot, i_b, i_t, tl.minimum(end, i_next), i_chunk, i_next >= end, is_served
 
 
@@ -234,28 +235,26 @@ def scan(
     tables = dict(p_bounds=chunks.bounds, p_first=chunks.first, p_long=long)
     shape = dict(T=T, HV=HV, K=K, V=V, BT=CHUNK, BK=BK)
 
-    def options(states: int) -> dict[str, int]:
-        sizes = scan_options(states, V, BK, v.element_size(), shared_memory(v.device), key_tiles)
-        return dict(zip(("BV", "num_warps", "num_stages"), sizes, strict=True))
-
+    # Slots grow with the batch and bits must not depend on it: one tile, the narrowest, where anything is cut.
+    heads = N * HV if segments == 1 else 1
+    BV, warps, stages = scan_options(heads, V, BK, v.element_size(), shared_memory(v.device), key_tiles)
     common = dict(
         inputs,
         p_initial=None if initial_state is None else initial_state.contiguous(),
         p_states=states,
         sequences=N,
         minimum=MINIMUM,
+        BV=BV,
         SEGMENTS=segments,
         PRECISION=precision,
+        num_warps=warps,
+        num_stages=stages,
         **tables,
         **shape,
     )
     with on_device(v):
         if segments > 1:
-            # The narrow tile whatever the batch: there is one width for all bits.
-            sizes = options(1)
-            kernel[(triton.cdiv(V + K, sizes["BV"]) * slots * HV,)](
-                p_final=None, **dict.fromkeys(outputs), **common, **sizes
-            )
+            kernel[(triton.cdiv(V + K, BV) * slots * HV,)](p_final=None, **dict.fromkeys(outputs), **common)
             _merge_kernel[(triton.cdiv(V, MERGE_COLUMNS) * candidates * HV,)](
                 p_states=states,
                 minimum=MINIMUM,
@@ -268,5 +267,4 @@ def scan(
                 **tables,
                 **shape,
             )
-        sizes = options((N + slots) * HV)
-        kernel[(triton.cdiv(V, sizes["BV"]) * (N + slots) * HV,)](p_final=final_state, **outputs, **common, **sizes)
+        kernel[(triton.cdiv(V, BV) * (N + slots) * HV,)](p_final=final_state, **outputs, **common)
