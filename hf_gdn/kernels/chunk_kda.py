@@ -9,8 +9,7 @@ Per sequence and value head, G the running sum of g [., K] inside a chunk, S the
 The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives the form.
 
 Four kernels: q and k with their decay from and to the ends of the chunk; N and P, and the inverse
-(`chunk_kda_scores`, which says how a gate of any size is served); and the scan of a sequence, or of a segment of one
-(`segments`), with S in registers.
+(`chunk_kda_scores`, which says how a gate of any size is served); and the scan, with S in registers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The scan in segments, in Triton's interpreter (TRITON_INTERPRET=1): exact, and the same bits whatever else is served.
 
 Bounds are those of test_chunk_interpreted.py, which derives them: C_s and M_s of a segment are made by the roundings of
-the scan itself, and the merge, in fp32, adds two of 2^-24. Keys are unit vectors and beta is at most 2, so that M_s
-lengthens nothing and errors do not grow on the way. Where nothing decays M_s matters most.
+the scan itself, and the merge, in fp32 (tf32x3 on a card: 3.5e-7), adds none that count. Keys are unit vectors and beta
+is at most 2, so that M_s lengthens nothing and errors do not grow on the way. Where nothing decays M_s matters most.
 """
 
 from __future__ import annotations
