@@ -7,7 +7,7 @@ Per sequence and value head, G the running sum of g inside a chunk, S the state 
     u = A (V - e^G K S) ;  O = scale e^G Q S + P u ;  S <- e^(G_last) S + K^T (e^(G_last - G) u)
 
 The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives the form. Two kernels prepare A and P
-of all chunks at once, a third walks the chunks of a sequence with S in registers.
+of all chunks at once, a third walks the chunks of a sequence, or of a segment of one (`segments`), with S in registers.
 
 With qk_l2norm q and k are never written: 1/|q| and 1/|k| are numbers per token, and join those of the gate.
 """
@@ -25,13 +25,11 @@ from .chunk_common import (
     input_precision,
     invert_unit_lower,
     locate_chunk,
-    locate_sequence,
     padded,
-    scan_options,
-    shared_memory,
     strides,
 )
 from .launch import on_device, tl, triton, why_not
+from .segments import load_state, locate_segment, scan, store_state
 
 # By padded K, so that nothing spills (A100 at 256: 80 bytes). Not yet timed.
 PREPARE_WARPS = {16: 4, 32: 4, 64: 4, 128: 4, 256: 8}
@@ -166,22 +164,26 @@ def _scores_kernel(
         tl.store(p_qin + o_row, tl.exp(b_high) * b_norm, mask=m_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def _scan_kernel(
-    p_q,  # [B, T, HK, K]
+    p_q,  # [B, T, HK, K], or None
     p_k,  # [B, T, HK, K]
     p_v,  # [B, T, HV, V]
     p_a,  # [B, T, HV, 64]
-    p_p,  # [B, T, HV, 64]
+    p_p,  # [B, T, HV, 64], or None
     p_kin,  # [B, T, HV]
-    p_qin,  # [B, T, HV]
+    p_qin,  # [B, T, HV], or None
     p_kout,  # [B, T, HV]
     p_decay,  # [chunks, HV]
     p_initial,  # [N, HV, K, V] contiguous, or None for zeros
-    p_final,  # [N, HV, K, V] contiguous
-    p_o,  # [B, T, HV, V] contiguous
+    p_states,  # [slots, HV, K, V + K], or None when nothing is cut
+    p_final,  # [N, HV, K, V] contiguous, or None
+    p_o,  # [B, T, HV, V] contiguous, or None for the states of segments alone
     p_bounds,  # [N + 1], or None
     p_first,  # [N], or None
+    p_long,  # [sequences that may be long], or None
+    sequences,
+    minimum,
     T,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh,
@@ -193,31 +195,33 @@ def _scan_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    STATE_ONLY: tl.constexpr = p_o is None
+    COLUMNS: tl.constexpr = V + K if STATE_ONLY else V
     # One grid axis for everything: y and z end at 65,535. Tiles of a head are neighbours and share what they read.
     i_program = tl.program_id(0)
-    i_v = i_program % tl.cdiv(V, BV)
-    i_nh = (i_program // tl.cdiv(V, BV)).to(tl.int64)
-    i_n, i_h = i_nh // HV, i_nh % HV
+    i_v = i_program % tl.cdiv(COLUMNS, BV)
+    i_xh = (i_program // tl.cdiv(COLUMNS, BV)).to(tl.int64)
+    i_x, i_h = i_xh // HV, i_xh % HV
     i_hk = i_h // (HV // HK)
-    i_b, i_t, end, i_chunk = locate_sequence(i_n, p_bounds, p_first, T)
+    i_n, i_s, i_slot, i_b, i_t, end, i_chunk, is_last, is_served = locate_segment(
+        i_x, i_v * BV >= V, p_bounds, p_first, p_long, sequences, minimum, T, BT, SEGMENTS, STATE_ONLY
+    )
+    if not is_served:
+        return
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
     dtype = p_v.dtype.element_ty
+    b_s = load_state(p_initial, p_states, i_n, i_s, i_slot, i_h, o_k, o_v, HV, K, V, SEGMENTS, STATE_ONLY)
 
-    o_s = i_nh * K * V + o_k[:, None] * V + o_v[None, :]
-    m_s = m_k[:, None] & m_v[None, :]
-    if p_initial is not None:
-        b_s = tl.load(p_initial + o_s, mask=m_s, other=0.0).to(tl.float32)
-    else:
-        b_s = tl.zeros([BK, BV], tl.float32)
-
-    p_q += i_b * stride_qb + i_hk * stride_qh
     p_k += i_b * stride_kb + i_hk * stride_kh
     p_v += i_b * stride_vb + i_h * stride_vh
+    if not STATE_ONLY:
+        p_q += i_b * stride_qb + i_hk * stride_qh
     for i_c in range(tl.cdiv(end - i_t, BT)):
         o_t = i_t + i_c * BT + o_i
         m_t = o_t < end
@@ -225,27 +229,29 @@ def _scan_kernel(
         o_row = (i_b * T + o_t) * HV + i_h
         o_tile = o_row[:, None] * BT + o_i[None, :]
         b_k = tl.load(p_k + o_t[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)
-        b_q = tl.load(p_q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)
+        if not STATE_ONLY:
+            b_q = tl.load(p_q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)
+            b_p = tl.load(p_p + o_tile, mask=m_t[:, None], other=0.0)
+            b_qin = tl.load(p_qin + o_row, mask=m_t, other=0.0)
         b_v = tl.load(p_v + o_t[:, None] * stride_vt + o_v[None, :], mask=m_tv, other=0.0)
         b_a = tl.load(p_a + o_tile, mask=m_t[:, None], other=0.0)
-        b_p = tl.load(p_p + o_tile, mask=m_t[:, None], other=0.0)
         b_kin = tl.load(p_kin + o_row, mask=m_t, other=0.0)
-        b_qin = tl.load(p_qin + o_row, mask=m_t, other=0.0)
         b_kout = tl.load(p_kout + o_row, mask=m_t, other=0.0)
         decay = tl.load(p_decay + (i_chunk + i_c) * HV + i_h)
 
         b_state = b_s.to(dtype)
         b_u = b_v.to(tl.float32) - dot(b_k, b_state, PRECISION=PRECISION) * b_kin[:, None]
         b_u = dot(b_a, b_u.to(dtype), PRECISION=PRECISION)
-        b_o = dot(b_q, b_state, PRECISION=PRECISION) * b_qin[:, None]
-        b_o = dot(b_p, b_u.to(dtype), b_o, PRECISION=PRECISION)
-        tl.store(p_o + o_row[:, None] * V + o_v[None, :], b_o.to(dtype), mask=m_tv)
+        if not STATE_ONLY:
+            b_o = dot(b_q, b_state, PRECISION=PRECISION) * b_qin[:, None]
+            b_o = dot(b_p, b_u.to(dtype), b_o, PRECISION=PRECISION)
+            tl.store(p_o + o_row[:, None] * V + o_v[None, :], b_o.to(dtype), mask=m_tv)
         # u is scaled and not k, which then stays as it was loaded.
         b_u *= b_kout[:, None]
         if dtype == tl.float16:  # 1/|k| of a key that is all but zero can take u out of range
             b_u = tl.clamp(b_u, -65504.0, 65504.0)
         b_s = dot(tl.trans(b_k), b_u.to(dtype), b_s * decay, PRECISION=PRECISION)
-    tl.store(p_final + o_s, b_s, mask=m_s)
+    store_state(b_s, p_states, p_final, i_n, i_slot, i_h, o_k, o_v, is_last, HV, K, V, STATE_ONLY)
 
 
 def chunk_gdn(
@@ -286,7 +292,6 @@ def chunk_gdn(
     decay = torch.empty(chunks.programs, HV, dtype=torch.float32, device=v.device)
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
     final_state = torch.empty(N, HV, K, V, dtype=torch.float32, device=v.device)
-    BV, warps, stages = scan_options(N * HV, V, BK, v.element_size(), shared_memory(v.device), key_tiles=2)
     shape = dict(T=T, HK=HK, HV=HV, K=K, BT=CHUNK, BK=BK)
     with on_device(v):
         if B * T > 0:
@@ -321,30 +326,17 @@ def chunk_gdn(
                 **chunks.arguments(),
                 **shape,
             )
-        if N > 0:
-            _scan_kernel[(triton.cdiv(V, BV) * N * HV,)](
-                p_q=q,
-                p_k=k,
-                p_v=v,
-                p_a=a,
-                p_p=p,
-                p_kin=kin,
-                p_qin=qin,
-                p_kout=kout,
-                p_decay=decay,
-                p_initial=None if initial_state is None else initial_state.contiguous(),
-                p_final=final_state,
-                p_o=o,
-                p_bounds=chunks.bounds,
-                p_first=chunks.first,
-                **strides(q=q, k=k, v=v),
-                V=V,
-                BV=BV,
-                PRECISION=precision,
-                num_warps=warps,
-                num_stages=stages,
-                **shape,
-            )
+    if N > 0:
+        scan(
+            _scan_kernel,
+            inputs=dict(p_k=k, p_v=v, p_a=a, p_kin=kin, p_kout=kout, p_decay=decay, **strides(q=q, k=k, v=v), HK=HK),
+            outputs=dict(p_q=q, p_p=p, p_qin=qin, p_o=o),
+            v=v,
+            initial_state=initial_state,
+            final_state=final_state,
+            chunks=chunks,
+            key_tiles=2,
+        )
     return o, final_state
 
 

@@ -24,14 +24,12 @@ from .chunk_common import (
     dot,
     input_precision,
     locate_chunk,
-    locate_sequence,
     padded,
-    scan_options,
-    shared_memory,
     strides,
 )
 from .chunk_kda_scores import inverse_kernel, scores_kernel
 from .launch import on_device, tl, triton, why_not
+from .segments import load_state, locate_segment, scan, store_state
 
 BLOCK = 16
 # Channels per step, and warps, of each kernel: so that every target compiles without spills. Not yet timed.
@@ -115,20 +113,24 @@ def _decay_kernel(
         tl.store(p_decay + (i_chunk * HV + i_h) * K + o_k, tl.exp(tl.sum(b_g, 0)), mask=m_k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def _scan_kernel(
     p_v,  # [B, T, HV, V]
     p_a,  # [B, T, HV, 64]
-    p_p,  # [B, T, HV, 64]
-    p_qin,  # [B, T, HV, K]
+    p_p,  # [B, T, HV, 64], or None
+    p_qin,  # [B, T, HV, K], or None
     p_kin,  # [B, T, HV, K]
     p_kout,  # [B, T, HV, K]
     p_decay,  # [chunks, HV, K]
     p_initial,  # [N, HV, K, V] contiguous, or None for zeros
-    p_final,  # [N, HV, K, V] contiguous
-    p_o,  # [B, T, HV, V] contiguous
+    p_states,  # [slots, HV, K, V + K], or None when nothing is cut
+    p_final,  # [N, HV, K, V] contiguous, or None
+    p_o,  # [B, T, HV, V] contiguous, or None for the states of segments alone
     p_bounds,  # [N + 1], or None
     p_first,  # [N], or None
+    p_long,  # [sequences that may be long], or None
+    sequences,
+    minimum,
     T,
     stride_vb, stride_vt, stride_vh,
     HV: tl.constexpr,
@@ -137,26 +139,27 @@ def _scan_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    STATE_ONLY: tl.constexpr = p_o is None
+    COLUMNS: tl.constexpr = V + K if STATE_ONLY else V
     # One grid axis for everything: y and z end at 65,535. Tiles of a head are neighbours and share what they read.
     i_program = tl.program_id(0)
-    i_v = i_program % tl.cdiv(V, BV)
-    i_nh = (i_program // tl.cdiv(V, BV)).to(tl.int64)
-    i_n, i_h = i_nh // HV, i_nh % HV
-    i_b, i_t, end, i_chunk = locate_sequence(i_n, p_bounds, p_first, T)
+    i_v = i_program % tl.cdiv(COLUMNS, BV)
+    i_xh = (i_program // tl.cdiv(COLUMNS, BV)).to(tl.int64)
+    i_x, i_h = i_xh // HV, i_xh % HV
+    i_n, i_s, i_slot, i_b, i_t, end, i_chunk, is_last, is_served = locate_segment(
+        i_x, i_v * BV >= V, p_bounds, p_first, p_long, sequences, minimum, T, BT, SEGMENTS, STATE_ONLY
+    )
+    if not is_served:
+        return
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
     dtype = p_v.dtype.element_ty
-
-    o_s = i_nh * K * V + o_k[:, None] * V + o_v[None, :]
-    m_s = m_k[:, None] & m_v[None, :]
-    if p_initial is not None:
-        b_s = tl.load(p_initial + o_s, mask=m_s, other=0.0).to(tl.float32)
-    else:
-        b_s = tl.zeros([BK, BV], tl.float32)
+    b_s = load_state(p_initial, p_states, i_n, i_s, i_slot, i_h, o_k, o_v, HV, K, V, SEGMENTS, STATE_ONLY)
 
     p_v += i_b * stride_vb + i_h * stride_vh
     for i_c in range(tl.cdiv(end - i_t, BT)):
@@ -167,21 +170,23 @@ def _scan_kernel(
         o_tk = o_row[:, None] * K + o_k[None, :]
         o_tile = o_row[:, None] * BT + o_i[None, :]
         b_kin = tl.load(p_kin + o_tk, mask=m_tk, other=0.0)
-        b_qin = tl.load(p_qin + o_tk, mask=m_tk, other=0.0)
+        if not STATE_ONLY:
+            b_qin = tl.load(p_qin + o_tk, mask=m_tk, other=0.0)
+            b_p = tl.load(p_p + o_tile, mask=m_t[:, None], other=0.0)
         b_kout = tl.load(p_kout + o_tk, mask=m_tk, other=0.0)
         b_v = tl.load(p_v + o_t[:, None] * stride_vt + o_v[None, :], mask=m_tv, other=0.0)
         b_a = tl.load(p_a + o_tile, mask=m_t[:, None], other=0.0)
-        b_p = tl.load(p_p + o_tile, mask=m_t[:, None], other=0.0)
         b_decay = tl.load(p_decay + ((i_chunk + i_c) * HV + i_h) * K + o_k, mask=m_k, other=0.0)
 
         b_state = b_s.to(dtype)
         b_u = b_v.to(tl.float32) - dot(b_kin, b_state, PRECISION=PRECISION)
         b_u = dot(b_a, b_u.to(dtype), PRECISION=PRECISION).to(dtype)
-        b_o = dot(b_qin, b_state, PRECISION=PRECISION)
-        b_o = dot(b_p, b_u, b_o, PRECISION=PRECISION)
-        tl.store(p_o + o_row[:, None] * V + o_v[None, :], b_o.to(dtype), mask=m_tv)
+        if not STATE_ONLY:
+            b_o = dot(b_qin, b_state, PRECISION=PRECISION)
+            b_o = dot(b_p, b_u, b_o, PRECISION=PRECISION)
+            tl.store(p_o + o_row[:, None] * V + o_v[None, :], b_o.to(dtype), mask=m_tv)
         b_s = dot(tl.trans(b_kout), b_u, b_s * b_decay[:, None], PRECISION=PRECISION)
-    tl.store(p_final + o_s, b_s, mask=m_s)
+    store_state(b_s, p_states, p_final, i_n, i_slot, i_h, o_k, o_v, is_last, HV, K, V, STATE_ONLY)
 
 
 def chunk_kda(
@@ -229,7 +234,6 @@ def chunk_kda(
     norms = empty(B, T, HV, 2) if qk_l2norm else None
     o = empty(B, T, HV, V, dtype=v.dtype)
     final_state = empty(N, HV, K, V)
-    BV, warps, stages = scan_options(N * HV, V, BK, v.element_size(), shared_memory(v.device), key_tiles=3)
     shape = dict(T=T, HV=HV, BT=CHUNK)
     with on_device(v):
         if B * T > 0:
@@ -282,30 +286,17 @@ def chunk_kda(
                 **chunks.arguments(),
                 **shape,
             )
-        if N > 0:
-            _scan_kernel[(triton.cdiv(V, BV) * N * HV,)](
-                p_v=v,
-                p_a=a,
-                p_p=p,
-                p_qin=qin,
-                p_kin=kin,
-                p_kout=kout,
-                p_decay=decay,
-                p_initial=None if initial_state is None else initial_state.contiguous(),
-                p_final=final_state,
-                p_o=o,
-                p_bounds=chunks.bounds,
-                p_first=chunks.first,
-                **strides(v=v),
-                K=K,
-                V=V,
-                BK=BK,
-                BV=BV,
-                PRECISION=precision,
-                num_warps=warps,
-                num_stages=stages,
-                **shape,
-            )
+    if N > 0:
+        scan(
+            _scan_kernel,
+            inputs=dict(p_v=v, p_a=a, p_kin=kin, p_kout=kout, p_decay=decay, **strides(v=v)),
+            outputs=dict(p_p=p, p_qin=qin, p_o=o),
+            v=v,
+            initial_state=initial_state,
+            final_state=final_state,
+            chunks=chunks,
+            key_tiles=3,
+        )
     return o, final_state
 
 

@@ -104,6 +104,7 @@ def check(name: str, target: str, K: int = 128, V: int = 128, heads: int = HV, p
     constexprs |= launch.constexprs(BK)
     tables = {"p_bounds": "*i64", "p_first": "*i64", "p_sequence": "*i64"}
     constexprs |= {} if packed else dict.fromkeys(tables)
+    constexprs |= {"SEGMENTS": 1, "p_states": None, "p_long": None}
     constexprs |= dict.fromkeys(("stride_gh", "stride_bh"), 1)  # Triton makes a constant of an integer that is 1
     if name.startswith("kda"):
         del constexprs["stride_gh"]

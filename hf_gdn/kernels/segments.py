@@ -1,0 +1,270 @@
+"""The scan over chunks, and sequence parallelism inside the card for few heads and long sequences. Exact.
+
+A chunk maps the state before it to the state after it, affinely, and so does a run of chunks, a segment:
+
+    S_(s+1) = M_s S_s + C_s          M_s [K, K],  C_s [K, V]                            (docs/delta_rule.md)
+
+C_s is what the segment makes of zeros, and column j of M_s what it makes of column j of the identity when there are
+no values. A long sequence is cut into segments of whole chunks, and three launches do the work of one:
+
+    states   every segment but the last at once, without outputs: V columns from zeros (the first segment's from the
+             sequence's own state) and K columns from the identity with v = 0
+    merge    S_1 = C_0 ;  S_(s+1) = M_s S_s + C_s, in fp32, where C_s stood
+    scan     every segment at once as if it were a sequence that begins with S_s
+
+How a sequence is cut depends on the layer, the card and the sequence's own length, never on what is batched or packed
+with it, and neither do bits. Lengths are looked at on the device only.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chunk_common import CHUNK, Chunks, dot, input_precision, locate_sequence, padded, scan_options, shared_memory
+from .launch import on_device, tl, triton
+
+# Tokens a sequence must have to be cut: four chunks a segment at least. Predicted, not measured: the scan of two heads
+# and 4096 tokens takes 106 us uncut; cut, 18 us for both passes, and perhaps 30 for 14 steps of the merge and launches.
+MINIMUM = 4096
+# (up to so many columns of states per multiprocessor, segments). Predicted, not measured: a program of the scan takes
+# 32 columns, and 1.66 us a chunk while there are no more programs than multiprocessors (one H200, the timed sketch;
+# 0.87 times that without outputs). One sequence of n chunks, K = V = 128, 132 multiprocessors, merge not counted:
+#
+#     heads   segments   time in chunks             times as fast
+#     2       16         n/16 (1 + 0.87 * 2 waves)  5.8
+#     4       8          n/8  (1 + 0.87 * 2 waves)  2.9
+#     8       4          n/4  (1 + 0.87 * 2 waves)  1.5
+#     16      2          n/2  (1 + 0.87)            1.07: not cut
+#
+# It pays while heads times long sequences are at most 8. Where a batch fills the card by itself, work counts and not
+# length: 2.6 times the scan's time at 16 segments, 2.4 at 8 and 2.1 at 4. The table does not look at the batch all the
+# same, because bits would change with it.
+_SEGMENTS = ((2, 16), (4, 8), (8, 4))
+# Multiprocessors where there is no card to ask: those of the H200.
+MULTIPROCESSORS = 132
+# Columns of V and warps of a program of the merge, and columns of M_s that it multiplies at a time: narrow, so that
+# programs are many, and such that every target compiles without spills. Not yet timed.
+MERGE_COLUMNS, MERGE_WARPS = 16, 8
+MERGE_TILE = 32
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def segments_of(HV: int, V: int, device: torch.device) -> int:
+    """Into how many segments a long sequence of a layer is cut on `device`."""
+    multiprocessors = _multiprocessors(device) if device.type == "cuda" else MULTIPROCESSORS
+    return next((count for columns, count in _SEGMENTS if columns * multiprocessors >= HV * V), 1)
+
+
+def merge_stages(BK: int, shared: int) -> int:
+    """How many tiles of M_s the merge has on their way, with `shared` bytes of shared memory per block."""
+    return min(3, shared // (4 * BK * MERGE_TILE))
+
+
+@triton.jit
+def _segment_length(tokens, minimum, BT: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Chunks per segment of a sequence."""
+    chunks = tl.cdiv(tokens, BT)
+    return tl.where(tokens >= minimum, tl.cdiv(chunks, SEGMENTS), chunks)
+
+
+@triton.jit
+def locate_segment(
+    i_x, is_transition, p_bounds, p_first, p_long, sequences, minimum, T,
+    BT: tl.constexpr, SEGMENTS: tl.constexpr, STATE_ONLY: tl.constexpr,
+):  # fmt: skip
+    """``(sequence, segment, slot, batch, first token, end, first chunk, is the last, is to be served)`` of a program.
+
+    States are kept in slots, SEGMENTS - 1 for every sequence that may be long: the one after segment s in slot s. The
+    state pass has programs per slot; the scan has them per sequence, for its first segment, then per slot, for the
+    segment that begins with that slot's state. `is_transition`: the program's columns are all of M_s.
+    """
+    if SEGMENTS == 1:
+        i_b, i_t, end, i_chunk = locate_sequence(i_x, p_bounds, p_first, T)
+        yes = tl.full([], True, tl.int1)
+        return i_x, i_x * 0, i_x, i_b, i_t, end, i_chunk, yes, yes
+    else:
+        i_slot = i_x if STATE_ONLY else i_x - sequences
+        i_n = i_slot // (SEGMENTS - 1)
+        if p_long is not None:
+            i_n = tl.load(p_long + i_n, mask=i_slot >= 0, other=0)
+        i_s = i_slot % (SEGMENTS - 1)
+        if not STATE_ONLY:
+            i_n = tl.where(i_slot >= 0, i_n, i_x)
+            i_s = tl.where(i_slot >= 0, i_s + 1, 0)
+        i_b, i_t, end, i_chunk = locate_sequence(i_n, p_bounds, p_first, T)
+        length = _segment_length(end - i_t, minimum, BT, SEGMENTS)
+        i_t += i_s * length * BT
+        i_chunk += i_s * length
+        i_next = i_t + length * BT
+        is_served = (i_t < end) | (i_s == 0)
+        if STATE_ONLY:  # nothing begins after the last segment, and the first is not met by an unknown state
+            is_served = (i_next < end) & ((i_s > 0) | (is_transition == 0))
+        return i_n, i_s, i_slot, i_b, i_t, tl.minimum(end, i_next), i_chunk, i_next >= end, is_served
+
+
+@triton.jit
+def load_state(
+    p_initial, p_states, i_n, i_s, i_slot, i_h, o_k, o_v,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SEGMENTS: tl.constexpr, STATE_ONLY: tl.constexpr,
+):  # fmt: skip
+    """State ``[BK, BV]`` that a segment begins with, in fp32; columns from V on are the identity's."""
+    m_s = (o_k < K)[:, None] & (o_v < V)[None, :]
+    b_s = tl.zeros([o_k.shape[0], o_v.shape[0]], tl.float32)
+    if p_initial is not None:
+        o_s = (i_n * HV + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
+        m_initial = m_s if SEGMENTS == 1 else m_s & (i_s == 0)
+        b_s = tl.load(p_initial + o_s, mask=m_initial, other=0.0).to(tl.float32)
+    if STATE_ONLY:
+        b_s = tl.where(o_k[:, None] + V == o_v[None, :], 1.0, b_s)
+    elif SEGMENTS > 1:
+        o_s = (i_slot * HV + i_h) * K * (V + K) + o_k[:, None] * (V + K) + o_v[None, :]
+        b_s = tl.load(p_states + o_s, mask=m_s & (i_s > 0), other=b_s)
+    return b_s
+
+
+@triton.jit
+def store_state(
+    b_s, p_states, p_final, i_n, i_slot, i_h, o_k, o_v, is_last,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, STATE_ONLY: tl.constexpr,
+):  # fmt: skip
+    """Store the state that a segment ends with: in its slot, or the sequence's own."""
+    if STATE_ONLY:
+        o_s = (i_slot * HV + i_h) * K * (V + K) + o_k[:, None] * (V + K) + o_v[None, :]
+        tl.store(p_states + o_s, b_s, mask=(o_k < K)[:, None] & (o_v < V + K)[None, :])
+    else:
+        o_s = (i_n * HV + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
+        tl.store(p_final + o_s, b_s, mask=(o_k < K)[:, None] & (o_v < V)[None, :] & is_last)
+
+
+@triton.jit
+def _merge_kernel(
+    p_states,  # [sequences that may be long, SEGMENTS - 1, HV, K, V + K]: C_s and M_s; S_(s+1) where C_s stood
+    p_bounds,  # [N + 1], or None
+    p_first,  # [N], or None
+    p_long,  # [sequences that may be long], or None
+    minimum,
+    T,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BI: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_program = tl.program_id(0)
+    i_v = i_program % tl.cdiv(V, BV)
+    i_nh = (i_program // tl.cdiv(V, BV)).to(tl.int64)
+    i_n, i_h = i_nh // HV, i_nh % HV
+    p_states += (i_n * (SEGMENTS - 1) * HV + i_h) * K * (V + K)
+    if p_long is not None:
+        i_n = tl.load(p_long + i_n)
+    _, i_t, end, _ = locate_sequence(i_n, p_bounds, p_first, T)
+    length = _segment_length(end - i_t, minimum, BT, SEGMENTS)
+    slots = tl.cdiv(end - i_t, tl.maximum(length, 1) * BT) - 1
+    if slots < 2:
+        return
+    o_k = tl.arange(0, BK)
+    o_i = tl.arange(0, BI)
+    o_v = i_v * BV + tl.arange(0, BV)
+    # Everything is transposed: as the left operand the narrow state stays in registers, whichever the card.
+    o_s = o_k[None, :] * (V + K) + o_v[:, None]
+    m_s = (o_k < K)[None, :] & (o_v < V)[:, None]
+    b_new = tl.load(p_states + o_s, mask=m_s, other=0.0)
+    b_s = b_new
+    # One loop over the tiles of all segments, so that loads run ahead of the segment that is being merged.
+    for i_tile in range((slots - 1) * (BK // BI)):
+        i_slot, i_r = i_tile // (BK // BI) + 1, i_tile % (BK // BI)
+        o_j = i_r * BI + o_i
+        p_slot = p_states + i_slot * HV * K * (V + K)
+        b_c = tl.load(p_slot + o_s, mask=m_s & (i_r == 0), other=0.0)
+        m_m = (o_j < K)[:, None] & (o_k < K)[None, :]
+        b_m = tl.load(p_slot + o_k[None, :] * (V + K) + V + o_j[:, None], mask=m_m, other=0.0)
+        b_s = tl.where(i_r == 0, b_new, b_s)
+        b_new = tl.where(i_r == 0, b_c, b_new)
+        # Rows of S that the tile's columns of M meet.
+        m_r = tl.arange(0, BK // BI)[None, :, None] == i_r
+        b_part = tl.sum(tl.where(m_r, tl.reshape(b_s, [BV, BK // BI, BI]), 0.0), 1)
+        b_new = dot(b_part, b_m, b_new, PRECISION=PRECISION)
+        tl.store(p_slot + o_s, b_new, mask=m_s & (i_r == BK // BI - 1))
+
+
+def scan(
+    kernel: Any,
+    inputs: dict[str, Any],
+    outputs: dict[str, Any],
+    v: Tensor,
+    initial_state: Tensor | None,
+    final_state: Tensor,
+    chunks: Chunks,
+    key_tiles: int,
+) -> None:
+    """Scan prepared chunks, in segments where a sequence is long.
+
+    Args:
+        kernel: ``_scan_kernel`` of an op; leaves out what only o needs where `p_o` is None.
+        inputs: arguments of it that the state depends on.
+        outputs: arguments of it that o alone depends on, and `p_o`, which it writes.
+        v: ``[B, T, HV, V]``.
+        initial_state: ``[N, HV, K, V]``, or None.
+        final_state: ``[N, HV, K, V]``, written.
+        chunks: the call's chunks.
+        key_tiles: ``[64, BK]`` tiles that the scan reads per chunk.
+    """
+    (T, HV, V), (N, _, K, _) = v.shape[1:], final_state.shape
+    BK, precision = padded(K), input_precision(v.dtype)
+    segments = segments_of(HV, V, v.device) if T >= MINIMUM else 1
+    long, states, slots = None, None, 0
+    if segments > 1:
+        # Only so many packed sequences can be long, which bounds memory and programs by the number of tokens.
+        candidates = N if chunks.bounds is None else min(N, T // MINIMUM)
+        if chunks.bounds is not None:
+            long = chunks.bounds.diff().topk(candidates, sorted=False).indices
+        slots = candidates * (segments - 1)
+        states = torch.empty(slots, HV, K, V + K, dtype=torch.float32, device=v.device)
+    tables = dict(p_bounds=chunks.bounds, p_first=chunks.first, p_long=long)
+    shape = dict(T=T, HV=HV, K=K, V=V, BT=CHUNK, BK=BK)
+
+    # Slots grow with the batch and bits must not depend on it: one tile, the narrowest, where anything is cut.
+    heads = N * HV if segments == 1 else 1
+    BV, warps, stages = scan_options(heads, V, BK, v.element_size(), shared_memory(v.device), key_tiles)
+    common = dict(
+        inputs,
+        p_initial=None if initial_state is None else initial_state.contiguous(),
+        p_states=states,
+        sequences=N,
+        minimum=MINIMUM,
+        BV=BV,
+        SEGMENTS=segments,
+        PRECISION=precision,
+        num_warps=warps,
+        num_stages=stages,
+        **tables,
+        **shape,
+    )
+    with on_device(v):
+        if segments > 1:
+            kernel[(triton.cdiv(V + K, BV) * slots * HV,)](p_final=None, **dict.fromkeys(outputs), **common)
+            _merge_kernel[(triton.cdiv(V, MERGE_COLUMNS) * candidates * HV,)](
+                p_states=states,
+                minimum=MINIMUM,
+                BV=MERGE_COLUMNS,
+                BI=min(BK, MERGE_TILE),
+                SEGMENTS=segments,
+                PRECISION="ieee" if precision == "ieee" or torch.version.hip else "tf32x3",
+                num_warps=MERGE_WARPS,
+                num_stages=merge_stages(BK, shared_memory(v.device)),
+                **tables,
+                **shape,
+            )
+        kernel[(triton.cdiv(V, BV) * (N + slots) * HV,)](p_final=final_state, **outputs, **common)
