@@ -1,7 +1,8 @@
-"""Chunk kernels at every number of tokens from 1 to 130, and at 1000 and 4097, against the float64 oracle.
+"""Chunk kernels at every number of tokens from 1 to 130, the eager ones at 1000 and 4097, against the float64 oracle.
 
 The eager kernels call by call; the Triton kernels, in the interpreter, all lengths packed in one call, since packed is
-separate to the bit (tests/kernels/test_chunk_interpreted.py, which derives the budget of 1e-5 too).
+separate to the bit (tests/kernels/test_chunk_interpreted.py, which derives the budget of 1e-5 too); they see 1000 and
+4097 tokens in tests/kernels/test_segments_interpreted.py.
 """
 
 from itertools import pairwise
@@ -59,12 +60,3 @@ def test_triton_at_every_length(op):
         part = {name: call[name][:, first:last] for name in ("q", "k", "v", "g", "beta")}
         wanted = oracle(op, dict(call, **part, initial_state=states[n : n + 1]))
         compare(op, last - first, (o[:, first:last], final[n : n + 1]), wanted)
-
-
-@pytest.mark.interpret
-@pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
-@both_ops
-@pytest.mark.parametrize("T", [1000, 4097])
-def test_triton_at_length(op, T):
-    call = make(op, T, seed=T)
-    compare(op, T, registry.get(op, "triton").fn(**call), oracle(op, call))

@@ -37,6 +37,10 @@ def layer(family):
     return tiny.mixer(tiny.model(family))
 
 
+# One family of each rule and of beta up to 2; that all have the same forward is shown by the two tests of every family.
+some = pytest.mark.parametrize("family", ["qwen3_next", "olmo_hybrid", "kimi_linear"])
+
+
 def test_prefill_is_the_originals_and_the_original_goes_on(family):
     """Two long pieces, the second after a cache, and a short first call; then unpatched."""
     model = tiny.model(family)
@@ -53,6 +57,7 @@ def test_prefill_is_the_originals_and_the_original_goes_on(family):
         tiny.assert_close("unpatched", run(layer, last, cache=ours), run(layer, last, cache=theirs), BUDGET)
 
 
+@some
 def test_padding_anywhere(family, layer):
     config = tiny.model(family).config.get_text_config()
     x, mask = torch.randn(3, 40, 32), torch.ones(3, 40, dtype=torch.long)
@@ -75,6 +80,7 @@ def test_padding_anywhere(family, layer):
     assert not got[mask == 0].any()
 
 
+@some
 def test_packed_sequences(family, layer):
     x, bounds = torch.randn(1, 50, 32), [0, 7, 8, 8, 50]
     with on_triton(family):
@@ -84,6 +90,7 @@ def test_packed_sequences(family, layer):
             tiny.assert_close(f"{first}:{last}", packed[:, first:last], run(layer, x[:, first:last]), BUDGET)
 
 
+@some
 def test_compiles_as_operators_without_a_break(family, layer):
     """As kernels that torch.compile cannot look into are called."""
     x = torch.randn(2, 40, 32)
@@ -94,6 +101,7 @@ def test_compiles_as_operators_without_a_break(family, layer):
     torch._dynamo.reset()
 
 
+@some
 def test_gradients_go_another_way(family, layer):
     """Even where only what is behind the projections is trained."""
     for parameter in layer.parameters():
@@ -131,6 +139,7 @@ def test_prefill_is_the_projections_and_few_launches(family, layer, monkeypatch)
     assert not others, f"besides the projections: {others}"
 
 
+@some
 def test_kernels_of_a_backend_go_together(family, layer, monkeypatch):
     """Prologue and norm are those of the delta rule's backend where it has them, the eager ones where it has not."""
     seen, op = [], hf_gdn.patches.all_families()[family].op
