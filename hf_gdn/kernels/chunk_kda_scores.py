@@ -1,15 +1,16 @@
-"""Inside a chunk of Kimi delta attention: the products that decay per channel, and their triangular inverse.
+"""Chunks of Kimi delta attention that decay by more than one product over the whole chunk can hold.
 
-With G the running sum of g [., K] inside a chunk of 64 tokens,
+For these, `chunk_kda_prepare` leaves open (G the running sum of g [., K] inside a chunk of 64 tokens)
 
     N = tril(beta sum_d k_id k_jd e^(G_id - G_jd), -1) ;  A = (I + N)^-1 diag(beta)
-    P = scale * tril(sum_d q_id k_jd e^(G_id - G_jd))
+    P = scale * tril(sum_d q_id k_jd e^(G_id - G_jd)) ;   kout = e^(G_last - G) k
 
-The gate has no lower bound, so e^(G_i - G_j) must not be split into e^(G_i) e^(-G_j), which overflows. It is split at
-a reference that lies between the two: for rows of one 16-row block and columns before it, the block's first row (both
-factors are at most 1, whatever the gate); inside a block, the middle of the block's range, as long as that range leaves
-both factors finite; where it does not, column by column without splitting. No exponent is the difference of two long
-sums: each is summed from the gates between its two rows.
+The gate has no lower bound, so e^(G_i - G_j) is split at a reference that lies between the two: for rows of one 16-row
+block and columns before it, the block's first row (both factors are at most 1, whatever the gate); inside a block, the
+middle of the block's range, as long as that range leaves both factors finite; where it does not, column by column
+without splitting. No exponent is the difference of two sums: each is summed from the gates between its two rows.
+
+Programs of other chunks read the chunk's range and leave.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .launch import tl, triton
 
 # Widest log-decay of a 16-row block that goes through one product: its factors reach e^60, times k well inside fp32.
 # Their products can overflow above the diagonal only, where they are dropped.
-_WIDEST = tl.constexpr(120.0)
+_WIDEST_BLOCK = tl.constexpr(120.0)
 
 
 @triton.jit
@@ -28,6 +29,7 @@ def scores_kernel(
     p_k,  # [B, T, HK, K]
     p_g,  # [B, T, HV, K]
     p_beta,  # [B, T, HV]
+    p_range,  # [chunks, HV]
     p_norms,  # [B, T, HV, 2], or None
     p_n,  # [B, T, HV, 64] fp32
     p_p,  # [B, T, HV, 64]
@@ -47,14 +49,18 @@ def scores_kernel(
     BC: tl.constexpr,
     BK: tl.constexpr,
     INSIDE: tl.constexpr,
+    WIDEST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     # A program serves BC rows of a chunk. Suffix c: columns of the whole chunk; none: rows, and columns among them.
     i_program = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     i_r = i_program % (BT // BC) * BC
-    i_b, i_t, end = locate_chunk(i_program // (BT // BC), p_bounds, p_first, p_sequence, T)
+    i_chunk = i_program // (BT // BC)
+    i_b, i_t, end = locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T)
     if i_t + i_r >= end:
+        return
+    if tl.load(p_range + i_chunk * HV + i_h) > -WIDEST:
         return
     o_i = tl.arange(0, BC)
     o_c = tl.arange(0, BT)
@@ -91,7 +97,7 @@ def scores_kernel(
             b_qkc = dot((b_q * b_down).to(dtype), tl.trans(b_kc), b_qkc, PRECISION=PRECISION)
 
         b_range = tl.min(b_g, 0)
-        if tl.min(b_range, 0) > -_WIDEST:
+        if tl.min(b_range, 0) > -_WIDEST_BLOCK:
             b_x = b_g - 0.5 * b_range[None, :]
             b_down = tl.exp(b_x)
             b_kc = tl.trans((b_k * tl.exp(-b_x)).to(INSIDE))
@@ -139,17 +145,28 @@ def scores_kernel(
 
 @triton.jit
 def inverse_kernel(
-    p_n,  # [B, T, HV, 64] fp32
+    p_k,  # [B, T, HK, K]
+    p_g,  # [B, T, HV, K]
     p_beta,  # [B, T, HV]
+    p_range,  # [chunks, HV]
+    p_norms,  # [B, T, HV, 2], or None
+    p_n,  # [B, T, HV, 64] fp32
     p_a,  # [B, T, HV, 64]
+    p_kout,  # [B, T, HV, K]
     p_bounds,  # [N + 1], or None
     p_first,  # [N], or None
     p_sequence,  # [chunks], or None
     T,
+    stride_kb, stride_kt, stride_kh,
+    stride_gb, stride_gt, stride_gh,
     stride_bb, stride_bt, stride_bh,
+    HK: tl.constexpr,
     HV: tl.constexpr,
+    K: tl.constexpr,
     BT: tl.constexpr,
+    BK: tl.constexpr,
     MERGE: tl.constexpr,
+    WIDEST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_chunk = tl.program_id(0).to(tl.int64)
@@ -157,11 +174,31 @@ def inverse_kernel(
     i_b, i_t, end = locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T)
     if i_t >= end:
         return
+    if tl.load(p_range + i_chunk * HV + i_h) > -WIDEST:
+        return
     o_i = tl.arange(0, BT)
     o_t = i_t + o_i
     m_t = o_t < end
-    o_tile = ((i_b * T + o_t) * HV + i_h)[:, None] * BT + o_i[None, :]
+    o_row = (i_b * T + o_t) * HV + i_h
+    o_tile = o_row[:, None] * BT + o_i[None, :]
     b_n = tl.load(p_n + o_tile, mask=m_t[:, None], other=0.0)
     b_a = invert_unit_lower(b_n, MERGE, PRECISION)
     b_beta = tl.load(p_beta + i_b * stride_bb + i_h * stride_bh + o_t * stride_bt, mask=m_t, other=0.0).to(tl.float32)
     tl.store(p_a + o_tile, (b_a * b_beta[None, :]).to(p_a.dtype.element_ty), mask=m_t[:, None])
+
+    p_k += i_b * stride_kb + i_h // (HV // HK) * stride_kh
+    p_g += i_b * stride_gb + i_h * stride_gh
+    b_rk = tl.full([BT], 1.0, tl.float32)
+    if p_norms is not None:
+        b_rk = tl.load(p_norms + o_row * 2 + 1, mask=m_t, other=0.0)
+    # g of the next row, whose sum from the end is the decay after a row.
+    m_next = (o_i < BT - 1) & (o_t + 1 < end)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        m_k = o_k < K
+        m_tk = m_t[:, None] & m_k[None, :]
+        p_next = p_g + (o_t + 1)[:, None] * stride_gt + o_k[None, :]
+        b_next = tl.load(p_next, mask=m_next[:, None] & m_k[None, :], other=0.0)
+        b_k = tl.load(p_k + o_t[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
+        b_k *= b_rk[:, None] * tl.exp(tl.cumsum(b_next, 0, reverse=True))
+        tl.store(p_kout + o_row[:, None] * K + o_k[None, :], b_k.to(p_kout.dtype.element_ty), mask=m_tk)

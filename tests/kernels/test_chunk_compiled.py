@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 from hf_gdn.kernels.launch import HAS_TRITON, INTERPRET
 
@@ -15,7 +16,7 @@ if INTERPRET or not HAS_TRITON:
 
 import triton.language as tl
 
-from hf_gdn.kernels import chunk_common, chunk_gdn, chunk_kda, chunk_kda_scores
+from hf_gdn.kernels import chunk_common, chunk_gdn, chunk_kda, chunk_kda_prepare, chunk_kda_scores
 
 from .compiled import SHARED_LIMIT, TARGETS, Compiled, compile_for
 
@@ -63,22 +64,22 @@ LAUNCHES = {
         lambda BK: {"BK": BK},
         key_tiles=2,
     ),
-    "kda decay": Launch(
-        chunk_kda._decay_kernel,
-        ("p_g", "p_decay", "p_norms"),
-        lambda BK: {"BK": min(BK, chunk_kda.DECAY_TILE)},
-        num_warps=lambda BK: chunk_kda.DECAY_WARPS,
+    "kda prepare": Launch(
+        chunk_kda_prepare.prepare_kernel,
+        ("p_g", "p_decay", "p_range", "p_norms"),
+        lambda BK: {"BK": min(BK, chunk_kda.PREPARE_TILE), "INSIDE": tl.bfloat16},
+        num_warps=lambda BK: chunk_kda.PREPARE_WARPS,
     ),
     "kda scores": Launch(
         chunk_kda_scores.scores_kernel,
-        ("p_g", "p_n", "p_norms"),
+        ("p_g", "p_range", "p_n", "p_norms"),
         lambda BK: {"BK": min(BK, chunk_kda.SCORES_TILE), "BC": chunk_kda.BLOCK, "INSIDE": tl.bfloat16},
         num_warps=lambda BK: chunk_kda.SCORES_WARPS,
     ),
     "kda inverse": Launch(
         chunk_kda_scores.inverse_kernel,
-        ("p_n",),
-        lambda BK: {"MERGE": tl.bfloat16},
+        ("p_g", "p_range", "p_n", "p_norms"),
+        lambda BK: {"BK": min(BK, chunk_kda.INVERSE_TILE), "MERGE": tl.bfloat16},
         num_warps=lambda BK: chunk_kda.INVERSE_WARPS,
     ),
     "kda scan": Launch(
@@ -95,6 +96,7 @@ def check(name: str, target: str, K: int = 128, V: int = 128, heads: int = HV, p
     launch = LAUNCHES[name]
     BK = chunk_common.padded(K)
     constexprs = {"HK": HK, "HV": HV, "K": K, "V": V, "BT": chunk_common.CHUNK, "PRECISION": None}
+    constexprs["WIDEST"] = chunk_kda_prepare.WIDEST[torch.bfloat16]
     num_warps, options, width = launch.num_warps(BK), {}, BK
     if launch.key_tiles:
         BV, num_warps, options["num_stages"] = chunk_common.scan_options(
@@ -145,7 +147,7 @@ def test_scan_of_many_heads(name, target):
         ("gdn inverse", "gfx942", 96, 192),
         ("gdn scores", "sm_80", 256, 256),
         ("gdn scores", "sm_90", 96, 192),
-        ("kda decay", "sm_100", 96, 192),
+        ("kda prepare", "sm_100", 96, 192),
         ("kda scores", "sm_90", 256, 256),
         *(("kda scan", target, 256, 256) for target in TARGETS),
         ("gdn scan", "sm_80", 256, 256),
