@@ -27,35 +27,45 @@ from .launch import tl, triton
 # running sum is up to 2^-24 of it: at 120 less than 1e-5, nothing beside the rounding of bf16 and fp16 operands. Eight
 # keep fp32 at twice the error of an exponent that is summed from row to row.
 WIDEST = {torch.bfloat16: 120.0, torch.float16: 120.0, torch.float32: 8.0}
-_LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp several
+LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp several
 _RUN = tl.constexpr(4)  # rows in succession that a thread holds
-_VECTOR = tl.constexpr(4)  # channels that a thread loads at once: with more it would hold fewer rows
+VECTOR = tl.constexpr(4)  # channels that a thread loads at once: with more it would hold fewer rows
 
 
 @triton.jit
-def _spread(b_x, R: tl.constexpr):
-    """[R, BK] to [64, BK]: every row for the four rows of its thread."""
-    b_x = tl.broadcast_to(b_x[None, :, :], [_RUN, R, b_x.shape[1]])
-    return tl.reshape(b_x, [_RUN * R, b_x.shape[2]])
+def row_order(RUN: tl.constexpr, R: tl.constexpr):
+    """0, RUN, 2 RUN, .. (R of them), 1, RUN + 1, ..: the order in which a thread holds RUN rows in succession."""
+    o_i = tl.arange(0, RUN * R)
+    return o_i % R * RUN + o_i // R
 
 
 @triton.jit
-def _running_sum(b_x, R: tl.constexpr):
-    """Sum of each row and those before it, and ``[R, BK]`` copies of the sum of all. Nothing is subtracted."""
-    b_x = tl.reshape(b_x, [_RUN, R, b_x.shape[1]])
+def running_sum(b_x, RUN: tl.constexpr, R: tl.constexpr):
+    """Sum of each row of `b_x` ``[RUN R, BK]``, in `row_order`, and those before it; and that of all, as R equal rows.
+
+    Nothing is subtracted. For sums from the end rows are counted from there: Triton's reverse scans move all data.
+    """
+    b_x = tl.reshape(b_x, [RUN, R, b_x.shape[1]])
     b_sum = tl.cumsum(tl.sum(b_x, 0), 0)
     o_r = tl.arange(0, R)[:, None] + tl.zeros_like(b_sum).to(tl.int32)
     b_before = tl.where(o_r > 0, tl.gather(b_sum, tl.maximum(o_r - 1, 0), 0), 0.0)
     b_all = tl.gather(b_sum, tl.maximum(o_r, R - 1), 0)
     b_x = tl.cumsum(b_x, 0) + b_before[None, :, :]
-    return tl.reshape(b_x, [_RUN * R, b_x.shape[2]]), b_all
+    return tl.reshape(b_x, [RUN * R, b_x.shape[2]]), b_all
 
 
 @triton.jit
-def _in_order(b_x, R: tl.constexpr):
+def _spread(b_x, RUN: tl.constexpr, R: tl.constexpr):
+    """[R, BK] to [RUN R, BK]: each row for the rows of its thread."""
+    b_x = tl.broadcast_to(b_x[None, :, :], [RUN, R, b_x.shape[1]])
+    return tl.reshape(b_x, [RUN * R, b_x.shape[2]])
+
+
+@triton.jit
+def _in_order(b_x, RUN: tl.constexpr, R: tl.constexpr):
     """[64, 64] with rows and columns in the order of the tokens."""
-    b_x = tl.permute(tl.reshape(b_x, [_RUN, R, _RUN, R]), [1, 0, 3, 2])
-    return tl.reshape(b_x, [_RUN * R, _RUN * R])
+    b_x = tl.permute(tl.reshape(b_x, [RUN, R, RUN, R]), [1, 0, 3, 2])
+    return tl.reshape(b_x, [RUN * R, RUN * R])
 
 
 @triton.jit
@@ -99,7 +109,7 @@ def prepare_kernel(
     rows = tl.minimum(end - i_t, BT).to(tl.int32)
     first = (i_b * T + i_t) * HV + i_h
     o_s = tl.arange(0, BT)
-    o_i = o_s % (BT // _RUN) * _RUN + o_s // (BT // _RUN)
+    o_i = row_order(_RUN, BT // _RUN)
     o_r = tl.arange(0, BT // _RUN)
     m_i, m_s = o_i < rows, o_s < rows
     p_q += i_b * stride_qb + i_t * stride_qt + i_h // (HV // HK) * stride_qh
@@ -111,7 +121,7 @@ def prepare_kernel(
         b_qq = tl.zeros([BT], tl.float32)
         b_kk = tl.zeros([BT], tl.float32)
         for i_k in range(0, K, BK):
-            o_k = i_k + tl.max_contiguous(tl.arange(0, BK), _VECTOR)
+            o_k = i_k + tl.max_contiguous(tl.arange(0, BK), VECTOR)
             m_ik = m_i[:, None] & (o_k < K)[None, :]
             b_q = tl.load(p_q + o_i[:, None] * stride_qt + o_k[None, :], mask=m_ik, other=0.0).to(tl.float32)
             b_k = tl.load(p_k + o_i[:, None] * stride_kt + o_k[None, :], mask=m_ik, other=0.0).to(tl.float32)
@@ -133,22 +143,22 @@ def prepare_kernel(
     b_range = tl.zeros([BT // _RUN, BK], tl.float32)
     # g, then k, then q: with all at once in registers, tiles would have to be half as wide.
     for i_k in range(0, K, BK):
-        o_k = i_k + tl.max_contiguous(tl.arange(0, BK), _VECTOR)
+        o_k = i_k + tl.max_contiguous(tl.arange(0, BK), VECTOR)
         m_k = o_k < K
         m_ik = m_i[:, None] & m_k[None, :]
         o_out = o_i[:, None] * (HV * K) + o_k[None, :]
         # Decay from the first row to each; the first row's own is a factor of all.
         m_g = m_ik & (o_i > 0)[:, None]
         b_g = tl.load(p_g + o_i[:, None] * stride_gt + o_k[None, :], mask=m_g, other=0.0)
-        b_first = tl.load(p_g + o_k, mask=m_k, other=0.0) * _LOG2E
-        b_g, b_last = _running_sum(b_g, BT // _RUN)
-        b_g *= _LOG2E
-        b_last *= _LOG2E
+        b_first = tl.load(p_g + o_k, mask=m_k, other=0.0) * LOG2E
+        b_g, b_last = running_sum(b_g, _RUN, BT // _RUN)
+        b_g *= LOG2E
+        b_last *= LOG2E
         b_range = tl.minimum(b_range, b_last)
         o_decay = o_k[None, :] + tl.zeros([BT // _RUN, 1], tl.int32)
         tl.store(p_decay + o_decay, tl.exp2(b_last + b_first[None, :]), mask=(o_r == 0)[:, None] & m_k[None, :])
 
-        b_middle = _spread(0.5 * b_last, BT // _RUN)
+        b_middle = _spread(0.5 * b_last, _RUN, BT // _RUN)
         b_k = tl.load(p_k + o_i[:, None] * stride_kt + o_k[None, :], mask=m_ik, other=0.0).to(tl.float32)
         b_k *= b_rk[:, None]
         b_up = tl.exp2(b_middle - b_g)
@@ -163,14 +173,14 @@ def prepare_kernel(
         tl.store(p_qin + o_out, (b_q * b_in).to(dtype), mask=m_ik)
         b_qk = dot((b_q * b_down).to(INSIDE), b_kc, b_qk, PRECISION=PRECISION)
 
-    widest = tl.min(tl.min(b_range, 0), 0) / _LOG2E
+    widest = tl.min(tl.min(b_range, 0), 0) / LOG2E
     tl.store(p_range + i_chunk * HV + i_h, widest)
     if widest > -WIDEST:
         o_tile = (first + o_s * HV)[:, None] * BT + o_s[None, :]
-        b_p = tl.where(o_s[:, None] >= o_s[None, :], _in_order(b_qk, BT // _RUN), 0.0)
+        b_p = tl.where(o_s[:, None] >= o_s[None, :], _in_order(b_qk, _RUN, BT // _RUN), 0.0)
         tl.store(p_p + o_tile, b_p.to(dtype), mask=m_s[:, None])
         p_beta += i_b * stride_bb + i_t * stride_bt + i_h * stride_bh
         b_beta = tl.load(p_beta + o_s * stride_bt, mask=m_s, other=0.0).to(tl.float32)
-        b_n = tl.where(o_s[:, None] > o_s[None, :], _in_order(b_kk, BT // _RUN), 0.0) * b_beta[:, None]
+        b_n = tl.where(o_s[:, None] > o_s[None, :], _in_order(b_kk, _RUN, BT // _RUN), 0.0) * b_beta[:, None]
         b_a = invert_unit_lower(b_n, INSIDE, PRECISION) * b_beta[None, :]
         tl.store(p_a + o_tile, b_a.to(dtype), mask=m_s[:, None])
