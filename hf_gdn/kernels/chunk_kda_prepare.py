@@ -12,7 +12,8 @@ middle of what the chunk's rows span in that channel. Both factors are finite as
 and `chunk_kda_scores` writes them; its qin, kin and decay are right whatever the gate.
 
 Rows are taken in the order 0, 4, .. 60, 1, 5, .. 61, ..: a thread then holds four rows in succession, and most of a
-running sum is its own. Sums over channels do not care, and the two products are put in order once, at the end.
+running sum is its own. Sums over channels do not care, and the two products are put in order once, at the end. Which
+thread holds what is Triton's choice: the order is for speed, and right whatever the choice.
 """
 
 from __future__ import annotations
@@ -28,44 +29,44 @@ from .launch import tl, triton
 # keep fp32 at twice the error of an exponent that is summed from row to row.
 WIDEST = {torch.bfloat16: 120.0, torch.float16: 120.0, torch.float32: 8.0}
 LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp several
-_RUN = tl.constexpr(4)  # rows in succession that a thread holds
-VECTOR = tl.constexpr(4)  # channels that a thread loads at once: with more it would hold fewer rows
+RUN = tl.constexpr(4)  # rows in succession that a thread holds
+VECTOR = tl.constexpr(4)  # channels that it loads at once: with more it would hold fewer rows
 
 
 @triton.jit
-def row_order(RUN: tl.constexpr, R: tl.constexpr):
-    """0, RUN, 2 RUN, .. (R of them), 1, RUN + 1, ..: the order in which a thread holds RUN rows in succession."""
-    o_i = tl.arange(0, RUN * R)
-    return o_i % R * RUN + o_i // R
+def row_order(BT: tl.constexpr):
+    """0, 4, .. 60, 1, 5, .. 61, .. for BT = 64."""
+    o_i = tl.arange(0, BT)
+    return o_i % (BT // RUN) * RUN + o_i // (BT // RUN)
 
 
 @triton.jit
-def running_sum(b_x, RUN: tl.constexpr, R: tl.constexpr):
-    """Sum of each row of `b_x` ``[RUN R, BK]``, in `row_order`, and those before it; and that of all, as R equal rows.
+def running_sum(b_x, BT: tl.constexpr):
+    """Sum of each row of `b_x` ``[BT, BK]``, in `row_order`, and those before it; and that of all, ``[BT / 4, BK]``.
 
-    Nothing is subtracted. For sums from the end rows are counted from there: Triton's reverse scans move all data.
+    Nothing is subtracted. For sums from the end rows are taken from there: Triton's reverse scans move all data.
     """
-    b_x = tl.reshape(b_x, [RUN, R, b_x.shape[1]])
+    b_x = tl.reshape(b_x, [RUN, BT // RUN, b_x.shape[1]])
     b_sum = tl.cumsum(tl.sum(b_x, 0), 0)
-    o_r = tl.arange(0, R)[:, None] + tl.zeros_like(b_sum).to(tl.int32)
+    o_r = tl.arange(0, BT // RUN)[:, None] + tl.zeros_like(b_sum).to(tl.int32)
     b_before = tl.where(o_r > 0, tl.gather(b_sum, tl.maximum(o_r - 1, 0), 0), 0.0)
-    b_all = tl.gather(b_sum, tl.maximum(o_r, R - 1), 0)
+    b_all = tl.gather(b_sum, tl.maximum(o_r, BT // RUN - 1), 0)
     b_x = tl.cumsum(b_x, 0) + b_before[None, :, :]
-    return tl.reshape(b_x, [RUN * R, b_x.shape[2]]), b_all
+    return tl.reshape(b_x, [BT, b_x.shape[2]]), b_all
 
 
 @triton.jit
-def _spread(b_x, RUN: tl.constexpr, R: tl.constexpr):
-    """[R, BK] to [RUN R, BK]: each row for the rows of its thread."""
-    b_x = tl.broadcast_to(b_x[None, :, :], [RUN, R, b_x.shape[1]])
-    return tl.reshape(b_x, [RUN * R, b_x.shape[2]])
+def _spread(b_x, BT: tl.constexpr):
+    """[BT / 4, BK] to [BT, BK]: each row for the four of its thread."""
+    b_x = tl.broadcast_to(b_x[None, :, :], [RUN, BT // RUN, b_x.shape[1]])
+    return tl.reshape(b_x, [BT, b_x.shape[2]])
 
 
 @triton.jit
-def _in_order(b_x, RUN: tl.constexpr, R: tl.constexpr):
-    """[64, 64] with rows and columns in the order of the tokens."""
-    b_x = tl.permute(tl.reshape(b_x, [RUN, R, RUN, R]), [1, 0, 3, 2])
-    return tl.reshape(b_x, [RUN * R, RUN * R])
+def _in_order(b_x, BT: tl.constexpr):
+    """[BT, BT] with rows and columns in the order of the tokens."""
+    b_x = tl.permute(tl.reshape(b_x, [RUN, BT // RUN, RUN, BT // RUN]), [1, 0, 3, 2])
+    return tl.reshape(b_x, [BT, BT])
 
 
 @triton.jit
@@ -109,8 +110,8 @@ def prepare_kernel(
     rows = tl.minimum(end - i_t, BT).to(tl.int32)
     first = (i_b * T + i_t) * HV + i_h
     o_s = tl.arange(0, BT)
-    o_i = row_order(_RUN, BT // _RUN)
-    o_r = tl.arange(0, BT // _RUN)
+    o_i = row_order(BT)
+    o_r = tl.arange(0, BT // RUN)
     m_i, m_s = o_i < rows, o_s < rows
     p_q += i_b * stride_qb + i_t * stride_qt + i_h // (HV // HK) * stride_qh
     p_k += i_b * stride_kb + i_t * stride_kt + i_h // (HV // HK) * stride_kh
@@ -140,7 +141,7 @@ def prepare_kernel(
     p_decay += (i_chunk * HV + i_h) * K
     b_kk = tl.zeros([BT, BT], tl.float32)
     b_qk = tl.zeros([BT, BT], tl.float32)
-    b_range = tl.zeros([BT // _RUN, BK], tl.float32)
+    b_range = tl.zeros([BT // RUN, BK], tl.float32)
     # g, then k, then q: with all at once in registers, tiles would have to be half as wide.
     for i_k in range(0, K, BK):
         o_k = i_k + tl.max_contiguous(tl.arange(0, BK), VECTOR)
@@ -151,14 +152,14 @@ def prepare_kernel(
         m_g = m_ik & (o_i > 0)[:, None]
         b_g = tl.load(p_g + o_i[:, None] * stride_gt + o_k[None, :], mask=m_g, other=0.0)
         b_first = tl.load(p_g + o_k, mask=m_k, other=0.0) * LOG2E
-        b_g, b_last = running_sum(b_g, _RUN, BT // _RUN)
+        b_g, b_last = running_sum(b_g, BT)
         b_g *= LOG2E
         b_last *= LOG2E
         b_range = tl.minimum(b_range, b_last)
-        o_decay = o_k[None, :] + tl.zeros([BT // _RUN, 1], tl.int32)
+        o_decay = o_k[None, :] + tl.zeros([BT // RUN, 1], tl.int32)
         tl.store(p_decay + o_decay, tl.exp2(b_last + b_first[None, :]), mask=(o_r == 0)[:, None] & m_k[None, :])
 
-        b_middle = _spread(0.5 * b_last, _RUN, BT // _RUN)
+        b_middle = _spread(0.5 * b_last, BT)
         b_k = tl.load(p_k + o_i[:, None] * stride_kt + o_k[None, :], mask=m_ik, other=0.0).to(tl.float32)
         b_k *= b_rk[:, None]
         b_up = tl.exp2(b_middle - b_g)
@@ -177,10 +178,10 @@ def prepare_kernel(
     tl.store(p_range + i_chunk * HV + i_h, widest)
     if widest > -WIDEST:
         o_tile = (first + o_s * HV)[:, None] * BT + o_s[None, :]
-        b_p = tl.where(o_s[:, None] >= o_s[None, :], _in_order(b_qk, _RUN, BT // _RUN), 0.0)
+        b_p = tl.where(o_s[:, None] >= o_s[None, :], _in_order(b_qk, BT), 0.0)
         tl.store(p_p + o_tile, b_p.to(dtype), mask=m_s[:, None])
         p_beta += i_b * stride_bb + i_t * stride_bt + i_h * stride_bh
         b_beta = tl.load(p_beta + o_s * stride_bt, mask=m_s, other=0.0).to(tl.float32)
-        b_n = tl.where(o_s[:, None] > o_s[None, :], _in_order(b_kk, _RUN, BT // _RUN), 0.0) * b_beta[:, None]
+        b_n = tl.where(o_s[:, None] > o_s[None, :], _in_order(b_kk, BT), 0.0) * b_beta[:, None]
         b_a = invert_unit_lower(b_n, INSIDE, PRECISION) * b_beta[None, :]
         tl.store(p_a + o_tile, b_a.to(dtype), mask=m_s[:, None])

@@ -16,13 +16,12 @@ Programs of other chunks read the chunk's range and leave.
 from __future__ import annotations
 
 from .chunk_common import dot, invert_unit_lower, locate_chunk
-from .chunk_kda_prepare import LOG2E, VECTOR, row_order, running_sum
+from .chunk_kda_prepare import LOG2E, RUN, VECTOR, row_order, running_sum
 from .launch import tl, triton
 
 # Widest log-decay of a 16-row block that goes through one product: its factors reach e^60, times k well inside fp32.
 # Their products can overflow above the diagonal only, where they are dropped.
 _WIDEST_BLOCK = tl.constexpr(120.0)
-_RUN = tl.constexpr(4)  # rows in succession that a thread holds
 
 
 @triton.jit
@@ -66,7 +65,7 @@ def scores_kernel(
     if tl.load(p_range + i_chunk * HV + i_h) > -WIDEST:
         return
     o_i = tl.arange(0, BC)
-    o_c = BT - 1 - row_order(_RUN, BT // _RUN)
+    o_c = BT - 1 - row_order(BT)
     o_t = i_t + i_r + o_i
     o_tc = i_t + o_c
     m_t = o_t < end
@@ -94,7 +93,7 @@ def scores_kernel(
             m_c = m_early[:, None] & m_k[None, :]
             b_gc = tl.load(p_g + (o_tc[:, None] + 1) * stride_gt + o_k[None, :], mask=m_c, other=0.0)
             b_kc = tl.load(p_k + o_tc[:, None] * stride_kt + o_k[None, :], mask=m_c, other=0.0).to(tl.float32)
-            b_gc, _ = running_sum(b_gc, _RUN, BT // _RUN)
+            b_gc, _ = running_sum(b_gc, BT)
             b_kc = (b_kc * tl.exp2(b_gc * LOG2E)).to(dtype)
             b_down = tl.exp2(b_g * LOG2E)
             b_kkc = dot((b_k * b_down).to(dtype), tl.trans(b_kc), b_kkc, PRECISION=PRECISION)
@@ -138,8 +137,8 @@ def scores_kernel(
     b_kk = tl.where(o_i[:, None] > o_i[None, :], b_kk, 0.0) * b_n[:, None]
     b_qk = tl.where(o_i[:, None] >= o_i[None, :], b_qk, 0.0) * b_p[:, None]
     # Columns of the rows themselves, then the rest: results before them, zeros after.
-    b_kkc = tl.reshape(tl.permute(tl.reshape(b_kkc, [BC, _RUN, BT // _RUN]), [0, 2, 1]), [BC, BT])
-    b_qkc = tl.reshape(tl.permute(tl.reshape(b_qkc, [BC, _RUN, BT // _RUN]), [0, 2, 1]), [BC, BT])
+    b_kkc = tl.reshape(tl.permute(tl.reshape(b_kkc, [BC, RUN, BT // RUN]), [0, 2, 1]), [BC, BT])
+    b_qkc = tl.reshape(tl.permute(tl.reshape(b_qkc, [BC, RUN, BT // RUN]), [0, 2, 1]), [BC, BT])
     o_c = BT - 1 - tl.arange(0, BT)
     m_early = o_c < i_r
     o_own = o_row[:, None] * BT + i_r + o_i[None, :]
@@ -197,7 +196,7 @@ def inverse_kernel(
     p_k += i_b * stride_kb + i_h // (HV // HK) * stride_kh
     p_g += i_b * stride_gb + i_h * stride_gh
     # g of the next row, whose sum from the end is the decay after a row.
-    o_i = BT - 1 - row_order(_RUN, BT // _RUN)
+    o_i = BT - 1 - row_order(BT)
     o_t = i_t + o_i
     o_row = (i_b * T + o_t) * HV + i_h
     m_t = o_t < end
@@ -212,6 +211,6 @@ def inverse_kernel(
         p_next = p_g + (o_t + 1)[:, None] * stride_gt + o_k[None, :]
         b_next = tl.load(p_next, mask=m_next[:, None] & m_k[None, :], other=0.0)
         b_k = tl.load(p_k + o_t[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
-        b_next, _ = running_sum(b_next, _RUN, BT // _RUN)
+        b_next, _ = running_sum(b_next, BT)
         b_k *= b_rk[:, None] * tl.exp2(b_next * LOG2E)
         tl.store(p_kout + o_row[:, None] * K + o_k[None, :], b_k.to(p_kout.dtype.element_ty), mask=m_tk)

@@ -91,8 +91,8 @@ LAUNCHES = {
 }
 
 
-def check(name: str, target: str, K: int = 128, V: int = 128, heads: int = HV, packed: bool = False) -> Compiled:
-    """Compile the kernel as it is launched on bf16 tensors on `target`, with all that is optional but packing."""
+def check(name: str, target: str, K: int = 128, V: int = 128, heads: int = HV, packed=False, absent=()) -> Compiled:
+    """Compile the kernel as launched on bf16 tensors on `target`, with all optional pointers but packing's and `absent`."""
     launch = LAUNCHES[name]
     BK = chunk_common.padded(K)
     constexprs = {"HK": HK, "HV": HV, "K": K, "V": V, "BT": chunk_common.CHUNK, "PRECISION": None}
@@ -105,7 +105,7 @@ def check(name: str, target: str, K: int = 128, V: int = 128, heads: int = HV, p
         constexprs["BV"] = width = BV
     constexprs |= launch.constexprs(BK)
     tables = {"p_bounds": "*i64", "p_first": "*i64", "p_sequence": "*i64"}
-    constexprs |= {} if packed else dict.fromkeys(tables)
+    constexprs |= dict.fromkeys((*absent, *(() if packed else tables)))
     constexprs |= dict.fromkeys(("stride_gh", "stride_bh"), 1)  # Triton makes a constant of an integer that is 1
     if name.startswith("kda"):
         del constexprs["stride_gh"]
@@ -147,8 +147,10 @@ def test_scan_of_many_heads(name, target):
         ("gdn inverse", "gfx942", 96, 192),
         ("gdn scores", "sm_80", 256, 256),
         ("gdn scores", "sm_90", 96, 192),
+        *(("kda prepare", target, 256, 256) for target in TARGETS),
         ("kda prepare", "sm_100", 96, 192),
         ("kda scores", "sm_90", 256, 256),
+        ("kda inverse", "sm_80", 256, 256),
         *(("kda scan", target, 256, 256) for target in TARGETS),
         ("gdn scan", "sm_80", 256, 256),
         ("gdn scan", "gfx942", 256, 256),
@@ -160,6 +162,13 @@ def test_other_heads(name, target, K, V):
     check(name, target, K, V)
 
 
-@pytest.mark.parametrize("name", ["gdn inverse", "kda scores", "kda scan"])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("K", [128, 256])
+def test_kda_preparation_of_what_is_normalised_already(target, K):
+    """As models call it: their prologue normalises."""
+    check("kda prepare", target, K, absent=["p_norms"])
+
+
+@pytest.mark.parametrize("name", ["gdn inverse", "kda prepare", "kda scores", "kda inverse", "kda scan"])
 def test_packed(name):
     check(name, "sm_90", packed=True)
