@@ -92,7 +92,7 @@ LAUNCHES = {
 
 
 def check(name: str, target: str, K: int = 128, V: int = 128, heads: int = HV, packed=False, absent=()) -> Compiled:
-    """Compile the kernel as launched on bf16 tensors on `target`, with all optional pointers but packing's and `absent`."""
+    """Compile the kernel as launched on bf16 tensors, with all optional pointers but packing's and `absent`."""
     launch = LAUNCHES[name]
     BK = chunk_common.padded(K)
     constexprs = {"HK": HK, "HV": HV, "K": K, "V": V, "BT": chunk_common.CHUNK, "PRECISION": None}
