@@ -35,7 +35,7 @@ from .launch import on_device, tl, triton, why_not
 
 BLOCK = 16
 # Channels per step, and warps, of each kernel: so that every target compiles without spills. Not yet timed.
-PREPARE_TILE, PREPARE_WARPS = 32, 4
+PREPARE_TILE, PREPARE_WARPS, PREPARE_STAGES = 32, 4, 3
 SCORES_TILE, SCORES_WARPS = 32, 2
 INVERSE_TILE, INVERSE_WARPS = 32, 4
 
@@ -181,6 +181,7 @@ def chunk_kda(
                 WIDEST=WIDEST[v.dtype],
                 PRECISION=precision,
                 num_warps=PREPARE_WARPS,
+                num_stages=PREPARE_STAGES,
                 **chunks.arguments(),
                 **shape,
             )

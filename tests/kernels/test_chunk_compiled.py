@@ -43,6 +43,7 @@ class Launch:
     constexprs: Callable[[int], dict[str, Any]]
     num_warps: Callable[[int], int] = lambda BK: 4
     key_tiles: int = 0
+    num_stages: int = 2
 
 
 LAUNCHES = {
@@ -69,6 +70,7 @@ LAUNCHES = {
         ("p_g", "p_decay", "p_range", "p_norms"),
         lambda BK: {"BK": min(BK, chunk_kda.PREPARE_TILE), "INSIDE": tl.bfloat16},
         num_warps=lambda BK: chunk_kda.PREPARE_WARPS,
+        num_stages=chunk_kda.PREPARE_STAGES,
     ),
     "kda scores": Launch(
         chunk_kda_scores.scores_kernel,
@@ -97,7 +99,7 @@ def check(name: str, target: str, K: int = 128, V: int = 128, heads: int = HV, p
     BK = chunk_common.padded(K)
     constexprs = {"HK": HK, "HV": HV, "K": K, "V": V, "BT": chunk_common.CHUNK, "PRECISION": None}
     constexprs["WIDEST"] = chunk_kda_prepare.WIDEST[torch.bfloat16]
-    num_warps, options, width = launch.num_warps(BK), {}, BK
+    num_warps, options, width = launch.num_warps(BK), {"num_stages": launch.num_stages}, BK
     if launch.key_tiles:
         BV, num_warps, options["num_stages"] = chunk_common.scan_options(
             heads, V, BK, 2, SHARED_LIMIT[target], launch.key_tiles
