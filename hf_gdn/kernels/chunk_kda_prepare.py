@@ -111,7 +111,6 @@ def prepare_kernel(
     first = (i_b * T + i_t) * HV + i_h
     o_s = tl.arange(0, BT)
     o_i = row_order(BT)
-    o_r = tl.arange(0, BT // RUN)
     m_i, m_s = o_i < rows, o_s < rows
     p_q += i_b * stride_qb + i_t * stride_qt + i_h // (HV // HK) * stride_qh
     p_k += i_b * stride_kb + i_t * stride_kt + i_h // (HV // HK) * stride_kh
@@ -156,19 +155,20 @@ def prepare_kernel(
         b_g *= LOG2E
         b_last *= LOG2E
         b_range = tl.minimum(b_range, b_last)
-        o_decay = o_k[None, :] + tl.zeros([BT // RUN, 1], tl.int32)
-        tl.store(p_decay + o_decay, tl.exp2(b_last + b_first[None, :]), mask=(o_r == 0)[:, None] & m_k[None, :])
 
         b_middle = _spread(0.5 * b_last, BT)
         b_k = tl.load(p_k + o_i[:, None] * stride_kt + o_k[None, :], mask=m_ik, other=0.0).to(tl.float32)
         b_k *= b_rk[:, None]
-        b_up = tl.exp2(b_middle - b_g)
-        b_kc = tl.trans((b_k * b_up).to(INSIDE))
-        tl.store(p_kout + o_out, (b_k * (b_up * tl.exp2(b_middle))).to(dtype), mask=m_ik)
+        b_up = b_k * tl.exp2(b_middle - b_g)
+        b_kc = tl.trans(b_up.to(INSIDE))
+        tl.store(p_kout + o_out, (b_up * tl.exp2(b_middle)).to(dtype), mask=m_ik)
         b_down = tl.exp2(b_g - b_middle)
         b_kk = dot((b_k * b_down).to(INSIDE), b_kc, b_kk, PRECISION=PRECISION)
         b_in = tl.exp2(b_g + b_first[None, :])
         tl.store(p_kin + o_out, (b_k * b_in).to(dtype), mask=m_ik)
+        # The last row has the sum of all, also where the sequence ended before it.
+        o_decay = o_k[None, :] + tl.zeros([BT, 1], tl.int32)
+        tl.store(p_decay + o_decay, b_in, mask=(o_i == BT - 1)[:, None] & m_k[None, :])
         b_q = tl.load(p_q + o_i[:, None] * stride_qt + o_k[None, :], mask=m_ik, other=0.0).to(tl.float32)
         b_q *= b_rq[:, None]
         tl.store(p_qin + o_out, (b_q * b_in).to(dtype), mask=m_ik)
