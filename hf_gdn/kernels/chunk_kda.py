@@ -8,8 +8,8 @@ Per sequence and value head, G the running sum of g [., K] inside a chunk, S the
 
 The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives the form.
 
-Four kernels: q and k with their decay from and to the ends of the chunk; N and P, and the inverse
-(`chunk_kda_scores`, which says how a gate of any size is served); and the scan, with S in registers.
+`chunk_kda_prepare` makes A, P, and q and k with their decay from and to the ends of the chunk; `chunk_kda_scores`
+serves chunks that decay too much for it; the scan follows, with S in registers.
 """
 
 from __future__ import annotations
@@ -23,94 +23,19 @@ from .chunk_common import (
     chunks_of,
     dot,
     input_precision,
-    locate_chunk,
     padded,
     strides,
 )
+from .chunk_kda_prepare import WIDEST, prepare_kernel
 from .chunk_kda_scores import inverse_kernel, scores_kernel
 from .launch import on_device, tl, triton, why_not
 from .segments import load_state, locate_segment, scan, store_state
 
 BLOCK = 16
 # Channels per step, and warps, of each kernel: so that every target compiles without spills. Not yet timed.
-DECAY_TILE, DECAY_WARPS = 32, 4
+PREPARE_TILE, PREPARE_WARPS, PREPARE_STAGES = 32, 4, 3
 SCORES_TILE, SCORES_WARPS = 32, 2
-INVERSE_WARPS = 4
-
-
-@triton.jit
-def _decay_kernel(
-    p_q,  # [B, T, HK, K]
-    p_k,  # [B, T, HK, K]
-    p_g,  # [B, T, HV, K]
-    p_qin,  # [B, T, HV, K]  scale e^G q / |q|
-    p_kin,  # [B, T, HV, K]  e^G k / |k|
-    p_kout,  # [B, T, HV, K]  e^(G_last - G) k / |k|
-    p_decay,  # [chunks, HV, K]  e^(G_last)
-    p_norms,  # [B, T, HV, 2]  1 / |q|, 1 / |k|; None when they are not normalised
-    p_bounds,  # [N + 1], or None
-    p_first,  # [N], or None
-    p_sequence,  # [chunks], or None
-    scale,
-    T,
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_gb, stride_gt, stride_gh,
-    HK: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-):  # fmt: skip
-    i_chunk = tl.program_id(0).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
-    i_b, i_t, end = locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T)
-    if i_t >= end:
-        return
-    o_i = tl.arange(0, BT)
-    o_t = i_t + o_i
-    m_t = o_t < end
-    o_row = (i_b * T + o_t) * HV + i_h
-    p_q += i_b * stride_qb + i_h // (HV // HK) * stride_qh
-    p_k += i_b * stride_kb + i_h // (HV // HK) * stride_kh
-    p_g += i_b * stride_gb + i_h * stride_gh
-    b_rq = tl.full([BT], 1.0, tl.float32)
-    b_rk = tl.full([BT], 1.0, tl.float32)
-    if p_norms is not None:
-        b_qq = tl.zeros([BT], tl.float32)
-        b_kk = tl.zeros([BT], tl.float32)
-        for i_k in range(0, K, BK):
-            o_k = i_k + tl.arange(0, BK)
-            m_tk = m_t[:, None] & (o_k < K)[None, :]
-            b_q = tl.load(p_q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
-            b_k = tl.load(p_k + o_t[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
-            b_qq += tl.sum(b_q * b_q, 1)
-            b_kk += tl.sum(b_k * b_k, 1)
-        b_rq = tl.rsqrt(b_qq + 1e-6)
-        b_rk = tl.rsqrt(b_kk + 1e-6)
-        tl.store(p_norms + o_row * 2, b_rq, mask=m_t)
-        tl.store(p_norms + o_row * 2 + 1, b_rk, mask=m_t)
-    b_rq *= scale
-    dtype = p_q.dtype.element_ty
-    for i_k in range(0, K, BK):
-        o_k = i_k + tl.arange(0, BK)
-        m_k = o_k < K
-        m_tk = m_t[:, None] & m_k[None, :]
-        o_out = o_row[:, None] * K + o_k[None, :]
-        p_gate = p_g + o_t[:, None] * stride_gt + o_k[None, :]
-        b_g = tl.load(p_gate, mask=m_tk, other=0.0)
-        # g of the next row, whose sum from the end is the decay after a row.
-        m_next = ((o_i < BT - 1) & (o_t + 1 < end))[:, None] & m_k[None, :]
-        b_next = tl.load(p_gate + stride_gt, mask=m_next, other=0.0)
-        b_q = tl.load(p_q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
-        b_k = tl.load(p_k + o_t[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
-        b_k *= b_rk[:, None]
-        b_in = tl.exp(tl.cumsum(b_g, 0))
-        b_out = tl.exp(tl.cumsum(b_next, 0, reverse=True))
-        tl.store(p_qin + o_out, (b_q * b_rq[:, None] * b_in).to(dtype), mask=m_tk)
-        tl.store(p_kin + o_out, (b_k * b_in).to(dtype), mask=m_tk)
-        tl.store(p_kout + o_out, (b_k * b_out).to(dtype), mask=m_tk)
-        tl.store(p_decay + (i_chunk * HV + i_h) * K + o_k, tl.exp(tl.sum(b_g, 0)), mask=m_k)
+INVERSE_TILE, INVERSE_WARPS = 32, 4
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -231,27 +156,36 @@ def chunk_kda(
     n = empty(B, T, HV, CHUNK)
     qin, kin, kout = (empty(B, T, HV, K, dtype=v.dtype) for _ in range(3))
     decay = empty(chunks.programs, HV, K)
+    ranges = empty(chunks.programs, HV)
     norms = empty(B, T, HV, 2) if qk_l2norm else None
     o = empty(B, T, HV, V, dtype=v.dtype)
     final_state = empty(N, HV, K, V)
     shape = dict(T=T, HV=HV, BT=CHUNK)
     with on_device(v):
         if B * T > 0:
-            _decay_kernel[(chunks.programs, HV)](
+            prepare_kernel[(chunks.programs, HV)](
                 p_q=q,
                 p_k=k,
                 p_g=g,
+                p_beta=beta,
                 p_qin=qin,
                 p_kin=kin,
                 p_kout=kout,
                 p_decay=decay,
+                p_range=ranges,
                 p_norms=norms,
+                p_a=a,
+                p_p=p,
                 scale=scale,
-                **strides(q=q, k=k, g=g),
+                **strides(q=q, k=k, g=g, b=beta),
                 HK=HK,
                 K=K,
-                BK=min(BK, DECAY_TILE),
-                num_warps=DECAY_WARPS,
+                BK=min(BK, PREPARE_TILE),
+                INSIDE=wide,
+                WIDEST=WIDEST[v.dtype],
+                PRECISION=precision,
+                num_warps=PREPARE_WARPS,
+                num_stages=PREPARE_STAGES,
                 **chunks.arguments(),
                 **shape,
             )
@@ -260,6 +194,7 @@ def chunk_kda(
                 p_k=k,
                 p_g=g,
                 p_beta=beta,
+                p_range=ranges,
                 p_norms=norms,
                 p_n=n,
                 p_p=p,
@@ -270,17 +205,27 @@ def chunk_kda(
                 BC=BLOCK,
                 BK=min(BK, SCORES_TILE),
                 INSIDE=wide,
+                WIDEST=WIDEST[v.dtype],
                 PRECISION=precision,
                 num_warps=SCORES_WARPS,
                 **chunks.arguments(),
                 **shape,
             )
             inverse_kernel[(chunks.programs, HV)](
-                p_n=n,
+                p_k=k,
+                p_g=g,
                 p_beta=beta,
+                p_range=ranges,
+                p_norms=norms,
+                p_n=n,
                 p_a=a,
-                **strides(b=beta),
+                p_kout=kout,
+                **strides(k=k, g=g, b=beta),
+                HK=HK,
+                K=K,
+                BK=min(BK, INVERSE_TILE),
                 MERGE=wide,
+                WIDEST=WIDEST[v.dtype],
                 PRECISION=precision,
                 num_warps=INVERSE_WARPS,
                 **chunks.arguments(),

@@ -1,25 +1,27 @@
-"""Inside a chunk of Kimi delta attention: the products that decay per channel, and their triangular inverse.
+"""Chunks of Kimi delta attention that decay by more than one product over the whole chunk can hold.
 
-With G the running sum of g [., K] inside a chunk of 64 tokens,
+For these, `chunk_kda_prepare` leaves open (G the running sum of g [., K] inside a chunk of 64 tokens)
 
     N = tril(beta sum_d k_id k_jd e^(G_id - G_jd), -1) ;  A = (I + N)^-1 diag(beta)
-    P = scale * tril(sum_d q_id k_jd e^(G_id - G_jd))
+    P = scale * tril(sum_d q_id k_jd e^(G_id - G_jd)) ;   kout = e^(G_last - G) k
 
-The gate has no lower bound, so e^(G_i - G_j) must not be split into e^(G_i) e^(-G_j), which overflows. It is split at
-a reference that lies between the two: for rows of one 16-row block and columns before it, the block's first row (both
-factors are at most 1, whatever the gate); inside a block, the middle of the block's range, as long as that range leaves
-both factors finite; where it does not, column by column without splitting. No exponent is the difference of two long
-sums: each is summed from the gates between its two rows.
+The gate has no lower bound, so e^(G_i - G_j) is split at a reference that lies between the two: for rows of one 16-row
+block and columns before it, the block's first row (both factors are at most 1, whatever the gate); inside a block, the
+middle of the block's range, as long as that range leaves both factors finite; where it does not, column by column
+without splitting. No exponent is the difference of two sums: each is summed from the gates between its two rows.
+
+Programs of other chunks read the chunk's range and leave.
 """
 
 from __future__ import annotations
 
 from .chunk_common import dot, invert_unit_lower, locate_chunk
+from .chunk_kda_prepare import LOG2E, RUN, VECTOR, row_order, running_sum
 from .launch import tl, triton
 
 # Widest log-decay of a 16-row block that goes through one product: its factors reach e^60, times k well inside fp32.
 # Their products can overflow above the diagonal only, where they are dropped.
-_WIDEST = tl.constexpr(120.0)
+_WIDEST_BLOCK = tl.constexpr(120.0)
 
 
 @triton.jit
@@ -28,6 +30,7 @@ def scores_kernel(
     p_k,  # [B, T, HK, K]
     p_g,  # [B, T, HV, K]
     p_beta,  # [B, T, HV]
+    p_range,  # [chunks, HV]
     p_norms,  # [B, T, HV, 2], or None
     p_n,  # [B, T, HV, 64] fp32
     p_p,  # [B, T, HV, 64]
@@ -47,17 +50,22 @@ def scores_kernel(
     BC: tl.constexpr,
     BK: tl.constexpr,
     INSIDE: tl.constexpr,
+    WIDEST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     # A program serves BC rows of a chunk. Suffix c: columns of the whole chunk; none: rows, and columns among them.
+    # The chunk's columns are taken from the last, in the order of `row_order`, and put in order at the end.
     i_program = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     i_r = i_program % (BT // BC) * BC
-    i_b, i_t, end = locate_chunk(i_program // (BT // BC), p_bounds, p_first, p_sequence, T)
+    i_chunk = i_program // (BT // BC)
+    i_b, i_t, end = locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T)
     if i_t + i_r >= end:
         return
+    if tl.load(p_range + i_chunk * HV + i_h) > -WIDEST:
+        return
     o_i = tl.arange(0, BC)
-    o_c = tl.arange(0, BT)
+    o_c = BT - 1 - row_order(BT)
     o_t = i_t + i_r + o_i
     o_tc = i_t + o_c
     m_t = o_t < end
@@ -72,7 +80,7 @@ def scores_kernel(
     b_kk = tl.zeros([BC, BC], tl.float32)
     b_qk = tl.zeros([BC, BC], tl.float32)
     for i_k in range(0, K, BK):
-        o_k = i_k + tl.arange(0, BK)
+        o_k = i_k + tl.max_contiguous(tl.arange(0, BK), VECTOR)
         m_k = o_k < K
         m_tk = m_t[:, None] & m_k[None, :]
         b_q = tl.load(p_q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
@@ -85,16 +93,17 @@ def scores_kernel(
             m_c = m_early[:, None] & m_k[None, :]
             b_gc = tl.load(p_g + (o_tc[:, None] + 1) * stride_gt + o_k[None, :], mask=m_c, other=0.0)
             b_kc = tl.load(p_k + o_tc[:, None] * stride_kt + o_k[None, :], mask=m_c, other=0.0).to(tl.float32)
-            b_kc = (b_kc * tl.exp(tl.cumsum(b_gc, 0, reverse=True))).to(dtype)
-            b_down = tl.exp(b_g)
+            b_gc, _ = running_sum(b_gc, BT)
+            b_kc = (b_kc * tl.exp2(b_gc * LOG2E)).to(dtype)
+            b_down = tl.exp2(b_g * LOG2E)
             b_kkc = dot((b_k * b_down).to(dtype), tl.trans(b_kc), b_kkc, PRECISION=PRECISION)
             b_qkc = dot((b_q * b_down).to(dtype), tl.trans(b_kc), b_qkc, PRECISION=PRECISION)
 
         b_range = tl.min(b_g, 0)
-        if tl.min(b_range, 0) > -_WIDEST:
-            b_x = b_g - 0.5 * b_range[None, :]
-            b_down = tl.exp(b_x)
-            b_kc = tl.trans((b_k * tl.exp(-b_x)).to(INSIDE))
+        if tl.min(b_range, 0) > -_WIDEST_BLOCK:
+            b_x = (b_g - 0.5 * b_range[None, :]) * LOG2E
+            b_down = tl.exp2(b_x)
+            b_kc = tl.trans((b_k * tl.exp2(-b_x)).to(INSIDE))
             b_kk = dot((b_k * b_down).to(INSIDE), b_kc, b_kk, PRECISION=PRECISION)
             b_qk = dot((b_q * b_down).to(INSIDE), b_kc, b_qk, PRECISION=PRECISION)
         else:
@@ -107,7 +116,7 @@ def scores_kernel(
                 b_next = tl.load(p_g + (t_j + 1) * stride_gt + o_k, mask=m_next, other=0.0)
                 b_kj = tl.load(p_k + t_j * stride_kt + o_k, mask=m_k & (t_j < end), other=0.0).to(tl.float32)
                 b_x += tl.where((o_i > i_j)[:, None], b_next[None, :], 0.0)
-                b_kj = tl.exp(b_x) * b_kj[None, :]
+                b_kj = tl.exp2(b_x * LOG2E) * b_kj[None, :]
                 m_j = (o_i == i_j)[None, :]
                 b_kk += tl.where(m_j, tl.sum(b_k * b_kj, 1)[:, None], 0.0)
                 b_qk += tl.where(m_j, tl.sum(b_q * b_kj, 1)[:, None], 0.0)
@@ -128,6 +137,10 @@ def scores_kernel(
     b_kk = tl.where(o_i[:, None] > o_i[None, :], b_kk, 0.0) * b_n[:, None]
     b_qk = tl.where(o_i[:, None] >= o_i[None, :], b_qk, 0.0) * b_p[:, None]
     # Columns of the rows themselves, then the rest: results before them, zeros after.
+    b_kkc = tl.reshape(tl.permute(tl.reshape(b_kkc, [BC, RUN, BT // RUN]), [0, 2, 1]), [BC, BT])
+    b_qkc = tl.reshape(tl.permute(tl.reshape(b_qkc, [BC, RUN, BT // RUN]), [0, 2, 1]), [BC, BT])
+    o_c = BT - 1 - tl.arange(0, BT)
+    m_early = o_c < i_r
     o_own = o_row[:, None] * BT + i_r + o_i[None, :]
     tl.store(p_n + o_own, b_kk, mask=m_t[:, None])
     tl.store(p_p + o_own, b_qk.to(dtype), mask=m_t[:, None])
@@ -139,17 +152,28 @@ def scores_kernel(
 
 @triton.jit
 def inverse_kernel(
-    p_n,  # [B, T, HV, 64] fp32
+    p_k,  # [B, T, HK, K]
+    p_g,  # [B, T, HV, K]
     p_beta,  # [B, T, HV]
+    p_range,  # [chunks, HV]
+    p_norms,  # [B, T, HV, 2], or None
+    p_n,  # [B, T, HV, 64] fp32
     p_a,  # [B, T, HV, 64]
+    p_kout,  # [B, T, HV, K]
     p_bounds,  # [N + 1], or None
     p_first,  # [N], or None
     p_sequence,  # [chunks], or None
     T,
+    stride_kb, stride_kt, stride_kh,
+    stride_gb, stride_gt, stride_gh,
     stride_bb, stride_bt, stride_bh,
+    HK: tl.constexpr,
     HV: tl.constexpr,
+    K: tl.constexpr,
     BT: tl.constexpr,
+    BK: tl.constexpr,
     MERGE: tl.constexpr,
+    WIDEST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_chunk = tl.program_id(0).to(tl.int64)
@@ -157,11 +181,36 @@ def inverse_kernel(
     i_b, i_t, end = locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T)
     if i_t >= end:
         return
+    if tl.load(p_range + i_chunk * HV + i_h) > -WIDEST:
+        return
     o_i = tl.arange(0, BT)
     o_t = i_t + o_i
     m_t = o_t < end
-    o_tile = ((i_b * T + o_t) * HV + i_h)[:, None] * BT + o_i[None, :]
+    o_row = (i_b * T + o_t) * HV + i_h
+    o_tile = o_row[:, None] * BT + o_i[None, :]
     b_n = tl.load(p_n + o_tile, mask=m_t[:, None], other=0.0)
     b_a = invert_unit_lower(b_n, MERGE, PRECISION)
     b_beta = tl.load(p_beta + i_b * stride_bb + i_h * stride_bh + o_t * stride_bt, mask=m_t, other=0.0).to(tl.float32)
     tl.store(p_a + o_tile, (b_a * b_beta[None, :]).to(p_a.dtype.element_ty), mask=m_t[:, None])
+
+    p_k += i_b * stride_kb + i_h // (HV // HK) * stride_kh
+    p_g += i_b * stride_gb + i_h * stride_gh
+    # g of the next row, whose sum from the end is the decay after a row.
+    o_i = BT - 1 - row_order(BT)
+    o_t = i_t + o_i
+    o_row = (i_b * T + o_t) * HV + i_h
+    m_t = o_t < end
+    m_next = (o_i < BT - 1) & (o_t + 1 < end)
+    b_rk = tl.full([BT], 1.0, tl.float32)
+    if p_norms is not None:
+        b_rk = tl.load(p_norms + o_row * 2 + 1, mask=m_t, other=0.0)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.max_contiguous(tl.arange(0, BK), VECTOR)
+        m_k = o_k < K
+        m_tk = m_t[:, None] & m_k[None, :]
+        p_next = p_g + (o_t + 1)[:, None] * stride_gt + o_k[None, :]
+        b_next = tl.load(p_next, mask=m_next[:, None] & m_k[None, :], other=0.0)
+        b_k = tl.load(p_k + o_t[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
+        b_next, _ = running_sum(b_next, BT)
+        b_k *= b_rk[:, None] * tl.exp2(b_next * LOG2E)
+        tl.store(p_kout + o_row[:, None] * K + o_k[None, :], b_k.to(p_kout.dtype.element_ty), mask=m_tk)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 from hf_gdn.kernels.launch import HAS_TRITON, INTERPRET
 
@@ -15,7 +16,7 @@ if INTERPRET or not HAS_TRITON:
 
 import triton.language as tl
 
-from hf_gdn.kernels import chunk_common, chunk_gdn, chunk_kda, chunk_kda_scores
+from hf_gdn.kernels import chunk_common, chunk_gdn, chunk_kda, chunk_kda_prepare, chunk_kda_scores
 
 from .compiled import SHARED_LIMIT, TARGETS, Compiled, compile_for
 
@@ -42,6 +43,7 @@ class Launch:
     constexprs: Callable[[int], dict[str, Any]]
     num_warps: Callable[[int], int] = lambda BK: 4
     key_tiles: int = 0
+    num_stages: int = 2
 
 
 LAUNCHES = {
@@ -63,22 +65,23 @@ LAUNCHES = {
         lambda BK: {"BK": BK},
         key_tiles=2,
     ),
-    "kda decay": Launch(
-        chunk_kda._decay_kernel,
-        ("p_g", "p_decay", "p_norms"),
-        lambda BK: {"BK": min(BK, chunk_kda.DECAY_TILE)},
-        num_warps=lambda BK: chunk_kda.DECAY_WARPS,
+    "kda prepare": Launch(
+        chunk_kda_prepare.prepare_kernel,
+        ("p_g", "p_decay", "p_range", "p_norms"),
+        lambda BK: {"BK": min(BK, chunk_kda.PREPARE_TILE), "INSIDE": tl.bfloat16},
+        num_warps=lambda BK: chunk_kda.PREPARE_WARPS,
+        num_stages=chunk_kda.PREPARE_STAGES,
     ),
     "kda scores": Launch(
         chunk_kda_scores.scores_kernel,
-        ("p_g", "p_n", "p_norms"),
+        ("p_g", "p_range", "p_n", "p_norms"),
         lambda BK: {"BK": min(BK, chunk_kda.SCORES_TILE), "BC": chunk_kda.BLOCK, "INSIDE": tl.bfloat16},
         num_warps=lambda BK: chunk_kda.SCORES_WARPS,
     ),
     "kda inverse": Launch(
         chunk_kda_scores.inverse_kernel,
-        ("p_n",),
-        lambda BK: {"MERGE": tl.bfloat16},
+        ("p_g", "p_range", "p_n", "p_norms"),
+        lambda BK: {"BK": min(BK, chunk_kda.INVERSE_TILE), "MERGE": tl.bfloat16},
         num_warps=lambda BK: chunk_kda.INVERSE_WARPS,
     ),
     "kda scan": Launch(
@@ -90,12 +93,13 @@ LAUNCHES = {
 }
 
 
-def check(name: str, target: str, K: int = 128, V: int = 128, heads: int = HV, packed: bool = False) -> Compiled:
-    """Compile the kernel as it is launched on bf16 tensors on `target`, with all that is optional but packing."""
+def check(name: str, target: str, K: int = 128, V: int = 128, heads: int = HV, packed=False, absent=()) -> Compiled:
+    """Compile the kernel as launched on bf16 tensors, with all optional pointers but packing's and `absent`."""
     launch = LAUNCHES[name]
     BK = chunk_common.padded(K)
     constexprs = {"HK": HK, "HV": HV, "K": K, "V": V, "BT": chunk_common.CHUNK, "PRECISION": None}
-    num_warps, options, width = launch.num_warps(BK), {}, BK
+    constexprs["WIDEST"] = chunk_kda_prepare.WIDEST[torch.bfloat16]
+    num_warps, options, width = launch.num_warps(BK), {"num_stages": launch.num_stages}, BK
     if launch.key_tiles:
         BV, num_warps, options["num_stages"] = chunk_common.scan_options(
             heads, V, BK, 2, SHARED_LIMIT[target], launch.key_tiles
@@ -103,7 +107,7 @@ def check(name: str, target: str, K: int = 128, V: int = 128, heads: int = HV, p
         constexprs["BV"] = width = BV
     constexprs |= launch.constexprs(BK)
     tables = {"p_bounds": "*i64", "p_first": "*i64", "p_sequence": "*i64"}
-    constexprs |= {} if packed else dict.fromkeys(tables)
+    constexprs |= dict.fromkeys((*absent, *(() if packed else tables)))
     constexprs |= {"SEGMENTS": 1, "p_states": None, "p_long": None}
     constexprs |= dict.fromkeys(("stride_gh", "stride_bh"), 1)  # Triton makes a constant of an integer that is 1
     if name.startswith("kda"):
@@ -146,8 +150,10 @@ def test_scan_of_many_heads(name, target):
         ("gdn inverse", "gfx942", 96, 192),
         ("gdn scores", "sm_80", 256, 256),
         ("gdn scores", "sm_90", 96, 192),
-        ("kda decay", "sm_100", 96, 192),
+        *(("kda prepare", target, 256, 256) for target in TARGETS),
+        ("kda prepare", "sm_100", 96, 192),
         ("kda scores", "sm_90", 256, 256),
+        ("kda inverse", "sm_80", 256, 256),
         *(("kda scan", target, 256, 256) for target in TARGETS),
         ("gdn scan", "sm_80", 256, 256),
         ("gdn scan", "gfx942", 256, 256),
@@ -159,6 +165,13 @@ def test_other_heads(name, target, K, V):
     check(name, target, K, V)
 
 
-@pytest.mark.parametrize("name", ["gdn inverse", "kda scores", "kda scan"])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("K", [128, 256])
+def test_kda_preparation_of_what_is_normalised_already(target, K):
+    """As models call it: their prologue normalises."""
+    check("kda prepare", target, K, absent=["p_norms"])
+
+
+@pytest.mark.parametrize("name", ["gdn inverse", "kda prepare", "kda scores", "kda inverse", "kda scan"])
 def test_packed(name):
     check(name, "sm_90", packed=True)

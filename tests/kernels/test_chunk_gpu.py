@@ -12,6 +12,7 @@ from hf_gdn import kernels
 from hf_gdn.kernels import eager
 from hf_gdn.kernels.chunk_gdn import chunk_gdn
 from hf_gdn.kernels.chunk_kda import chunk_kda
+from hf_gdn.kernels.chunk_kda_prepare import WIDEST
 
 pytestmark = pytest.mark.gpu
 
@@ -86,6 +87,18 @@ def test_l2norm(op, dtype):
 def test_decay(op, dtype, decay):
     """From none to forgetting everything; for KDA also whatever way the blocks on the diagonal go."""
     check(op, make(op, T=512, dtype=dtype, decay=decay))
+
+
+@dtypes
+@pytest.mark.parametrize("share", [0.5, 0.999, 1.001])
+def test_kda_chunks_of_both_kinds(dtype, share):
+    """Every channel of a chunk decays by a share of what one product holds, in every third head by thrice that."""
+    call = make("kda", T=1000, dtype=dtype, decay=1.0)
+    for first in range(0, 1000, 64):
+        rows = call["g"][:, first + 1 : first + 64]
+        rows *= -share * WIDEST[dtype] / rows.sum(1, keepdim=True)
+    call["g"][:, :, ::3] *= 3
+    check("kda", call, picked=(0, 13, 30))
 
 
 @both_ops
