@@ -39,8 +39,11 @@ from .chunk_inverse import invert_halves
 from .launch import on_device, tl, triton, why_not
 
 HALF = CHUNK // 2
-# Channels per step, stages, and warps by bytes per element of the preparation: so that nothing spills. Not yet timed.
-PREPARE_TILE, PREPARE_STAGES, PREPARE_WARPS = 64, 2, {2: 2, 4: 8}
+# Channels per step, stages and warps of the preparation: so that bf16 and fp32 do not spill. Not yet timed.
+PREPARE_TILE, PREPARE_STAGES = 64, 2
+PREPARE_WARPS = {torch.bfloat16: 2, torch.float16: 4, torch.float32: 8}
+# What it keeps and multiplies in for the inverse. fp16 inputs deserve more than eleven bits.
+INSIDE = {torch.bfloat16: tl.float16, torch.float16: tl.float32, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -197,9 +200,7 @@ def _prepare_kernel(
         tl.store(p_head + BC, b_zero, mask=m_0[:, None])
         tl.store(p_head + BC * HV * BT, (b_qk10 * b_gate10).to(dtype), mask=m_1[:, None])
         tl.store(p_head + BC * HV * BT + BC, (b_qk1 * b_gate1).to(dtype), mask=m_1[:, None])
-        b_a0, b_a1, b_a10 = invert_halves(
-            b_kk0 * b_gate0, b_kk1 * b_gate1, b_kk10 * b_gate10, b_beta, INSIDE, PRECISION
-        )
+        b_a0, b_a1, b_a10 = invert_halves(b_kk0 * b_gate0, b_kk1 * b_gate1, b_kk10 * b_gate10, b_beta, INSIDE)
         p_head = p_a + row * BT + o_tile
         tl.store(p_head, b_a0.to(dtype), mask=m_0[:, None])
         tl.store(p_head + BC, b_zero, mask=m_0[:, None])
@@ -345,10 +346,10 @@ def chunk_gdn(
                 scale=scale,
                 **strides(q=q, k=k, g=g, b=beta),
                 BC=HALF,
-                INSIDE=tl.float32 if v.dtype == torch.float32 else tl.float16,
+                INSIDE=INSIDE[v.dtype],
                 PRECISION=precision,
                 QK_L2NORM=qk_l2norm,
-                num_warps=PREPARE_WARPS[v.element_size()],
+                num_warps=PREPARE_WARPS[v.dtype],
                 num_stages=PREPARE_STAGES,
                 **chunks.arguments(),
                 **dict(shape, BK=min(BK, PREPARE_TILE)),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 
 from hf_gdn.kernels.launch import HAS_TRITON, INTERPRET
 
@@ -58,10 +59,10 @@ PREPARE = Launch(
     lambda BK: {
         "BC": chunk_gdn.HALF,
         "BK": min(BK, chunk_gdn.PREPARE_TILE),
-        "INSIDE": tl.float16,
+        "INSIDE": chunk_gdn.INSIDE[torch.bfloat16],
         "QK_L2NORM": False,
     },
-    num_warps=lambda BK: chunk_gdn.PREPARE_WARPS[2],
+    num_warps=lambda BK: chunk_gdn.PREPARE_WARPS[torch.bfloat16],
     num_stages=chunk_gdn.PREPARE_STAGES,
 )
 LAUNCHES = {
