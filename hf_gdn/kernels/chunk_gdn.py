@@ -42,7 +42,7 @@ HALF = CHUNK // 2
 # Channels per step, stages and warps of the preparation: so that bf16 and fp32 do not spill. Not yet timed.
 PREPARE_TILE, PREPARE_STAGES = 64, 2
 PREPARE_WARPS = {torch.bfloat16: 2, torch.float16: 4, torch.float32: 8}
-# What it keeps and multiplies in for the inverse. fp16 inputs deserve more than eleven bits.
+# What it keeps K K^T and Q K^T in, and multiplies in for the inverse. fp16 inputs deserve more than eleven bits.
 INSIDE = {torch.bfloat16: tl.float16, torch.float16: tl.float32, torch.float32: tl.float32}
 
 
@@ -50,9 +50,10 @@ INSIDE = {torch.bfloat16: tl.float16, torch.float16: tl.float32, torch.float32: 
 def _load_sums(p_g, m_t):
     """Running sum of the log-decay, as two fp32 numbers, what is left of it after each row, and the whole.
 
-    In the difference of two long fp32 sums a small decay would drown; as two numbers each sum keeps it.
+    In the difference of two long fp32 sums a small decay would drown; as two numbers each sum keeps it. All are
+    logarithms to the base 2, which the processor's exponential takes: the factor is exact here, and nowhere else.
     """
-    b_g = tl.load(p_g, mask=m_t, other=0.0).to(tl.float64)
+    b_g = tl.load(p_g, mask=m_t, other=0.0).to(tl.float64) * 1.4426950408889634
     b_sum = tl.cumsum(b_g, 0)
     whole = tl.sum(b_g, 0)
     b_high = b_sum.to(tl.float32)
@@ -64,7 +65,7 @@ def _gate(b_high, b_low, BC: tl.constexpr):
     """e^(G_i - G_j), [BC, BC], and zero above the diagonal."""
     o_i = tl.arange(0, BC)
     b_gap = (b_high[:, None] - b_high[None, :]) + (b_low[:, None] - b_low[None, :])
-    return tl.exp(tl.where(o_i[:, None] >= o_i[None, :], b_gap, float("-inf")))
+    return tl.exp2(tl.where(o_i[:, None] >= o_i[None, :], b_gap, float("-inf")))
 
 
 @triton.jit
@@ -181,20 +182,20 @@ def _prepare_kernel(
         b_beta = tl.load(p_beta + i_h * stride_bh + o_t.to(tl.int64) * stride_bt, mask=m_t, other=0.0).to(tl.float32)
         row = (i_b * T + i_t) * HV + i_h
         o_row = row + o_i * HV
-        b_in0 = tl.exp(b_high0)
-        b_in1 = tl.exp(b_high1 + whole0)
+        b_in0 = tl.exp2(b_high0)
+        b_in1 = tl.exp2(b_high1 + whole0)
         tl.store(p_kin + o_row, b_in0 * b_rk0, mask=m_0)
         tl.store(p_kin + o_row + BC * HV, b_in1 * b_rk1, mask=m_1)
         tl.store(p_qin + o_row, b_in0 * b_rq0, mask=m_0)
         tl.store(p_qin + o_row + BC * HV, b_in1 * b_rq1, mask=m_1)
-        tl.store(p_kout + o_row, tl.exp(b_rest0 + whole1) * b_rk0, mask=m_0)
-        tl.store(p_kout + o_row + BC * HV, tl.exp(b_rest1) * b_rk1, mask=m_1)
-        tl.store(p_decay + i_chunk * HV + i_h, tl.exp(whole0 + whole1))
+        tl.store(p_kout + o_row, tl.exp2(b_rest0 + whole1) * b_rk0, mask=m_0)
+        tl.store(p_kout + o_row + BC * HV, tl.exp2(b_rest1) * b_rk1, mask=m_1)
+        tl.store(p_decay + i_chunk * HV + i_h, tl.exp2(whole0 + whole1))
 
         # Between the halves both exponents are sums of gates, and neither factor exceeds 1.
         b_gate0 = _gate(b_high0, b_low0, BC).to(INSIDE)
         b_gate1 = _gate(b_high1, b_low1, BC).to(INSIDE)
-        b_gate10 = (tl.exp(b_high1)[:, None] * tl.exp(b_rest0)[None, :]).to(INSIDE)
+        b_gate10 = (tl.exp2(b_high1)[:, None] * tl.exp2(b_rest0)[None, :]).to(INSIDE)
         p_head = p_p + row * BT + o_tile
         tl.store(p_head, (b_qk0 * b_gate0).to(dtype), mask=m_0[:, None])
         tl.store(p_head + BC, b_zero, mask=m_0[:, None])
@@ -305,7 +306,8 @@ def chunk_gdn(
     """Chunked gated delta rule, one decay per head.
 
     Args:
-        q, k: ``[B, T, HK, K]`` in float16, bfloat16 or float32; K up to 256.
+        q, k: ``[B, T, HK, K]`` in float16, bfloat16 or float32; K up to 256. In bfloat16 their products, |k|^2 and
+            scale |q| |k|, have the range of float16, 65,504; with qk_l2norm they are at most 1.
         v: ``[B, T, HV, V]`` in the same dtype, HV a multiple of HK; V up to 256.
         g: ``[B, T, HV]`` fp32, natural-log decay, at most 0.
         beta: ``[B, T, HV]``.

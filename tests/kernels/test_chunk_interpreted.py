@@ -199,6 +199,13 @@ def test_inverse_rounds_no_more_than_pytorch(noise, beta, dtype):
         assert error(actual, e) <= 2 * error(x, e) + 1e-7, f"{name}: {error(actual, e):.2e}, PyTorch {error(x, e):.2e}"
 
 
+@pytest.mark.parametrize(("size", "beta", "decay"), [(50.0, 4e-4, 0.1), (0.01, 1.0, 0.1), (2.0, 1.0, 4.0)])
+def test_keys_of_any_size(size, beta, decay):
+    """Large keys with small beta, small keys, and a rule that grows but for its gate."""
+    call = make("gdn", Shape(T=130, HV=2, K=32, V=32, dtype=torch.bfloat16), decay=2 * decay)
+    check("gdn", dict(call, k=call["k"] * size, beta=call["beta"] * beta))
+
+
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("group", [1, 2, 3, 4])
 def test_value_heads_of_a_key_head(group, dtype):
