@@ -2,12 +2,18 @@
 
 Per sequence and value head, G the running sum of g inside a chunk, S the state [K, V] before it:
 
-    A = D (I + tril(beta K K^T, -1))^-1 D^-1 diag(beta) ,  D = diag(e^G)         (the inverse is free of the gate)
+    A = (diag(1 / beta) + tril(K K^T e^(G_i - G_j), -1))^-1
     P = scale * tril(Q K^T) e^(G_i - G_j)
     u = A (V - e^G K S) ;  O = scale e^G Q S + P u ;  S <- e^(G_last) S + K^T (e^(G_last - G) u)
 
-The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives the form. Two kernels prepare A and P
-of all chunks at once, a third walks the chunks of a sequence, or of a segment of one (`segments`), with S in registers.
+The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives the form. One kernel prepares A and P
+of all chunks at once, a second walks the chunks of a sequence, or of a segment of one (`segments`), with S in
+registers.
+
+A program of the first serves a chunk and a key head: K K^T and Q K^T once, in three tiles of 32 rows and columns (the
+fourth lies above the diagonal), and from them A and P of each value head. A could also be inverted without the gate
+and be multiplied by it afterwards, which costs the same; with the gate inside the gate is made and dropped early, and
+nothing that the inverse handles grows beyond what the state does.
 
 With qk_l2norm q and k are never written: 1/|q| and 1/|k| are numbers per token, and join those of the gate.
 """
@@ -23,106 +29,75 @@ from .chunk_common import (
     chunks_of,
     dot,
     input_precision,
-    invert_unit_lower,
     locate_chunk,
     padded,
     strides,
 )
+from .chunk_inverse import invert_halves
 from .launch import on_device, tl, triton, why_not
 from .segments import load_state, locate_segment, scan, store_state
 
-# By padded K, so that nothing spills (A100 at 256: 80 bytes). Not yet timed.
-PREPARE_WARPS = {16: 4, 32: 4, 64: 4, 128: 4, 256: 8}
+HALF = CHUNK // 2
+# Channels per step, stages and warps of the preparation: so that bf16 and fp32 do not spill. Not yet timed.
+PREPARE_TILE, PREPARE_STAGES = 64, 2
+PREPARE_WARPS = {torch.bfloat16: 2, torch.float16: 4, torch.float32: 8}
+# What it keeps K K^T and Q K^T in, and multiplies in for the inverse. fp16 inputs deserve more than eleven bits.
+INSIDE = {torch.bfloat16: tl.float16, torch.float16: tl.float32, torch.float32: tl.float32}
 
 
 @triton.jit
-def _load_sum(p_g, m_t):
-    """Running sum of the log-decay and its last value, each as two fp32 numbers: ``(high, low, last high, last low)``.
+def _load_sums(p_g, m_t):
+    """Running sum of the log-decay, as two fp32 numbers, what is left of it after each row, and the whole.
 
-    In the difference of two long fp32 sums a small decay would drown; as two numbers each sum keeps it.
+    In the difference of two long fp32 sums a small decay would drown; as two numbers each sum keeps it. All are
+    logarithms to the base 2, which the processor's exponential takes: the factor is exact here, and nowhere else.
     """
-    b_g = tl.load(p_g, mask=m_t, other=0.0).to(tl.float64)
+    b_g = tl.load(p_g, mask=m_t, other=0.0).to(tl.float64) * 1.4426950408889634
     b_sum = tl.cumsum(b_g, 0)
-    last = tl.sum(b_g, 0)
-    b_high, last_high = b_sum.to(tl.float32), last.to(tl.float32)
-    return b_high, (b_sum - b_high).to(tl.float32), last_high, (last - last_high).to(tl.float32)
+    whole = tl.sum(b_g, 0)
+    b_high = b_sum.to(tl.float32)
+    return b_high, (b_sum - b_high).to(tl.float32), (whole - b_sum).to(tl.float32), whole.to(tl.float32)
 
 
 @triton.jit
-def _gate(b_high, b_low, BT: tl.constexpr):
-    """e^(G_i - G_j), [BT, BT], and zero above the diagonal."""
-    o_i = tl.arange(0, BT)
+def _gate(b_high, b_low, BC: tl.constexpr):
+    """e^(G_i - G_j), [BC, BC], and zero above the diagonal."""
+    o_i = tl.arange(0, BC)
     b_gap = (b_high[:, None] - b_high[None, :]) + (b_low[:, None] - b_low[None, :])
-    return tl.exp(tl.where(o_i[:, None] >= o_i[None, :], b_gap, float("-inf")))
+    return tl.exp2(tl.where(o_i[:, None] >= o_i[None, :], b_gap, float("-inf")))
 
 
 @triton.jit
-def _inverse_norm(b_x, QK_L2NORM: tl.constexpr):
-    """1 / |row|, or 1 when rows are not to be normalised."""
-    if QK_L2NORM:
-        b_norm = tl.rsqrt(tl.sum(b_x.to(tl.float32) * b_x.to(tl.float32), 1) + 1e-6)
-    else:
-        b_norm = tl.full([b_x.shape[0]], 1.0, tl.float32)
-    return b_norm
+def _inverse_norm(p_x, m_t, K: tl.constexpr, BK: tl.constexpr):
+    """1 / |row|. Of q alone: what |k| is stands on the diagonal of K K^T."""
+    o_k = tl.arange(0, BK)
+    b_squares = tl.full([m_t.shape[0]], 1e-6, tl.float32)
+    for i_k in range(0, K, BK):
+        b_x = tl.load(p_x + i_k, mask=m_t[:, None] & (o_k < K - i_k)[None, :], other=0.0).to(tl.float32)
+        b_squares += tl.sum(b_x * b_x, 1)
+    return tl.rsqrt(b_squares)
 
 
 @triton.jit
-def _inverse_kernel(
+def _scaled(b_x, b_row, b_column, COLUMNS: tl.constexpr):
+    b_x *= b_row[:, None]
+    if COLUMNS:
+        b_x *= b_column[None, :]
+    return b_x
+
+
+@triton.jit
+def _prepare_kernel(
+    p_q,  # [B, T, HK, K]
     p_k,  # [B, T, HK, K]
     p_g,  # [B, T, HV]
     p_beta,  # [B, T, HV]
     p_a,  # [B, T, HV, 64]
+    p_p,  # [B, T, HV, 64]
     p_kin,  # [B, T, HV]  e^G / |k|
+    p_qin,  # [B, T, HV]  scale e^G / |q|
     p_kout,  # [B, T, HV]  e^(G_last - G) / |k|
     p_decay,  # [chunks, HV]  e^(G_last)
-    p_bounds,  # [N + 1], or None
-    p_first,  # [N], or None
-    p_sequence,  # [chunks], or None
-    T,
-    stride_kb, stride_kt, stride_kh,
-    stride_gb, stride_gt, stride_gh,
-    stride_bb, stride_bt, stride_bh,
-    HK: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    MERGE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    QK_L2NORM: tl.constexpr,
-):  # fmt: skip
-    i_chunk = tl.program_id(0).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
-    i_b, i_t, end = locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T)
-    if i_t >= end:
-        return
-    o_i = tl.arange(0, BT)
-    o_k = tl.arange(0, BK)
-    o_t = i_t + o_i
-    m_t = o_t < end
-    p_k += i_b * stride_kb + i_h // (HV // HK) * stride_kh
-    b_k = tl.load(p_k + o_t[:, None] * stride_kt + o_k[None, :], mask=m_t[:, None] & (o_k < K)[None, :], other=0.0)
-    b_norm = _inverse_norm(b_k, QK_L2NORM)
-    b_beta = tl.load(p_beta + i_b * stride_bb + i_h * stride_bh + o_t * stride_bt, mask=m_t, other=0.0).to(tl.float32)
-    b_kk = dot(b_k, tl.trans(b_k), PRECISION=PRECISION) * (b_beta * b_norm)[:, None] * b_norm[None, :]
-    b_a = invert_unit_lower(tl.where(o_i[:, None] > o_i[None, :], b_kk, 0.0), MERGE, PRECISION)
-
-    b_high, b_low, high, low = _load_sum(p_g + i_b * stride_gb + i_h * stride_gh + o_t * stride_gt, m_t)
-    b_a *= _gate(b_high, b_low, BT) * b_beta[None, :]
-    o_row = (i_b * T + o_t) * HV + i_h
-    tl.store(p_a + o_row[:, None] * BT + o_i[None, :], b_a.to(p_a.dtype.element_ty), mask=m_t[:, None])
-    tl.store(p_kin + o_row, tl.exp(b_high) * b_norm, mask=m_t)
-    tl.store(p_kout + o_row, tl.exp((high - b_high) + (low - b_low)) * b_norm, mask=m_t)
-    tl.store(p_decay + i_chunk * HV + i_h, tl.exp(high))
-
-
-@triton.jit
-def _scores_kernel(
-    p_q,  # [B, T, HK, K]
-    p_k,  # [B, T, HK, K]
-    p_g,  # [B, T, HV]
-    p_p,  # [B, T, HV, 64]
-    p_qin,  # [B, T, HV]  scale e^G / |q|
     p_bounds,  # [N + 1], or None
     p_first,  # [N], or None
     p_sequence,  # [chunks], or None
@@ -131,37 +106,106 @@ def _scores_kernel(
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh,
     stride_gb, stride_gt, stride_gh,
+    stride_bb, stride_bt, stride_bh,
     HK: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
     BT: tl.constexpr,
+    BC: tl.constexpr,
     BK: tl.constexpr,
+    INSIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     QK_L2NORM: tl.constexpr,
 ):  # fmt: skip
+    # Suffix 0: rows and columns of the chunk's first half; 1: of the second; 10: second half by first.
     i_chunk = tl.program_id(0).to(tl.int64)
     i_hk = tl.program_id(1).to(tl.int64)
     i_b, i_t, end = locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T)
     if i_t >= end:
         return
-    o_i = tl.arange(0, BT)
+    o_i = tl.arange(0, BC)
+    o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
-    o_t = i_t + o_i
-    m_t = o_t < end
-    m_tk = m_t[:, None] & (o_k < K)[None, :]
-    p_q += i_b * stride_qb + i_hk * stride_qh
-    p_k += i_b * stride_kb + i_hk * stride_kh
-    b_q = tl.load(p_q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0)
-    b_k = tl.load(p_k + o_t[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0)
-    b_norm = _inverse_norm(b_q, QK_L2NORM) * scale
-    b_qk = dot(b_q, tl.trans(b_k), PRECISION=PRECISION) * b_norm[:, None] * _inverse_norm(b_k, QK_L2NORM)[None, :]
-    # One product for all value heads of the key head.
-    for i_h in range(i_hk * (HV // HK), (i_hk + 1) * (HV // HK)):
-        b_high, b_low, _, _ = _load_sum(p_g + i_b * stride_gb + i_h * stride_gh + o_t * stride_gt, m_t)
-        o_row = (i_b * T + o_t) * HV + i_h
-        b_p = b_qk * _gate(b_high, b_low, BT)
-        tl.store(p_p + o_row[:, None] * BT + o_i[None, :], b_p.to(p_p.dtype.element_ty), mask=m_t[:, None])
-        tl.store(p_qin + o_row, tl.exp(b_high) * b_norm, mask=m_t)
+    tokens = tl.minimum(end - i_t, BT).to(tl.int32)
+    m_0, m_1, m_t = o_i < tokens, o_i + BC < tokens, o_t < tokens
+    o_wide = o_i.to(tl.int64)
+    p_q += i_b * stride_qb + i_hk * stride_qh + (i_t + o_wide)[:, None] * stride_qt + o_k[None, :]
+    p_k += i_b * stride_kb + i_hk * stride_kh + (i_t + o_wide)[:, None] * stride_kt + o_k[None, :]
+
+    b_qk0 = tl.zeros([BC, BC], tl.float32)
+    b_qk1 = tl.zeros([BC, BC], tl.float32)
+    b_qk10 = tl.zeros([BC, BC], tl.float32)
+    b_kk0 = tl.zeros([BC, BC], tl.float32)
+    b_kk1 = tl.zeros([BC, BC], tl.float32)
+    b_kk10 = tl.zeros([BC, BC], tl.float32)
+    for i_k in range(0, K, BK):
+        m_k = (o_k < K - i_k)[None, :]
+        b_q0 = tl.load(p_q + i_k, mask=m_0[:, None] & m_k, other=0.0)
+        b_q1 = tl.load(p_q + i_k + BC * stride_qt, mask=m_1[:, None] & m_k, other=0.0)
+        b_k0 = tl.load(p_k + i_k, mask=m_0[:, None] & m_k, other=0.0)
+        b_k1 = tl.load(p_k + i_k + BC * stride_kt, mask=m_1[:, None] & m_k, other=0.0)
+        b_qk0 = dot(b_q0, tl.trans(b_k0), b_qk0, PRECISION=PRECISION)
+        b_qk1 = dot(b_q1, tl.trans(b_k1), b_qk1, PRECISION=PRECISION)
+        b_qk10 = dot(b_q1, tl.trans(b_k0), b_qk10, PRECISION=PRECISION)
+        b_kk0 = dot(b_k0, tl.trans(b_k0), b_kk0, PRECISION=PRECISION)
+        b_kk1 = dot(b_k1, tl.trans(b_k1), b_kk1, PRECISION=PRECISION)
+        b_kk10 = dot(b_k1, tl.trans(b_k0), b_kk10, PRECISION=PRECISION)
+    b_rq0 = tl.full([BC], 1.0, tl.float32) * scale
+    b_rq1 = tl.full([BC], 1.0, tl.float32) * scale
+    b_rk0 = tl.full([BC], 1.0, tl.float32)
+    b_rk1 = tl.full([BC], 1.0, tl.float32)
+    if QK_L2NORM:
+        m_same = o_i[:, None] == o_i[None, :]
+        b_rk0 = tl.rsqrt(tl.sum(tl.where(m_same, b_kk0, 0.0), 1) + 1e-6)
+        b_rk1 = tl.rsqrt(tl.sum(tl.where(m_same, b_kk1, 0.0), 1) + 1e-6)
+    b_kk0 = _scaled(b_kk0, -b_rk0, b_rk0, QK_L2NORM).to(INSIDE)
+    b_kk1 = _scaled(b_kk1, -b_rk1, b_rk1, QK_L2NORM).to(INSIDE)
+    b_kk10 = _scaled(b_kk10, -b_rk1, b_rk0, QK_L2NORM).to(INSIDE)
+    if QK_L2NORM:
+        b_rq0 *= _inverse_norm(p_q, m_0, K, BK)
+        b_rq1 *= _inverse_norm(p_q + BC * stride_qt, m_1, K, BK)
+    b_qk0 = _scaled(b_qk0, b_rq0, b_rk0, QK_L2NORM).to(INSIDE)
+    b_qk1 = _scaled(b_qk1, b_rq1, b_rk1, QK_L2NORM).to(INSIDE)
+    b_qk10 = _scaled(b_qk10, b_rq1, b_rk0, QK_L2NORM).to(INSIDE)
+
+    dtype = p_a.dtype.element_ty
+    o_tile = o_i[:, None] * (HV * BT) + o_i[None, :]
+    b_zero = tl.zeros([BC, BC], dtype)
+    p_g += i_b * stride_gb + i_t * stride_gt
+    p_beta += i_b * stride_bb + i_t * stride_bt
+    # One stage: there is nothing to load ahead that would be worth its registers.
+    for i_h in tl.range(i_hk * (HV // HK), (i_hk + 1) * (HV // HK), num_stages=1):
+        p_gh = p_g + i_h * stride_gh + o_wide * stride_gt
+        b_high0, b_low0, b_rest0, whole0 = _load_sums(p_gh, m_0)
+        b_high1, b_low1, b_rest1, whole1 = _load_sums(p_gh + BC * stride_gt, m_1)
+        b_beta = tl.load(p_beta + i_h * stride_bh + o_t.to(tl.int64) * stride_bt, mask=m_t, other=0.0).to(tl.float32)
+        row = (i_b * T + i_t) * HV + i_h
+        o_row = row + o_i * HV
+        b_in0 = tl.exp2(b_high0)
+        b_in1 = tl.exp2(b_high1 + whole0)
+        tl.store(p_kin + o_row, b_in0 * b_rk0, mask=m_0)
+        tl.store(p_kin + o_row + BC * HV, b_in1 * b_rk1, mask=m_1)
+        tl.store(p_qin + o_row, b_in0 * b_rq0, mask=m_0)
+        tl.store(p_qin + o_row + BC * HV, b_in1 * b_rq1, mask=m_1)
+        tl.store(p_kout + o_row, tl.exp2(b_rest0 + whole1) * b_rk0, mask=m_0)
+        tl.store(p_kout + o_row + BC * HV, tl.exp2(b_rest1) * b_rk1, mask=m_1)
+        tl.store(p_decay + i_chunk * HV + i_h, tl.exp2(whole0 + whole1))
+
+        # Between the halves both exponents are sums of gates, and neither factor exceeds 1.
+        b_gate0 = _gate(b_high0, b_low0, BC).to(INSIDE)
+        b_gate1 = _gate(b_high1, b_low1, BC).to(INSIDE)
+        b_gate10 = (tl.exp2(b_high1)[:, None] * tl.exp2(b_rest0)[None, :]).to(INSIDE)
+        p_head = p_p + row * BT + o_tile
+        tl.store(p_head, (b_qk0 * b_gate0).to(dtype), mask=m_0[:, None])
+        tl.store(p_head + BC, b_zero, mask=m_0[:, None])
+        tl.store(p_head + BC * HV * BT, (b_qk10 * b_gate10).to(dtype), mask=m_1[:, None])
+        tl.store(p_head + BC * HV * BT + BC, (b_qk1 * b_gate1).to(dtype), mask=m_1[:, None])
+        b_a0, b_a1, b_a10 = invert_halves(b_kk0 * b_gate0, b_kk1 * b_gate1, b_kk10 * b_gate10, b_beta, INSIDE)
+        p_head = p_a + row * BT + o_tile
+        tl.store(p_head, b_a0.to(dtype), mask=m_0[:, None])
+        tl.store(p_head + BC, b_zero, mask=m_0[:, None])
+        tl.store(p_head + BC * HV * BT, b_a10.to(dtype), mask=m_1[:, None])
+        tl.store(p_head + BC * HV * BT + BC, b_a1.to(dtype), mask=m_1[:, None])
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -269,7 +313,8 @@ def chunk_gdn(
     """Chunked gated delta rule, one decay per head.
 
     Args:
-        q, k: ``[B, T, HK, K]`` in float16, bfloat16 or float32; K up to 256.
+        q, k: ``[B, T, HK, K]`` in float16, bfloat16 or float32; K up to 256. In bfloat16 their products, |k|^2 and
+            scale |q| |k|, have the range of float16, 65,504; with qk_l2norm they are at most 1.
         v: ``[B, T, HV, V]`` in the same dtype, HV a multiple of HK; V up to 256.
         g: ``[B, T, HV]`` fp32, natural-log decay, at most 0.
         beta: ``[B, T, HV]``.
@@ -295,36 +340,27 @@ def chunk_gdn(
     shape = dict(T=T, HK=HK, HV=HV, K=K, BT=CHUNK, BK=BK)
     with on_device(v):
         if B * T > 0:
-            _inverse_kernel[(chunks.programs, HV)](
+            _prepare_kernel[(chunks.programs, HK)](
+                p_q=q,
                 p_k=k,
                 p_g=g,
                 p_beta=beta,
                 p_a=a,
+                p_p=p,
                 p_kin=kin,
+                p_qin=qin,
                 p_kout=kout,
                 p_decay=decay,
-                **strides(k=k, g=g, b=beta),
-                # fp16 has too little range for the products of the inverse; bf16 merges as accurately as it stores.
-                MERGE=tl.bfloat16 if v.dtype == torch.bfloat16 else tl.float32,
-                PRECISION=precision,
-                QK_L2NORM=qk_l2norm,
-                num_warps=PREPARE_WARPS[BK],
-                **chunks.arguments(),
-                **shape,
-            )
-            _scores_kernel[(chunks.programs, HK)](
-                p_q=q,
-                p_k=k,
-                p_g=g,
-                p_p=p,
-                p_qin=qin,
                 scale=scale,
-                **strides(q=q, k=k, g=g),
+                **strides(q=q, k=k, g=g, b=beta),
+                BC=HALF,
+                INSIDE=INSIDE[v.dtype],
                 PRECISION=precision,
                 QK_L2NORM=qk_l2norm,
-                num_warps=PREPARE_WARPS[BK],
+                num_warps=PREPARE_WARPS[v.dtype],
+                num_stages=PREPARE_STAGES,
                 **chunks.arguments(),
-                **shape,
+                **dict(shape, BK=min(BK, PREPARE_TILE)),
             )
     if N > 0:
         scan(

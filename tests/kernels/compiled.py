@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Compiled:
         registers: vector registers per thread; on gfx942 accumulation registers are counted in.
         spills: bytes per thread that did not fit into registers; 0 is what one wants.
         kind: ``"cubin"`` or ``"hsaco"``.
+        warps: warps per block.
+        binary: the cubin; empty for other targets.
     """
 
     target: str
@@ -46,6 +48,8 @@ class Compiled:
     registers: int
     spills: int
     kind: str
+    warps: int
+    binary: bytes = field(default=b"", repr=False)
 
 
 def compile_for(
@@ -92,9 +96,9 @@ def compile_for(
     binary = triton.compile(source, target=TARGETS[target], options=options)
     if target.startswith("sm_"):
         registers, spills = _cuda_usage(binary.asm["cubin"])
-        return Compiled(target, binary.metadata.shared, registers, spills, "cubin")
+        return Compiled(target, binary.metadata.shared, registers, spills, "cubin", num_warps, binary.asm["cubin"])
     registers, spills = _amd_usage(binary.asm["amdgcn"])
-    return Compiled(target, binary.metadata.shared, registers, spills, "hsaco")
+    return Compiled(target, binary.metadata.shared, registers, spills, "hsaco", num_warps)
 
 
 def check(*results: Compiled) -> None:

@@ -185,6 +185,33 @@ def test_equal_keys(op):
     check(op, dict(call, g=0.01 * call["g"], beta=torch.ones_like(call["beta"])))
 
 
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+@pytest.mark.parametrize("noise", [0.0, 1.0], ids=["equal", "similar"])
+def test_inverse_rounds_no_more_than_pytorch(noise, beta, dtype):
+    """Keys that resemble each other multiply every rounding inside the inverse; plain PyTorch solves in fp32."""
+    call = make("gdn", Shape(T=130, HV=2, K=32, V=32, dtype=dtype))
+    k = torch.nn.functional.normalize(noise * call["k"].double() + call["k"][:, :1].double(), dim=-1)
+    call |= dict(k=k.to(dtype), g=0.1 * call["g"], beta=torch.full_like(call["beta"], beta))
+    expected = oracle("gdn", call)
+    plain = (eager.chunk if dtype == torch.float32 else rounded_chunks)(**call)
+    for name, actual, x, e in zip(("o", "final_state"), chunk_gdn(**call), plain, expected, strict=True):
+        assert error(actual, e) <= 2 * error(x, e) + 1e-7, f"{name}: {error(actual, e):.2e}, PyTorch {error(x, e):.2e}"
+
+
+@pytest.mark.parametrize(("size", "beta", "decay"), [(50.0, 4e-4, 0.1), (0.01, 1.0, 0.1), (2.0, 1.0, 4.0)])
+def test_keys_of_any_size(size, beta, decay):
+    """Large keys with small beta, small keys, and a rule that grows but for its gate."""
+    call = make("gdn", Shape(T=130, HV=2, K=32, V=32, dtype=torch.bfloat16), decay=2 * decay)
+    check("gdn", dict(call, k=call["k"] * size, beta=call["beta"] * beta))
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("group", [1, 2, 3, 4])
+def test_value_heads_of_a_key_head(group, dtype):
+    check("gdn", make("gdn", Shape(T=66, HK=2, HV=2 * group, dtype=dtype)))
+
+
 def gate_none(g, random):
     return torch.zeros_like(g)
 

@@ -1,0 +1,77 @@
+"""The triangular inverse of a chunk on tensor cores, by halves.
+
+    A = (diag(1 / beta) - M)^-1 ,  M [64, 64] lower triangular
+
+Without M this is diag(beta). Let A be right inside the blocks of w rows along the diagonal. Then
+
+    A <- A + Y A ,  Y = A M, of which only the blocks that join two neighbours are kept
+
+is right inside blocks of 2 w rows, since the block below the diagonal of the inverse is A_22 M_21 A_11. Six such steps
+lead from 1 to 64. They are as stable as substitution: each product is a block of the result or half of one, while the
+powers of M that a Neumann series sums reach thousands for equal keys. Nothing is divided by beta, and what stands on
+the diagonal of M does not matter.
+
+Up to 16 rows a warp inverts blocks of its own in its registers: the accumulator of a transposed matrix already lies as
+the right operand of the next product, so A and its transpose advance side by side and nothing is exchanged.
+"""
+
+from __future__ import annotations
+
+from .chunk_common import dot
+from .launch import tl, triton
+
+
+@triton.jit
+def invert_halves(b_m0, b_m1, b_m10, b_beta, DTYPE: tl.constexpr):
+    """A in three tiles ``[32, 32]`` fp32: upper left, lower right, lower left (the upper right one is zero).
+
+    Args:
+        b_m0, b_m1, b_m10: the same tiles of M in DTYPE.
+        b_beta: ``[64]`` fp32.
+        DTYPE: of the products' operands. fp16 has three bits more than bf16, whose rounding costs a decimal digit where
+            keys resemble each other, and range enough: entries of A grow no further than the state does.
+    """
+    b_beta0, b_beta1 = tl.split(tl.permute(tl.reshape(b_beta, [2, 32]), [1, 0]))
+    b_a0 = _invert_32(b_m0, b_beta0, DTYPE)
+    b_a1 = _invert_32(b_m1, b_beta1, DTYPE)
+    b_y = dot(b_a1.to(DTYPE), b_m10, PRECISION="ieee").to(DTYPE)
+    return b_a0, b_a1, dot(b_y, b_a0.to(DTYPE), PRECISION="ieee")
+
+
+@triton.jit
+def _invert_32(b_m, b_beta, DTYPE: tl.constexpr):
+    o_i = tl.arange(0, 32)
+    o_b = tl.arange(0, 2)
+    m_same = (o_i[:, None] // 16) == (o_i[None, :] // 16)
+    b_blocks = tl.sum(tl.reshape(tl.where(m_same, b_m, 0.0), [2, 16, 2, 16]), 2)
+    b_blocks = _invert_16(b_blocks.to(tl.float32), tl.reshape(b_beta, [2, 16]), DTYPE)
+    # Reshaped, not indexed with None: so the layout of the accumulator is kept, and the expansion is free.
+    b_blocks = tl.reshape(b_blocks, [2, 16, 1, 16])
+    b_a = tl.where(o_b[:, None, None, None] == o_b[None, None, :, None], b_blocks, 0.0)
+    b_a = tl.reshape(b_a, [32, 32])
+    b_y = dot(b_a.to(DTYPE), b_m, PRECISION="ieee")
+    b_y = tl.where((o_i[:, None] >= 16) & (o_i[None, :] < 16), b_y, 0.0).to(DTYPE)
+    return dot(b_y, b_a.to(DTYPE), b_a, PRECISION="ieee")
+
+
+@triton.jit
+def _invert_16(b_m, b_beta, DTYPE: tl.constexpr):
+    """Blocks side by side: b_m ``[2, 16, 16]``, b_beta ``[2, 16]``, both fp32."""
+    o = tl.arange(0, 16)
+    o_i, o_j = o[None, :, None], o[None, None, :]
+    m_lower = o_i > o_j
+    o_apart = o_i ^ o_j  # its highest bit tells the step at which two rows come together
+    b_mt = tl.permute(b_m, [0, 2, 1])
+    b_betas = b_beta[:, :, None] * b_beta[:, None, :]
+    b_diagonal = tl.where(o_i == o_j, b_beta[:, :, None], 0.0)
+    b_a = tl.where((o_apart == 1) & m_lower, b_m * b_betas, b_diagonal)
+    b_at = tl.where((o_apart == 1) & (o_i < o_j), b_mt * b_betas, b_diagonal)
+    b_m = b_m.to(DTYPE)
+    for step in tl.static_range(1, 4):
+        b_y = dot(b_a.to(DTYPE), b_m, PRECISION="ieee")
+        b_y = tl.where(((o_apart >> step) == 1) & m_lower, b_y, 0.0).to(DTYPE)
+        b_left = b_at.to(DTYPE)
+        b_a = dot(b_y, tl.permute(b_left, [0, 2, 1]), b_a, PRECISION="ieee")
+        if step < 3:
+            b_at = dot(b_left, tl.permute(b_y, [0, 2, 1]), b_at, PRECISION="ieee")
+    return b_a

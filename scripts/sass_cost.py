@@ -1,0 +1,143 @@
+"""What the chunk kernels cost on an H100 or H200, counted in their machine code; no GPU is needed.
+
+    python scripts/sass_cost.py [--batch 1] [--tokens 8192]
+
+Compiles every kernel of the chunk ops for sm_90 as the tests do (bf16, K = V = 128, 16 key heads, 32 value heads) and
+counts the instructions that its warps issue, those of loops as often as the loops run: by program, by kind, and of all
+programs together. Beside it stands how many warps of a multiprocessor the registers and the shared memory allow, and
+the time below which no such card can issue all of it (132 multiprocessors that issue four instructions a cycle, at
+1.755 GHz).
+
+What it cannot know: latencies (of memory, of barriers, of one product that waits for another), how well the resident
+warps hide them, pipes narrower than the issue (tensor cores, shared memory, exponentials), branches not taken, caches
+and bandwidth. It ranks variants of one kernel; it predicts no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.kernels import test_chunk_compiled as chunk  # noqa: E402
+
+NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+KINDS = {
+    "tensor": r"\w*MMA",
+    "shared": r"LDS|STS|LDSM|STSM",
+    "shuffle": r"SHFL",
+    "exp": r"MUFU",
+    "float": r"F(FMA|MUL|ADD|SEL|SETP|MNMX)|H(FMA2|MUL2|ADD2)",
+    "double": r"D(FMA|MUL|ADD|SETP)",
+    "convert": r"F2F|F2FP|I2F|F2I|I2FP",
+    "global": r"LDG|STG|LDGSTS",
+    "spill": r"LDL|STL",
+    "barrier": r"BAR|WARPSYNC",
+}
+PROCESSORS, SCHEDULERS, HERTZ = 132, 4, 1.755e9
+REGISTERS, SHARED, WARPS = 65536, 233472, 64  # of a multiprocessor
+HK, HV, K, V, CHUNK = chunk.HK, chunk.HV, 128, 128, 64
+
+
+class Work(NamedTuple):
+    """Programs of a launch, and how often its loops run, in the order in which they begin."""
+
+    programs: int
+    trips: tuple[int, ...] = ()
+
+
+def work(batch: int, tokens: int) -> dict[str, Work]:
+    """By name of the launch in the tests. The way that KDA's scores take depends on the gate: they are not counted."""
+    chunks = math.ceil(tokens / CHUNK)
+    prepare = HK * batch * chunks
+    steps = K // chunk.chunk_gdn.PREPARE_TILE
+    columns, _, _ = chunk.chunk_common.scan_options(batch * HV, V, K, 2, chunk.SHARED_LIMIT["sm_90"], 2)
+    scan = Work(math.ceil(V / columns) * HV * batch, (chunks,))
+    return {
+        "gdn prepare": Work(prepare, (steps, HV // HK)),
+        "gdn prepare l2norm": Work(prepare, (steps, steps, steps, HV // HK)),
+        "gdn scan": scan,
+        "kda prepare": Work(HV * batch * chunks, (*[K // chunk.chunk_kda.PREPARE_TILE] * 2, 15)),
+        "kda inverse": Work(HV * batch * chunks, (15, K // chunk.chunk_kda.INVERSE_TILE)),
+        "kda scan": scan,
+    }
+
+
+def instructions(cubin: bytes) -> tuple[list[str], list[tuple[int, int]]]:
+    """Opcodes of a kernel in their order, and (first, last) of every loop."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([str(NVDISASM), "-c", file.name], check=True, capture_output=True, text=True).stdout
+    codes: list[str] = []
+    labels: dict[str, int] = {}
+    loops: dict[int, int] = {}
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(codes)
+        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(.*?);", line):
+            target = re.search(r"\.L_\w+", code[2]) if code[1] == "BRA" else None
+            # Backwards; a branch to itself ends the code.
+            if target and labels.get(target[0], len(codes)) < len(codes):
+                loops[labels[target[0]]] = len(codes)
+            codes.append(code[1])
+    return codes, sorted(loops.items())
+
+
+def count(codes: list[str], loops: list[tuple[int, int]], trips: tuple[int, ...]) -> Counter[str]:
+    """Instructions of one warp by kind."""
+    kinds: Counter[str] = Counter()
+    for i, code in enumerate(codes):
+        times = math.prod(n for (first, last), n in zip(loops, trips) if first <= i <= last)
+        kind = next((kind for kind, pattern in KINDS.items() if re.fullmatch(pattern, code)), "other")
+        kinds[kind] += times if code != "NOP" else 0
+    return kinds
+
+
+def resident(registers: int, shared: int, warps: int) -> int:
+    """Warps of a multiprocessor that such blocks may occupy."""
+    by_registers = REGISTERS // (math.ceil(registers / 8) * 8 * 32 * warps)
+    return warps * min(by_registers, SHARED // (shared + 1024), WARPS // warps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=8192)
+    arguments = parser.parse_args()
+    shape = f"{HK}/{HV} heads, {arguments.batch} x {arguments.tokens} tokens"
+    print(f"sm_90, bf16, K = V = 128, {shape}, Triton {triton.__version__}; instructions of a program by kind")
+    columns = ["registers", "warps/SM", "programs", "a program", *KINDS, "other", "all, 1e6", "floor, us"]
+    print(f"{'':20}" + "".join(f"{name:>10}" for name in columns))
+    works = work(arguments.batch, arguments.tokens)
+    for name in chunk.LAUNCHES:
+        if name not in works:
+            print(f"{name:20}  not counted: work() does not say how often its loops run")
+            continue
+        programs, trips = works[name]
+        result = chunk.check(name, "sm_90", heads=arguments.batch * HV)
+        codes, loops = instructions(result.binary)
+        if len(loops) != len(trips):
+            print(f"{name:20}  not counted: {len(loops)} loops, and work() knows of {len(trips)}")
+            continue
+        kinds = count(codes, loops, trips)
+        slots = result.warps * kinds.total()
+        cells = [result.registers, resident(result.registers, result.shared, result.warps), programs, slots]
+        cells += [result.warps * kinds[kind] for kind in (*KINDS, "other")]
+        floor = slots * programs / (PROCESSORS * SCHEDULERS * HERTZ)
+        print(f"{name:20}" + "".join(f"{x:10}" for x in cells) + f"{slots * programs / 1e6:10.1f}{1e6 * floor:10.1f}")
+
+
+if __name__ == "__main__":
+    main()
