@@ -68,8 +68,8 @@ def work(batch: int, tokens: int) -> dict[str, Work]:
         "gdn prepare": Work(prepare, (steps, HV // HK)),
         "gdn prepare l2norm": Work(prepare, (steps, steps, steps, HV // HK)),
         "gdn scan": scan,
-        "kda prepare": Work(HV * batch * chunks, (*[K // chunk.chunk_kda.PREPARE_TILE] * 2, 15)),
-        "kda inverse": Work(HV * batch * chunks, (15, K // chunk.chunk_kda.INVERSE_TILE)),
+        "kda prepare": Work(HV * batch * chunks, (K // chunk.chunk_kda.PREPARE_TILE,) * 2),
+        "kda inverse": Work(HV * batch * chunks, (K // chunk.chunk_kda.INVERSE_TILE,)),
         "kda scan": scan,
     }
 

@@ -1,4 +1,4 @@
-"""What the chunked kernels share: where a chunk lies, the triangular inverse, the shape of a launch.
+"""What the chunked kernels share: where a chunk lies, products, the shape of a launch.
 
 A chunk is 64 tokens. In packed sequences every sequence starts a chunk of its own, and its last one may be short;
 which sequence a program serves is looked up on the device, so that no length ever has to come back to the host.
@@ -149,36 +149,3 @@ def locate_sequence(i_n, p_bounds, p_first, T):
         end = i_n * 0 + T
         i_chunk = i_n * tl.cdiv(T, _CHUNK)
     return i_b, i_t, end, i_chunk
-
-
-@triton.jit
-def invert_unit_lower(b_n, MERGE: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + b_n)^-1 in fp32, b_n [64, 64] strictly lower triangular.
-
-    The 16x16 blocks on the diagonal are inverted together, row after row: with X the inverse of a block,
-    X_s = I_s - sum_{j < s} n_sj X_j. E = diag(X) (off-diagonal blocks of b_n) has E^4 = 0, so that the whole inverse
-    is (I + E^2) (I - E) diag(X): four products, in dtype MERGE.
-    """
-    o_i = tl.arange(0, 64)
-    o_r = tl.arange(0, 16)
-    o_b = tl.arange(0, 4)
-    m_same = (o_i[:, None] // 16) == (o_i[None, :] // 16)
-    # [row j, block, column]: rows come first because a thread then holds a whole column and sums it alone.
-    b_blocks = tl.sum(tl.reshape(tl.where(m_same, b_n, 0.0), [4, 16, 4, 16]), 2)
-    b_blocks = tl.permute(b_blocks, [2, 0, 1])  # n_sj at [j, block, s]
-    b_x = tl.where(o_r[:, None, None] == o_r[None, None, :], 1.0, 0.0) + tl.zeros([16, 4, 16], tl.float32)
-    for s in range(1, 16):
-        b_ns = tl.gather(b_blocks, tl.zeros([16, 4, 16], tl.int32) + s, 2)  # n_sj for every column
-        b_xs = tl.sum(tl.where(o_r[:, None, None] < s, b_ns * b_x, 0.0), 0)
-        b_xs = tl.where(o_r[None, :] == s, 1.0, 0.0) - b_xs
-        b_x = tl.where(o_r[:, None, None] == s, b_xs[None, :, :], b_x)
-    b_x = tl.permute(b_x, [1, 0, 2])[:, :, None, :]
-    b_x = tl.where(o_b[:, None, None, None] == o_b[None, None, :, None], b_x, 0.0)
-    b_x = tl.reshape(b_x, [64, 64])
-
-    b_off = tl.where(m_same, 0.0, b_n).to(MERGE)
-    b_diagonal = b_x.to(MERGE)
-    b_e = dot(b_diagonal, b_off, PRECISION=PRECISION).to(MERGE)
-    b_e2 = dot(b_e, b_e, PRECISION=PRECISION).to(MERGE)
-    b_x = b_x - dot(b_e, b_diagonal, PRECISION=PRECISION)
-    return b_x + dot(b_e2, b_x.to(MERGE), PRECISION=PRECISION)

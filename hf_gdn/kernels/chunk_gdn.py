@@ -33,7 +33,7 @@ from .chunk_common import (
     padded,
     strides,
 )
-from .chunk_inverse import invert_halves
+from .chunk_inverse import OPERANDS, invert_halves, store_halves
 from .launch import on_device, tl, triton, why_not
 from .segments import load_state, locate_segment, scan, store_state
 
@@ -41,8 +41,6 @@ HALF = CHUNK // 2
 # Channels per step, stages and warps of the preparation: so that bf16 and fp32 do not spill. Not yet timed.
 PREPARE_TILE, PREPARE_STAGES = 64, 2
 PREPARE_WARPS = {torch.bfloat16: 2, torch.float16: 4, torch.float32: 8}
-# What it keeps K K^T and Q K^T in, and multiplies in for the inverse. fp16 inputs deserve more than eleven bits.
-INSIDE = {torch.bfloat16: tl.float16, torch.float16: tl.float32, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -168,9 +166,6 @@ def _prepare_kernel(
     b_qk1 = _scaled(b_qk1, b_rq1, b_rk1, QK_L2NORM).to(INSIDE)
     b_qk10 = _scaled(b_qk10, b_rq1, b_rk0, QK_L2NORM).to(INSIDE)
 
-    dtype = p_a.dtype.element_ty
-    o_tile = o_i[:, None] * (HV * BT) + o_i[None, :]
-    b_zero = tl.zeros([BC, BC], dtype)
     p_g += i_b * stride_gb + i_t * stride_gt
     p_beta += i_b * stride_bb + i_t * stride_bt
     # One stage: there is nothing to load ahead that would be worth its registers.
@@ -195,17 +190,9 @@ def _prepare_kernel(
         b_gate0 = _gate(b_high0, b_low0, BC).to(INSIDE)
         b_gate1 = _gate(b_high1, b_low1, BC).to(INSIDE)
         b_gate10 = (tl.exp2(b_high1)[:, None] * tl.exp2(b_rest0)[None, :]).to(INSIDE)
-        p_head = p_p + row * BT + o_tile
-        tl.store(p_head, (b_qk0 * b_gate0).to(dtype), mask=m_0[:, None])
-        tl.store(p_head + BC, b_zero, mask=m_0[:, None])
-        tl.store(p_head + BC * HV * BT, (b_qk10 * b_gate10).to(dtype), mask=m_1[:, None])
-        tl.store(p_head + BC * HV * BT + BC, (b_qk1 * b_gate1).to(dtype), mask=m_1[:, None])
+        store_halves(p_p + row * BT, HV * BT, b_qk0 * b_gate0, b_qk1 * b_gate1, b_qk10 * b_gate10, tokens)
         b_a0, b_a1, b_a10 = invert_halves(b_kk0 * b_gate0, b_kk1 * b_gate1, b_kk10 * b_gate10, b_beta, INSIDE)
-        p_head = p_a + row * BT + o_tile
-        tl.store(p_head, b_a0.to(dtype), mask=m_0[:, None])
-        tl.store(p_head + BC, b_zero, mask=m_0[:, None])
-        tl.store(p_head + BC * HV * BT, b_a10.to(dtype), mask=m_1[:, None])
-        tl.store(p_head + BC * HV * BT + BC, b_a1.to(dtype), mask=m_1[:, None])
+        store_halves(p_a + row * BT, HV * BT, b_a0, b_a1, b_a10, tokens)
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -354,7 +341,7 @@ def chunk_gdn(
                 scale=scale,
                 **strides(q=q, k=k, g=g, b=beta),
                 BC=HALF,
-                INSIDE=INSIDE[v.dtype],
+                INSIDE=OPERANDS[v.dtype],
                 PRECISION=precision,
                 QK_L2NORM=qk_l2norm,
                 num_warps=PREPARE_WARPS[v.dtype],

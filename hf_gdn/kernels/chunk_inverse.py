@@ -17,8 +17,35 @@ the right operand of the next product, so A and its transpose advance side by si
 
 from __future__ import annotations
 
+import torch
+
 from .chunk_common import dot
 from .launch import tl, triton
+
+# Operands of the products, by dtype of the inputs. fp16 inputs deserve more than eleven bits.
+OPERANDS = {torch.bfloat16: tl.float16, torch.float16: tl.float32, torch.float32: tl.float32}
+
+
+@triton.jit
+def halves(b_x):
+    """[64, 64] in tiles ``[32, 32]``: upper left, lower right, lower left."""
+    b_left, b_right = tl.split(tl.permute(tl.reshape(b_x, [2, 32, 2, 32]), [1, 3, 0, 2]))
+    b_0, b_10 = tl.split(b_left)
+    _, b_1 = tl.split(b_right)
+    return b_0, b_1, b_10
+
+
+@triton.jit
+def store_halves(p_x, stride, b_0, b_1, b_10, rows):
+    """Store lower triangular tiles in the first rows of ``[64, 64]``, zeros above them."""
+    o_i = tl.arange(0, 32)
+    dtype = p_x.dtype.element_ty
+    p_x += o_i[:, None] * stride + o_i[None, :]
+    m_0, m_1 = (o_i < rows)[:, None], (o_i + 32 < rows)[:, None]
+    tl.store(p_x, b_0.to(dtype), mask=m_0)
+    tl.store(p_x + 32, tl.zeros([32, 32], dtype), mask=m_0)
+    tl.store(p_x + 32 * stride, b_10.to(dtype), mask=m_1)
+    tl.store(p_x + 32 * stride + 32, b_1.to(dtype), mask=m_1)
 
 
 @triton.jit

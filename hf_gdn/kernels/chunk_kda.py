@@ -2,7 +2,7 @@
 
 Per sequence and value head, G the running sum of g [., K] inside a chunk, S the state [K, V] before it:
 
-    N = tril(beta sum_d k_id k_jd e^(G_id - G_jd), -1) ;  A = (I + N)^-1 diag(beta)
+    N = tril(sum_d k_id k_jd e^(G_id - G_jd), -1) ;  A = (diag(1 / beta) + N)^-1
     P = scale * tril(sum_d q_id k_jd e^(G_id - G_jd))
     u = A (V - (e^G K) S) ;  O = scale (e^G Q) S + P u ;  S <- e^(G_last) S + (e^(G_last - G) K)^T u
 
@@ -26,6 +26,7 @@ from .chunk_common import (
     padded,
     strides,
 )
+from .chunk_inverse import OPERANDS
 from .chunk_kda_prepare import WIDEST, prepare_kernel
 from .chunk_kda_scores import inverse_kernel, scores_kernel
 from .launch import on_device, tl, triton, why_not
@@ -182,6 +183,7 @@ def chunk_kda(
                 K=K,
                 BK=min(BK, PREPARE_TILE),
                 INSIDE=wide,
+                OPERANDS=OPERANDS[v.dtype],
                 WIDEST=WIDEST[v.dtype],
                 PRECISION=precision,
                 num_warps=PREPARE_WARPS,
@@ -193,13 +195,12 @@ def chunk_kda(
                 p_q=q,
                 p_k=k,
                 p_g=g,
-                p_beta=beta,
                 p_range=ranges,
                 p_norms=norms,
                 p_n=n,
                 p_p=p,
                 scale=scale,
-                **strides(q=q, k=k, g=g, b=beta),
+                **strides(q=q, k=k, g=g),
                 HK=HK,
                 K=K,
                 BC=BLOCK,
@@ -224,9 +225,8 @@ def chunk_kda(
                 HK=HK,
                 K=K,
                 BK=min(BK, INVERSE_TILE),
-                MERGE=wide,
+                OPERANDS=OPERANDS[v.dtype],
                 WIDEST=WIDEST[v.dtype],
-                PRECISION=precision,
                 num_warps=INVERSE_WARPS,
                 **chunks.arguments(),
                 **shape,

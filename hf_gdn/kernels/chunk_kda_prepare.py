@@ -3,7 +3,7 @@
 With G the running sum of g [., K] inside a chunk of 64 tokens,
 
     qin = scale e^G q ;  kin = e^G k ;  kout = e^(G_last - G) k ;  decay = e^(G_last)
-    N = tril(beta sum_d k_id k_jd e^(G_id - G_jd), -1) ;  A = (I + N)^-1 diag(beta)
+    N = tril(sum_d k_id k_jd e^(G_id - G_jd), -1) ;  A = (diag(1 / beta) + N)^-1
     P = scale * tril(sum_d q_id k_jd e^(G_id - G_jd))
 
 The whole chunk goes through one product per tile of channels: e^(G_i - G_j) = e^(G_i - R) e^(R - G_j) with R in the
@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import torch
 
-from .chunk_common import dot, invert_unit_lower, locate_chunk
+from .chunk_common import dot, locate_chunk
+from .chunk_inverse import halves, invert_halves, store_halves
 from .launch import tl, triton
 
 # Widest log-decay that is split in the middle, by dtype of the inputs. At 120 factors reach e^60, which leaves 1e12 to
@@ -98,6 +99,7 @@ def prepare_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     INSIDE: tl.constexpr,
+    OPERANDS: tl.constexpr,
     WIDEST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -182,6 +184,7 @@ def prepare_kernel(
         tl.store(p_p + o_tile, b_p.to(dtype), mask=m_s[:, None])
         p_beta += i_b * stride_bb + i_t * stride_bt + i_h * stride_bh
         b_beta = tl.load(p_beta + o_s * stride_bt, mask=m_s, other=0.0).to(tl.float32)
-        b_n = tl.where(o_s[:, None] > o_s[None, :], _in_order(b_kk, BT), 0.0) * b_beta[:, None]
-        b_a = invert_unit_lower(b_n, INSIDE, PRECISION) * b_beta[None, :]
-        tl.store(p_a + o_tile, b_a.to(dtype), mask=m_s[:, None])
+        b_m = tl.where(o_s[:, None] > o_s[None, :], -_in_order(b_kk, BT), 0.0).to(OPERANDS)
+        b_m0, b_m1, b_m10 = halves(b_m)
+        b_a0, b_a1, b_a10 = invert_halves(b_m0, b_m1, b_m10, b_beta, OPERANDS)
+        store_halves(p_a + first * BT, HV * BT, b_a0, b_a1, b_a10, rows)

@@ -2,7 +2,7 @@
 
 For these, `chunk_kda_prepare` leaves open (G the running sum of g [., K] inside a chunk of 64 tokens)
 
-    N = tril(beta sum_d k_id k_jd e^(G_id - G_jd), -1) ;  A = (I + N)^-1 diag(beta)
+    N = tril(sum_d k_id k_jd e^(G_id - G_jd), -1) ;  A = (diag(1 / beta) + N)^-1
     P = scale * tril(sum_d q_id k_jd e^(G_id - G_jd)) ;   kout = e^(G_last - G) k
 
 The gate has no lower bound, so e^(G_i - G_j) is split at a reference that lies between the two: for rows of one 16-row
@@ -15,7 +15,8 @@ Programs of other chunks read the chunk's range and leave.
 
 from __future__ import annotations
 
-from .chunk_common import dot, invert_unit_lower, locate_chunk
+from .chunk_common import dot, locate_chunk
+from .chunk_inverse import invert_halves, store_halves
 from .chunk_kda_prepare import LOG2E, RUN, VECTOR, row_order, running_sum
 from .launch import tl, triton
 
@@ -29,7 +30,6 @@ def scores_kernel(
     p_q,  # [B, T, HK, K]
     p_k,  # [B, T, HK, K]
     p_g,  # [B, T, HV, K]
-    p_beta,  # [B, T, HV]
     p_range,  # [chunks, HV]
     p_norms,  # [B, T, HV, 2], or None
     p_n,  # [B, T, HV, 64] fp32
@@ -42,7 +42,6 @@ def scores_kernel(
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh,
     stride_gb, stride_gt, stride_gh,
-    stride_bb, stride_bt, stride_bh,
     HK: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -122,7 +121,7 @@ def scores_kernel(
                 b_qk += tl.where(m_j, tl.sum(b_q * b_kj, 1)[:, None], 0.0)
 
     o_row = (i_b * T + o_t) * HV + i_h
-    b_n = tl.load(p_beta + i_b * stride_bb + i_h * stride_bh + o_t * stride_bt, mask=m_t, other=0.0).to(tl.float32)
+    b_n = tl.full([BC], 1.0, tl.float32)
     b_p = tl.full([BC], 1.0, tl.float32) * scale
     if p_norms is not None:
         b_p *= tl.load(p_norms + o_row * 2, mask=m_t, other=0.0)
@@ -172,9 +171,8 @@ def inverse_kernel(
     K: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    MERGE: tl.constexpr,
+    OPERANDS: tl.constexpr,
     WIDEST: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_chunk = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
@@ -183,15 +181,21 @@ def inverse_kernel(
         return
     if tl.load(p_range + i_chunk * HV + i_h) > -WIDEST:
         return
+    rows = end - i_t
+    first = ((i_b * T + i_t) * HV + i_h) * BT
     o_i = tl.arange(0, BT)
-    o_t = i_t + o_i
-    m_t = o_t < end
-    o_row = (i_b * T + o_t) * HV + i_h
-    o_tile = o_row[:, None] * BT + o_i[None, :]
-    b_n = tl.load(p_n + o_tile, mask=m_t[:, None], other=0.0)
-    b_a = invert_unit_lower(b_n, MERGE, PRECISION)
-    b_beta = tl.load(p_beta + i_b * stride_bb + i_h * stride_bh + o_t * stride_bt, mask=m_t, other=0.0).to(tl.float32)
-    tl.store(p_a + o_tile, (b_a * b_beta[None, :]).to(p_a.dtype.element_ty), mask=m_t[:, None])
+    p_beta += i_b * stride_bb + i_h * stride_bh
+    b_beta = tl.load(p_beta + (i_t + o_i) * stride_bt, mask=o_i < rows, other=0.0).to(tl.float32)
+    o_i = tl.arange(0, BT // 2)
+    p_n += first + o_i[:, None] * (HV * BT) + o_i[None, :]
+    m_0, m_1 = (o_i < rows)[:, None], (o_i + BT // 2 < rows)[:, None]
+    b_n0 = tl.load(p_n, mask=m_0, other=0.0)
+    b_n1 = tl.load(p_n + BT // 2 * (HV * BT + 1), mask=m_1, other=0.0)
+    b_n10 = tl.load(p_n + BT // 2 * HV * BT, mask=m_1, other=0.0)
+    b_a0, b_a1, b_a10 = invert_halves(
+        (-b_n0).to(OPERANDS), (-b_n1).to(OPERANDS), (-b_n10).to(OPERANDS), b_beta, OPERANDS
+    )
+    store_halves(p_a + first, HV * BT, b_a0, b_a1, b_a10, rows)
 
     p_k += i_b * stride_kb + i_h // (HV // HK) * stride_kh
     p_g += i_b * stride_gb + i_h * stride_gh

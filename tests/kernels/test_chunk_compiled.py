@@ -16,7 +16,7 @@ if INTERPRET or not HAS_TRITON:
 
 import triton.language as tl
 
-from hf_gdn.kernels import chunk_common, chunk_gdn, chunk_kda, chunk_kda_prepare, chunk_kda_scores
+from hf_gdn.kernels import chunk_common, chunk_gdn, chunk_inverse, chunk_kda, chunk_kda_prepare, chunk_kda_scores
 
 from .compiled import SHARED_LIMIT, TARGETS, Compiled, compile_for
 
@@ -59,7 +59,7 @@ PREPARE = Launch(
     lambda BK: {
         "BC": chunk_gdn.HALF,
         "BK": min(BK, chunk_gdn.PREPARE_TILE),
-        "INSIDE": chunk_gdn.INSIDE[torch.bfloat16],
+        "INSIDE": chunk_inverse.OPERANDS[torch.bfloat16],
         "QK_L2NORM": False,
     },
     num_warps=lambda BK: chunk_gdn.PREPARE_WARPS[torch.bfloat16],
@@ -77,7 +77,11 @@ LAUNCHES = {
     "kda prepare": Launch(
         chunk_kda_prepare.prepare_kernel,
         ("p_g", "p_decay", "p_range", "p_norms"),
-        lambda BK: {"BK": min(BK, chunk_kda.PREPARE_TILE), "INSIDE": tl.bfloat16},
+        lambda BK: {
+            "BK": min(BK, chunk_kda.PREPARE_TILE),
+            "INSIDE": tl.bfloat16,
+            "OPERANDS": chunk_inverse.OPERANDS[torch.bfloat16],
+        },
         num_warps=lambda BK: chunk_kda.PREPARE_WARPS,
         num_stages=chunk_kda.PREPARE_STAGES,
     ),
@@ -90,7 +94,7 @@ LAUNCHES = {
     "kda inverse": Launch(
         chunk_kda_scores.inverse_kernel,
         ("p_g", "p_range", "p_n", "p_norms"),
-        lambda BK: {"BK": min(BK, chunk_kda.INVERSE_TILE), "MERGE": tl.bfloat16},
+        lambda BK: {"BK": min(BK, chunk_kda.INVERSE_TILE), "OPERANDS": chunk_inverse.OPERANDS[torch.bfloat16]},
         num_warps=lambda BK: chunk_kda.INVERSE_WARPS,
     ),
     "kda scan": Launch(
