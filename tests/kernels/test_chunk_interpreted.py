@@ -26,7 +26,11 @@ if not launch.INTERPRET:
 from hf_gdn.kernels.chunk_gdn import chunk_gdn
 from hf_gdn.kernels.chunk_kda import chunk_kda
 
-pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.usefixtures("rounded_bf16"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 
 BOUND = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.6e-2}
 OPS = {"gdn": (kernels.CHUNK_GDN, chunk_gdn), "kda": (kernels.CHUNK_KDA, chunk_kda)}
@@ -66,22 +70,6 @@ SHAPES = [
     Shape(T=65, K=128, V=16, dtype=torch.bfloat16, state=False),
     Shape(T=5, K=256, V=256, dtype=torch.bfloat16),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _rounded_bf16(monkeypatch):
-    """The interpreter cuts fp32 off to bf16, where every card rounds: three times the error, and all to one side."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(x, source, target, mode):
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(x.copy()).bfloat16().view(torch.uint16).numpy()
-        return convert(x, source, target, mode)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
 def make(op: str, shape: Shape, **kwargs) -> dict:
@@ -188,22 +176,24 @@ def test_equal_keys(op):
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("beta", [1.0, 2.0])
 @pytest.mark.parametrize("noise", [0.0, 1.0], ids=["equal", "similar"])
-def test_inverse_rounds_no_more_than_pytorch(noise, beta, dtype):
+@both_ops
+def test_inverse_rounds_no_more_than_pytorch(op, noise, beta, dtype):
     """Keys that resemble each other multiply every rounding inside the inverse; plain PyTorch solves in fp32."""
-    call = make("gdn", Shape(T=130, HV=2, K=32, V=32, dtype=dtype))
+    call = make(op, Shape(T=130, HV=2, K=32, V=32, dtype=dtype))
     k = torch.nn.functional.normalize(noise * call["k"].double() + call["k"][:, :1].double(), dim=-1)
     call |= dict(k=k.to(dtype), g=0.1 * call["g"], beta=torch.full_like(call["beta"], beta))
-    expected = oracle("gdn", call)
+    expected = oracle(op, call)
     plain = (eager.chunk if dtype == torch.float32 else rounded_chunks)(**call)
-    for name, actual, x, e in zip(("o", "final_state"), chunk_gdn(**call), plain, expected, strict=True):
+    for name, actual, x, e in zip(("o", "final_state"), OPS[op][1](**call), plain, expected, strict=True):
         assert error(actual, e) <= 2 * error(x, e) + 1e-7, f"{name}: {error(actual, e):.2e}, PyTorch {error(x, e):.2e}"
 
 
 @pytest.mark.parametrize(("size", "beta", "decay"), [(50.0, 4e-4, 0.1), (0.01, 1.0, 0.1), (2.0, 1.0, 4.0)])
-def test_keys_of_any_size(size, beta, decay):
+@both_ops
+def test_keys_of_any_size(op, size, beta, decay):
     """Large keys with small beta, small keys, and a rule that grows but for its gate."""
-    call = make("gdn", Shape(T=130, HV=2, K=32, V=32, dtype=torch.bfloat16), decay=2 * decay)
-    check("gdn", dict(call, k=call["k"] * size, beta=call["beta"] * beta))
+    call = make(op, Shape(T=130, HV=2, K=32, V=32, dtype=torch.bfloat16), decay=2 * decay)
+    check(op, dict(call, k=call["k"] * size, beta=call["beta"] * beta))
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)

@@ -17,11 +17,13 @@ if not launch.INTERPRET:
 from hf_gdn.kernels import chunk_kda as module
 from hf_gdn.kernels.chunk_kda_prepare import WIDEST
 
-from .test_chunk_interpreted import BOUND, Shape, _rounded_bf16, check, error, make, oracle, rounded_chunks
+from .test_chunk_interpreted import BOUND, Shape, check, error, make, oracle, rounded_chunks
 
-assert _rounded_bf16  # a fixture that runs by itself
-
-pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.usefixtures("rounded_bf16"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 every_dtype = pytest.mark.parametrize("dtype", BOUND, ids=str)
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129]
 

@@ -22,7 +22,6 @@ from .test_chunk_interpreted import (
     BOUND,
     OPS,
     Shape,
-    _rounded_bf16,  # noqa: F401
     both_ops,
     check,
     compare,
@@ -36,7 +35,11 @@ from .test_chunk_interpreted import (
     oracle,
 )
 
-pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.usefixtures("rounded_bf16"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 
 PER_TOKEN = ("q", "k", "v", "g", "beta")
 counts = pytest.mark.parametrize("count", [2, 4, 8])
