@@ -291,10 +291,10 @@ def why_not(request: Request) -> str | None:
     return None
 
 
-for _op, _fn in (
-    ("chunk_gdn", chunk),
-    ("chunk_kda", chunk),
-    ("recurrent_gdn", recurrent),
-    ("recurrent_kda", recurrent),
-):
-    register(Kernel(_op, "eager", _fn, why_not, differentiable=True, traceable=True, max_tokens=4))
+# Tokens up to which the recurrent kernel is the faster one, of one sequence and 32 heads on a CPU of two cores:
+# python benchmarks/prefill.py --only even; docs/tuning.md has the table.
+_RECURRENT = {"gdn": 4, "kda": 8}
+for _rule, _tokens in _RECURRENT.items():
+    _common: dict[str, Any] = dict(backend="eager", why_not=why_not, differentiable=True, traceable=True)
+    register(Kernel(f"chunk_{_rule}", fn=chunk, **_common))
+    register(Kernel(f"recurrent_{_rule}", fn=recurrent, max_tokens=_tokens, **_common))

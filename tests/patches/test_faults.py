@@ -152,7 +152,7 @@ def test_what_is_not_finite_stays_in_its_row(family, data):
 # ------------------------------------------------------------------------------------------------ half-way in a forward
 
 # Tokens held and tokens given: a first call, pieces for the chunk and the recurrent kernel, and a decode step.
-CALLS = {"first": (0, 5), "first_short": (0, 2), "piece": (6, 5), "short_piece": (6, 3), "step": (6, 1)}
+CALLS = {"first": (0, 9), "first_short": (0, 2), "piece": (6, 9), "short_piece": (6, 3), "step": (6, 1)}
 calls = pytest.mark.parametrize("call", CALLS)
 
 
