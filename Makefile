@@ -20,8 +20,8 @@ report: $(VENV)/.installed
 
 ## All tests. Triton decides at import whether it interprets, hence two processes.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not interpret" $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m interpret $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not interpret" $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m interpret $(ARGS)
 
 ## The same tests on the oldest transformers we support: constraints.txt, but for what constraints-oldest.txt names.
 test-oldest: .venv-oldest/constraints.txt

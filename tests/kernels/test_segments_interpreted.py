@@ -7,6 +7,8 @@ is at most 2, so that M_s lengthens nothing and errors do not grow on the way. W
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -113,8 +115,11 @@ CHANGES = [*map(gated, (gate_none, gate_steps, gate_mixed, gate_all, gate_averag
 
 
 @both_ops
-@pytest.mark.parametrize("dtype", BOUND, ids=str)
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [*itertools.product(CHANGES, [torch.bfloat16]), *itertools.product((CHANGES[0], beta_two), BOUND)],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
 def test_error_like_uncut(op, change, dtype, cut):
     call = change(make(op, Shape(T=270, K=32, dtype=dtype)))
     expected = oracle(op, call)
@@ -128,7 +133,7 @@ def test_error_like_uncut(op, change, dtype, cut):
 
 @both_ops
 def test_equal_keys(op, cut):
-    """The worst case of the inverse; in 16 bits it is beyond the bound, cut or not."""
+    """The worst case of the inverse."""
     cut(4)
     call = slow(make(op, Shape(T=330, K=32)))
     call["k"][:] = call["k"][:, :1].clone()
@@ -153,7 +158,7 @@ LENGTHS = [0, 1, 191, 323, 0, 64, 192, 512, 130]
 
 
 @both_ops
-@pytest.mark.parametrize(("count", "state"), [(2, True), (4, True), (8, False)], ids=["2", "4", "8-nostate"])
+@pytest.mark.parametrize(("count", "state"), [(2, True), (8, False)], ids=["2", "8-nostate"])
 def test_packed_equals_separate(op, count, state, cut):
     cut(count, 192)
     N, bounds = len(LENGTHS), torch.tensor([0, *LENGTHS]).cumsum(0)
