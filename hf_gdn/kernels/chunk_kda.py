@@ -130,7 +130,8 @@ def chunk_kda(
     """Chunked gated delta rule, one decay per channel, of any size.
 
     Args:
-        q, k: ``[B, T, HK, K]`` in float16, bfloat16 or float32; K up to 256.
+        q, k: ``[B, T, HK, K]`` in float16, bfloat16 or float32; K up to 256. In bfloat16 |k|^2 has the range of
+            float16, 65,504; with qk_l2norm it is at most 1.
         v: ``[B, T, HV, V]`` in the same dtype, HV a multiple of HK; V up to 256.
         g: ``[B, T, HV, K]`` fp32, natural-log decay, at most 0.
         beta: ``[B, T, HV]``.
