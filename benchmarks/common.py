@@ -108,6 +108,11 @@ def target(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
+def figure(x: float | None) -> str:
+    """Four digits, no exponent."""
+    return "" if x is None else f"{x:.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+
+
 def report(
     kind: str, rows: Iterable[Row], columns: tuple[str, ...], wanted: Callable[[Row], float | None], scale: float,
     options: argparse.Namespace,
@@ -136,14 +141,14 @@ def report(
             off, before = row.get("error"), row.get("original_ms")
             row["passed"] = off is None or off <= row["budget"]
             found.append(row)
-            figure = row["value"] if row["ms"] is None else row["ms"] * scale
+            value = row["value"] if row["ms"] is None else row["ms"] * scale
             goal = None if row["wanted"] is None else row["wanted"] * (1 if row["ms"] is None else scale)
             table.add_row(
                 f"{row['row']} {row['what']}", *(str(row[name]) for name in columns),
-                "" if before is None else f"{before * scale:.4g}",
-                f"{figure:.4g}" if row["passed"] else "wrong result",
+                figure(None if before is None else before * scale),
+                figure(value) if row["passed"] else "wrong result",
                 "" if before is None or not row["passed"] else f"{before / row['ms']:.2f}x",
-                "" if goal is None else f"{goal:.4g}",
+                figure(goal),
                 "" if off is None else f"{off:.1e}",
             )  # fmt: skip
     console().print(table)
