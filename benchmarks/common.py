@@ -113,6 +113,16 @@ def figure(x: float | None) -> str:
     return "" if x is None else f"{x:.0f}" if abs(x) >= 1000 else f"{x:.4g}"
 
 
+def publish(kind: str, table: Table, device: torch.device, output: Path | None, **found: Any) -> int:
+    """Print the table, then `found` as JSON, which also goes to `output`; 1 when one of its rows did not pass."""
+    console().print(table)
+    result = dict(**made_with(kind, shlex.join(["python", *sys.argv]), device), **found)
+    if output:
+        output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(json.dumps(result))
+    return 0 if all(row["passed"] for row in found["rows"]) else 1
+
+
 def report(
     kind: str, rows: Iterable[Row], columns: tuple[str, ...], wanted: Callable[[Row], float | None], scale: float,
     options: argparse.Namespace,
@@ -151,10 +161,4 @@ def report(
                 figure(goal),
                 "" if off is None else f"{off:.1e}",
             )  # fmt: skip
-    console().print(table)
-    head = made_with(kind, shlex.join(["python", *sys.argv]), device)
-    result = dict(**head, dtype=str(dtype).removeprefix("torch."), rows=found)
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(json.dumps(result))
-    return 0 if all(row["passed"] for row in found) else 1
+    return publish(kind, table, device, options.output, dtype=str(dtype).removeprefix("torch."), rows=found)

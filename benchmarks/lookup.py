@@ -14,22 +14,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import publish
 from rich.table import Table
 from transformers.generation import PromptLookupCandidateGenerator
 
 import hf_gdn
 from hf_gdn.eval import models, texts
-from hf_gdn.eval.machine import console, made_with
 from hf_gdn.eval.speed import compare_tokens
 
 NEW, ROUNDS = 256, 7
@@ -112,13 +109,8 @@ def main() -> int:
             rows.append(dict(model=name, **row))
             figures = [f"{row['plain']:.0f}", f"{row['lookup']:.0f}", f"{row['ratio']:.2f}x"]
             table.add_row(name, kind, *(figures if row["passed"] else ["other tokens", "", ""]))
-    console().print(table)
-    head = made_with("lookup", shlex.join(["python", *sys.argv]), device)
-    found = dict(**head, dtype=options.dtype, draft=options.tokens, new_tokens=NEW, rows=rows)
-    if options.output:
-        options.output.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    print(json.dumps(found))
-    return 0 if all(row["passed"] for row in rows) else 1
+    found = dict(dtype=options.dtype, draft=options.tokens, new_tokens=NEW, rows=rows)
+    return publish("lookup", table, device, options.output, **found)
 
 
 if __name__ == "__main__":

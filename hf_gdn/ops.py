@@ -210,7 +210,7 @@ def _define_prologue(op: str) -> Any:
         return *(x.contiguous() for x in made[:5]), q.new_empty(0) if made.window is None else made.window
 
     def fake(q, k, v, a, b, z, conv, *rest):
-        heads, keep = v.shape[2] * v.shape[3], rest[7]
+        heads, (*_, keep, _, _, _) = v.shape[2] * v.shape[3], rest
         dtype, channels = state_dtype(q.dtype), (q.shape[3],) if op.endswith("kda") else ()
         return (
             q.new_empty(q.shape),

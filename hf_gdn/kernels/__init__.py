@@ -92,9 +92,10 @@ def _make_layer_inputs(per_channel: bool, state: bool):
             A_log=normal(HV), dt_bias=normal(HV * K if per_channel else HV), norm=1 + 0.1 * normal(V),
         )  # fmt: skip
         raw = Raw(q, k, v, normal(B, T, HV * K) if per_channel else a, b, z)
-        before = 0.1 * normal(B, HV, K, V, dtype=state_dtype(dtype))
         inputs = dict(raw=raw, weights=weights, rule=Rule(**rule), window=normal(B, channels, width))
-        return {**inputs, "state": before} if state else {**inputs, "keep": width}
+        if state:
+            return dict(inputs, state=0.1 * normal(B, HV, K, V, dtype=state_dtype(dtype)))
+        return dict(inputs, keep=width)
 
     return make_inputs
 

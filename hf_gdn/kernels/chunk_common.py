@@ -17,6 +17,7 @@ from .launch import INTERPRET, tl, triton
 CHUNK = 64
 _INTERPRETED = tl.constexpr(INTERPRET)
 _CHUNK = tl.constexpr(CHUNK)
+LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp several
 
 # Scans by shared memory of a block in KiB, at least: (up to so many heads in the batch, BV, warps).
 _SCAN = {
@@ -47,11 +48,6 @@ class Chunks(NamedTuple):
     def arguments(self) -> dict[str, Tensor | None]:
         """Arguments of a kernel whose programs each serve a chunk."""
         return dict(p_bounds=self.bounds, p_first=self.first, p_sequence=self.sequence)
-
-
-def strides(**tensors: Tensor) -> dict[str, int]:
-    """Stride arguments of a kernel: ``stride_xb, stride_xt, stride_xh`` for every tensor x ``[B, T, H, ...]``."""
-    return {f"stride_{name}{'bth'[i]}": x.stride(i) for name, x in tensors.items() for i in range(3)}
 
 
 def chunks_of(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:

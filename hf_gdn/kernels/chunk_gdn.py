@@ -26,15 +26,15 @@ from torch import Tensor
 from ..registry import Kernel, register
 from .chunk_common import (
     CHUNK,
+    LOG2E,
     chunks_of,
     dot,
     input_precision,
     locate_chunk,
     padded,
-    strides,
 )
 from .chunk_inverse import OPERANDS, invert_halves, store_halves
-from .launch import on_device, tl, triton, why_not
+from .launch import on_device, strides, tl, triton, why_not
 from .segments import load_state, locate_segment, scan, store_state
 
 HALF = CHUNK // 2
@@ -50,7 +50,7 @@ def _load_sums(p_g, m_t):
     In the difference of two long fp32 sums a small decay would drown; as two numbers each sum keeps it. All are
     logarithms to the base 2, which the processor's exponential takes: the factor is exact here, and nowhere else.
     """
-    b_g = tl.load(p_g, mask=m_t, other=0.0).to(tl.float64) * 1.4426950408889634
+    b_g = tl.load(p_g, mask=m_t, other=0.0).to(tl.float64) * LOG2E
     b_sum = tl.cumsum(b_g, 0)
     whole = tl.sum(b_g, 0)
     b_high = b_sum.to(tl.float32)

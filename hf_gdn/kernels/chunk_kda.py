@@ -24,12 +24,11 @@ from .chunk_common import (
     dot,
     input_precision,
     padded,
-    strides,
 )
 from .chunk_inverse import OPERANDS
 from .chunk_kda_prepare import WIDEST, prepare_kernel
 from .chunk_kda_scores import inverse_kernel, scores_kernel
-from .launch import on_device, tl, triton, why_not
+from .launch import on_device, strides, tl, triton, why_not
 from .segments import load_state, locate_segment, scan, store_state
 
 BLOCK = 16

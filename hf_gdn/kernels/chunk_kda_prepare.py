@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from .chunk_common import dot, locate_chunk
+from .chunk_common import LOG2E, dot, locate_chunk
 from .chunk_inverse import halves, invert_halves, store_halves
 from .launch import tl, triton
 
@@ -29,7 +29,6 @@ from .launch import tl, triton
 # running sum is up to 2^-24 of it: at 120 less than 1e-5, nothing beside the rounding of bf16 and fp16 operands. Eight
 # keep fp32 at twice the error of an exponent that is summed from row to row.
 WIDEST = {torch.bfloat16: 120.0, torch.float16: 120.0, torch.float32: 8.0}
-LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp several
 RUN = tl.constexpr(4)  # rows in succession that a thread holds
 VECTOR = tl.constexpr(4)  # channels that it loads at once: with more it would hold fewer rows
 

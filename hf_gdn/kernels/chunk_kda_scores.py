@@ -15,9 +15,9 @@ Programs of other chunks read the chunk's range and leave.
 
 from __future__ import annotations
 
-from .chunk_common import dot, locate_chunk
+from .chunk_common import LOG2E, dot, locate_chunk
 from .chunk_inverse import invert_halves, store_halves
-from .chunk_kda_prepare import LOG2E, RUN, VECTOR, row_order, running_sum
+from .chunk_kda_prepare import RUN, VECTOR, row_order, running_sum
 from .launch import tl, triton
 
 # Widest log-decay of a 16-row block that goes through one product: its factors reach e^60, times k well inside fp32.
@@ -121,19 +121,17 @@ def scores_kernel(
                 b_qk += tl.where(m_j, tl.sum(b_q * b_kj, 1)[:, None], 0.0)
 
     o_row = (i_b * T + o_t) * HV + i_h
-    b_n = tl.full([BC], 1.0, tl.float32)
     b_p = tl.full([BC], 1.0, tl.float32) * scale
     if p_norms is not None:
         b_p *= tl.load(p_norms + o_row * 2, mask=m_t, other=0.0)
         b_norm = tl.load(p_norms + o_row * 2 + 1, mask=m_t, other=0.0)
-        b_n *= b_norm
         o_rowc = (i_b * T + o_tc) * HV + i_h
         b_normc = tl.load(p_norms + o_rowc * 2 + 1, mask=m_early & (o_tc < end), other=0.0)
-        b_kk *= b_norm[None, :]
+        b_kk = b_kk * b_norm[None, :] * b_norm[:, None]
         b_qk *= b_norm[None, :]
-        b_kkc *= b_normc[None, :]
+        b_kkc = b_kkc * b_normc[None, :] * b_norm[:, None]
         b_qkc *= b_normc[None, :]
-    b_kk = tl.where(o_i[:, None] > o_i[None, :], b_kk, 0.0) * b_n[:, None]
+    b_kk = tl.where(o_i[:, None] > o_i[None, :], b_kk, 0.0)
     b_qk = tl.where(o_i[:, None] >= o_i[None, :], b_qk, 0.0) * b_p[:, None]
     # Columns of the rows themselves, then the rest: results before them, zeros after.
     b_kkc = tl.reshape(tl.permute(tl.reshape(b_kkc, [BC, RUN, BT // RUN]), [0, 2, 1]), [BC, BT])
@@ -145,7 +143,7 @@ def scores_kernel(
     tl.store(p_p + o_own, b_qk.to(dtype), mask=m_t[:, None])
     o_rest = o_row[:, None] * BT + o_c[None, :]
     m_rest = m_t[:, None] & (m_early | (o_c >= i_r + BC))[None, :]
-    tl.store(p_n + o_rest, b_kkc * b_n[:, None], mask=m_rest)
+    tl.store(p_n + o_rest, b_kkc, mask=m_rest)
     tl.store(p_p + o_rest, (b_qkc * b_p[:, None]).to(dtype), mask=m_rest)
 
 

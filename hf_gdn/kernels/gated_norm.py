@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..registry import Kernel, register
-from .launch import on_device, tl, triton, why_not
+from .launch import on_device, strides, tl, triton, why_not
 from .layer import Rule
 from .step import _norm_gate
 
@@ -79,7 +79,7 @@ def gated_norm(o: Tensor, z: Tensor, weight: Tensor, rule: Rule) -> Tensor:
             eps=rule.eps,
             rows=rows,
             T=o.shape[1],
-            stride_zb=z.stride(0), stride_zt=z.stride(1), stride_zh=z.stride(2), stride_zr=z.stride(3),
+            **strides("bthr", z=z),
             HV=HV,
             R=z.shape[3],
             V=V,
@@ -88,7 +88,7 @@ def gated_norm(o: Tensor, z: Tensor, weight: Tensor, rule: Rule) -> Tensor:
             NORM_IN_FP32=rule.norm_in_fp32,
             GATE_IS_SILU=rule.gate == "silu",
             num_warps=_WARPS,
-        )  # fmt: skip
+        )
     return y
 
 

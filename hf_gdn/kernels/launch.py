@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from contextlib import nullcontext
 
@@ -37,6 +38,19 @@ MAX_HEAD_DIM = 256
 def on_device(x: torch.Tensor):
     """Context in which kernels are launched on x's device, whichever is the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@functools.cache
+def _stride_names(letters: str, tensors: tuple[str, ...]) -> list[str]:
+    return [f"stride_{name}{letter}" for name in tensors for letter in letters]
+
+
+def strides(letters: str = "bth", /, **tensors: torch.Tensor) -> dict[str, int]:
+    """Stride arguments of a kernel: ``stride_xb, stride_xt, stride_xh`` for every tensor x ``[B, T, H, ...]``; with
+    ``"bthr"`` also ``stride_xr``, of value heads ``[B, T, HK, R, ...]``.
+    """
+    sizes = [size for x in tensors.values() for size in x.stride()[: len(letters)]]
+    return dict(zip(_stride_names(letters, tuple(tensors)), sizes))
 
 
 def why_not(request: Request) -> str | None:

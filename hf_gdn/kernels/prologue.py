@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..registry import Kernel, register
 from .chunk_common import CHUNK, chunks_of, locate_chunk
-from .launch import on_device, tl, triton, why_not
+from .launch import on_device, strides, tl, triton, why_not
 from .layer import Prepared, Raw, Rule, Weights
 from .step import _log_decay, _strength
 
@@ -276,11 +276,8 @@ def prologue(
             p_recent=made.window,
             beta_scale=rule.beta_scale,
             T=T,
-            stride_qb=q.stride(0), stride_qt=q.stride(1), stride_qh=q.stride(2),
-            stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=k.stride(2),
-            stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vh=v.stride(2), stride_vr=v.stride(3),
-            stride_ab=a.stride(0), stride_at=a.stride(1), stride_ah=a.stride(2), stride_ar=a.stride(3),
-            stride_bb=b.stride(0), stride_bt=b.stride(1), stride_bh=b.stride(2), stride_br=b.stride(3),
+            **strides(q=q, k=k),
+            **strides("bthr", v=v, a=a, b=b),
             HK=HK,
             HV=HV,
             K=K,
@@ -297,7 +294,7 @@ def prologue(
             DECAY_IN_DTYPE=rule.decay_in_dtype,
             num_warps=num_warps,
             **chunks.arguments(),
-        )  # fmt: skip
+        )
     return made
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..registry import Kernel, register
-from .launch import on_device, tl, triton, why_not
+from .launch import on_device, strides, tl, triton, why_not
 
 # (up to so many heads in the batch, BV, warps) at K = 128: few heads want many programs, many heads want wide rows.
 # Measured on one H200, with the sketch this kernel grew from, at T = 1, K = V = 128, 32 heads and batches of 1, 8, 32,
@@ -230,12 +230,10 @@ def recurrent(
             p_o=o,
             scale=float(scale),
             T=T,
-            stride_qb=q.stride(0), stride_qt=q.stride(1), stride_qh=q.stride(2),
-            stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=k.stride(2),
-            stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vh=v.stride(2),
-            stride_gb=g.stride(0), stride_gt=g.stride(1), stride_gh=g.stride(2),
-            stride_bb=beta.stride(0), stride_bt=beta.stride(1), stride_bh=beta.stride(2),
-            stride_sb=stride_sb, stride_st=stride_st, stride_sh=stride_sh,
+            **strides(q=q, k=k, v=v, g=g, b=beta),
+            stride_sb=stride_sb,
+            stride_st=stride_st,
+            stride_sh=stride_sh,
             HK=HK,
             HV=HV,
             K=K,
@@ -246,7 +244,7 @@ def recurrent(
             QK_L2NORM=qk_l2norm,
             num_warps=num_warps,
             enable_fp_fusion=FP_FUSION,
-        )  # fmt: skip
+        )
     return o, final_state
 
 

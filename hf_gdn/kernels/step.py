@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..registry import Kernel, register
-from .launch import on_device, tl, triton, why_not
+from .launch import on_device, strides, tl, triton, why_not
 from .layer import Raw, Rule, Weights
 from .recurrent import FP_FUSION, _l2norm, _sum_rows, _token, launch_options
 
@@ -264,11 +264,6 @@ def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) 
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
     BV, num_warps = launch_options(B * HV, K, V)
     BK = triton.next_power_of_2(K)
-    strides = dict(
-        stride_qb=q.stride(0), stride_qt=q.stride(1), stride_qh=q.stride(2),
-        stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=k.stride(2),
-        stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vh=v.stride(2), stride_vr=v.stride(3),
-    )  # fmt: skip
     with on_device(q):
         _step_kernel[(B * HV * triton.cdiv(V, BV),)](
             p_q=q,
@@ -286,9 +281,8 @@ def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) 
             scale=K**-0.5,
             beta_scale=rule.beta_scale,
             T=T,
-            **strides,
-            stride_ab=a.stride(0), stride_at=a.stride(1), stride_ah=a.stride(2), stride_ar=a.stride(3),
-            stride_bb=b.stride(0), stride_bt=b.stride(1), stride_bh=b.stride(2), stride_br=b.stride(3),
+            **strides(q=q, k=k),
+            **strides("bthr", v=v, a=a, b=b),
             HK=HK,
             HV=HV,
             K=K,
@@ -312,8 +306,8 @@ def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) 
             p_o=o,
             eps=rule.eps,
             T=T,
-            **strides,
-            stride_zb=z.stride(0), stride_zt=z.stride(1), stride_zh=z.stride(2), stride_zr=z.stride(3),
+            **strides(q=q, k=k),
+            **strides("bthr", v=v, z=z),
             HK=HK,
             HV=HV,
             K=K,
@@ -326,7 +320,7 @@ def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) 
             GATE_IS_SILU=rule.gate == "silu",
             num_warps=1,
             enable_fp_fusion=FP_FUSION,
-        )  # fmt: skip
+        )
     return o
 
 

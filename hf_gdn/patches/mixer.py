@@ -108,8 +108,7 @@ def _steps(
 
 def _request(family: Family, settings: Settings, layer: Any, raw: Raw, weights: Weights) -> tuple[Any, ...]:
     """What the registry is asked."""
-    given = (*raw, *weights)
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*raw, *weights))
     return raw.q.device.type, raw.q.dtype, (*family.dims(layer),), settings.backend, needs_grad
 
 
