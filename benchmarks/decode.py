@@ -26,6 +26,7 @@ from transformers import DynamicCache
 
 from hf_gdn import registry
 from hf_gdn.kernels import STEP_GDN, STEP_KDA, reference
+from hf_gdn.upstream import cache_names
 
 TURNS = 7
 # Milliseconds on an H200 in bf16, by (row, rule or family, how, batch).
@@ -65,10 +66,10 @@ def layers(name: str, batch: int, device: torch.device, dtype: torch.dtype) -> I
     caches = DynamicCache(config=config), DynamicCache(config=config)
 
     def run(patched: bool):
-        return functools.partial(layer, token, cache_params=caches[patched])
+        return functools.partial(layer, token, **cache_names.as_layer_argument(layer, caches[patched]))
 
     def first(patched: bool) -> torch.Tensor:
-        layer(x, cache_params=caches[patched])
+        layer(x, **cache_names.as_layer_argument(layer, caches[patched]))
         return torch.cat([run(patched)() for _ in range(4)], 1)
 
     hows = ("eager", "graph") if device.type == "cuda" else ("eager",)

@@ -159,8 +159,8 @@ with torch.inference_mode():
     cache = DynamicCache(config=config)
     x.sum().item()
     start = time.perf_counter()
-    layer(x, cache_params=cache)
-    layer(x[:, :1], cache_params=cache)
+    layer(x, **cache_names.as_layer_argument(layer, cache))
+    layer(x[:, :1], **cache_names.as_layer_argument(layer, cache))
     torch.cuda.synchronize()
 print(time.perf_counter() - start)
 """

@@ -13,7 +13,7 @@ from .caches import SinkCache
 from .conversation import Conversation, Interrupt, Options, window
 from .errors import UserError, reason
 from .eval import models
-from .patches import layer_kernels, patched
+from .patches import layer_kernels, patch, patched
 from .registry import check_backend
 
 HELP = """/reset       begin anew
@@ -106,10 +106,11 @@ def main(
         SinkCache(models.read_config(source), options.sinks, window(source.name, options))
     except ValueError as error:
         raise UserError(f"model {source.name!r} cannot chat: {reason(error)}") from error
-    with patched(backend=backend, strict=True) as now:
+    with patched(backend=backend) as now:
         if not now.active:
             raise UserError("HF_GDN_DISABLE is set, and a chat runs on patched models alone")
         loaded = models.load(source, place, number)
+        patch(loaded.families, backend=backend, strict=True)  # which raises where transformers does not fit them
         layer_kernels(loaded.model)  # a backend that cannot serve says so before anything is typed
         if seed is not None:
             torch.manual_seed(seed)

@@ -1,6 +1,7 @@
 """hf-gdn: report, ppl, speed, kernels, stream, chat, compare, env; `accelerate launch -m hf_gdn.eval` is the same.
 
-Exit codes: 0 fine; 1 not the same model, or slower than before; 2 something given cannot be used; 130 interrupted.
+Exit codes: 0 passed; 1 not the same model, or slower than before; 2 something given cannot be used, or the installed
+transformers does not fit the model's family; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -131,14 +132,14 @@ def _command() -> str:
     return shlex.join(["hf-gdn", *sys.argv[1:]])
 
 
-def _finish(output: str, run: Callable[[], bool]) -> None:
-    """Run, and turn what came of it into an exit code."""
+def _finish(output: str, run: Callable[[], int]) -> None:
+    """Run, and exit with the code that it returns."""
     try:
-        passed = run()
+        code = run()
     except KeyboardInterrupt:
         _stop(f"interrupted; --resume --output {output} with the same options goes on from here", 130)
-    if not passed:
-        raise typer.Exit(1)
+    if code:
+        raise typer.Exit(code)
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
@@ -294,8 +295,15 @@ def main() -> None:
     import huggingface_hub
     import transformers
 
+    from .errors import PatchError
+    from .upstream import versions
+
+    try:
+        versions.check()
+    except PatchError as error:
+        _stop(str(error), 2)
+
     from .eval.ranks import RankFailure
-    from .patches import PatchError
     from .registry import BackendError
 
     transformers.logging.set_verbosity_error()  # that its own functions are slow is what the report is about

@@ -25,6 +25,7 @@ from .caches import SinkCache
 from .errors import UserError, reason
 from .eval import models
 from .files import write_whole
+from .upstream import cache_names
 
 FORMAT, VERSION = "hf_gdn.chat", 1
 PIECE = 512  # tokens of a long input that are read at once
@@ -125,10 +126,15 @@ class Conversation:
         ids = torch.tensor([self.ids], device=self.model.device)
         begin = time.perf_counter()
         said = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=self.cache, streamer=_Show(self.tokenizer, show),
-            max_new_tokens=self.options.new_tokens, stopping_criteria=StoppingCriteriaList([stop]),
-            disable_compile=True, **self.options.sampling(),
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            **cache_names.as_argument(self.cache),
+            streamer=_Show(self.tokenizer, show),
+            max_new_tokens=self.options.new_tokens,
+            stopping_criteria=StoppingCriteriaList([stop]),
+            disable_compile=True,
+            **self.options.sampling(),
+        )
         self.answered = said.shape[1] - len(self.ids), time.perf_counter() - begin
         self.ids = said[0].tolist()
 
@@ -156,7 +162,7 @@ class Conversation:
             if stop.asked:
                 return False
             if piece.numel():
-                self.model(piece, past_key_values=cache, logits_to_keep=1)
+                self.model(piece, **cache_names.as_argument(cache), logits_to_keep=1)
         self.read = len(rest), time.perf_counter() - begin
         return not stop.asked
 

@@ -1,9 +1,17 @@
-"""Errors that a command prints as one line."""
+"""Exceptions, and how a command words an error on one line."""
 
 from __future__ import annotations
 
 
-class UserError(Exception):
+class HfGdnError(Exception):
+    """Base of the exceptions that hf_gdn defines."""
+
+
+class PatchError(HfGdnError, RuntimeError):
+    """The installed transformers does not look as hf_gdn expects: a version, a class, an argument or an attribute."""
+
+
+class UserError(HfGdnError):
     """Something the user gave cannot be used; the text says what was expected and what came."""
 
 

@@ -30,6 +30,7 @@ from transformers import Cache, PreTrainedConfig
 
 from .caches import static
 from .registry import warn_once
+from .upstream import cache_names
 
 _INTERNAL = set(vars(nn.Module())) - {"training", "_parameters", "_buffers"}
 _PATIENCE = 4  # steps of one generate() that run as ever because they are unlike those before; then they always are
@@ -102,7 +103,7 @@ class _Graph:
         buffers = tree_map_only(Tensor, buffer, arguments)
 
         def step() -> Any:
-            outputs = model(**buffers, past_key_values=cache)
+            outputs = model(**buffers, **cache_names.as_argument(cache))
             return tree_map(lambda value: Cache if value is cache else value, outputs)  # a graph keeps no cache
 
         self._hold(cache)
@@ -297,12 +298,12 @@ class Decoder:
         """A step in a graph, or one that prepares it. Whatever raises Ungraphable has run nothing."""
         if self.graphs is None:
             self.graphs = _graphs_of(self.model)
-        graphs, cache = self.graphs, kwargs.get("past_key_values")
+        arguments = dict(kwargs)
+        graphs, cache = self.graphs, cache_names.take(arguments)
         if graphs.reason is not None:
             raise Ungraphable(graphs.reason)
         if not isinstance(cache, Cache):
             raise Ungraphable("it has no cache")
-        arguments = {name: value for name, value in kwargs.items() if name != "past_key_values"}
         autocast = torch.is_autocast_enabled(kwargs["input_ids"].device.type)
         tensors, inputs = _inputs(arguments)
         inputs += torch.is_inference_mode_enabled(), torch.is_grad_enabled(), autocast

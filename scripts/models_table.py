@@ -16,6 +16,7 @@ import torch
 from hf_gdn import patches, registry
 from hf_gdn.kernels.launch import MAX_HEAD_DIM
 from hf_gdn.patches.family import FEATURES
+from hf_gdn.upstream import versions
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- written by scripts/models_table.py -->", "<!-- end -->"
@@ -47,8 +48,8 @@ def features() -> str:
             if reason is not None:
                 notes.append(f"`{name}`, {feature}: {reason}.")
             marks.append("yes" if reason is None else f"no ({len(notes)})")
-        rows.append([f"`{name}`", RULES[family.op], family.about, *marks])
-    header = ["model type", "rule", "particular", *FEATURES]
+        rows.append([f"`{name}`", RULES[family.op], family.about, f"{versions.since(name)} on", *marks])
+    header = ["model type", "rule", "particular", "transformers", *FEATURES]
     return "\n".join([table(header, rows), "", *(f"{n}. {note}" for n, note in enumerate(notes, 1))])
 
 
@@ -81,6 +82,9 @@ Multimodal models are served in their text towers. A feature holds for every bac
 walk all families show it:
 
 {tests}
+
+hf_gdn is tested with transformers {versions.OLDEST} to {versions.NEWEST}. A family that a later version no longer fits
+stays original and is named with the reason by a warning and by `hf_gdn.status()`; all others are patched.
 
 ## Backends
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +34,21 @@ def _nan_in_uninitialised_memory():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+class _NoOldNames(logging.Handler):
+    """transformers logs the use of an old name of an output, rather than warn: an error in tests, as warnings are."""
+
+    def emit(self, record):
+        assert "deprecated. Use `cache`" not in record.getMessage(), record.getMessage()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _old_names_are_errors():
+    handler = _NoOldNames(logging.WARNING)
+    logging.getLogger("transformers").addHandler(handler)
+    yield
+    logging.getLogger("transformers").removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)

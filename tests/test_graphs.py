@@ -21,6 +21,7 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache
 import hf_gdn
 from hf_gdn import graphs, registry
 from hf_gdn.caches import static
+from hf_gdn.upstream import cache_names
 from tests import tiny
 from tests.tape import Tape
 
@@ -52,7 +53,7 @@ def everywhere() -> CompileConfig:
 
 def generate(model, ids, mask=None, **kwargs):
     mask = torch.ones_like(ids) if mask is None else mask
-    if "past_key_values" not in kwargs:
+    if cache_names.look(kwargs) is None:
         kwargs["cache_implementation"] = "static"
     if not kwargs.get("disable_compile"):
         kwargs["compile_config"] = everywhere()
@@ -169,9 +170,9 @@ def test_two_caches_of_one_model_in_turns(taped):
                     piece = row[:4].T if at == 0 else row[3 + at : 4 + at].T
                     positions = torch.arange(4)[None] if at == 0 else torch.tensor([[3 + at]])
                     run = model if at == 0 else decode
-                    out = run(input_ids=piece, position_ids=positions, past_key_values=cache, return_dict=True)
+                    out = run(input_ids=piece, position_ids=positions, **tiny.given(cache), return_dict=True)
                     found.append(out.logits[:, -1:])
-                    assert out.past_key_values is cache
+                    assert tiny.cache_of(out) is cache
         return found
 
     wanted = [logits.clone() for logits in steps(model)]
@@ -188,7 +189,7 @@ def test_a_cache_of_the_users(taped):
     hf_gdn.patch(cuda_graphs=True)
     cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + NEW)
     for turn in range(2):
-        assert torch.equal(generate(model, ids, mask, past_key_values=cache), wanted)
+        assert torch.equal(generate(model, ids, mask, **tiny.given(cache)), wanted)
         assert counts() == (1, (turn + 1) * (NEW - 1) - 1)
         cache.reset()
     held = cache.layers[0].recurrent_states[0]
@@ -204,14 +205,14 @@ def test_a_returned_cache_is_the_callers(taped):
     ids, mask = tiny.batch()
     hf_gdn.patch(cuda_graphs=True)
     first = generate(model, ids, mask, return_dict_in_generate=True, output_logits=True)
-    state, logits = first.past_key_values.layers[0].recurrent_states[0], [x.clone() for x in first.logits]
+    state, logits = tiny.cache_of(first).layers[0].recurrent_states[0], [x.clone() for x in first.logits]
     before = state.clone()
     generate(model, ids.flip(1), mask.flip(1) * 0 + 1)
     assert torch.equal(state, before)
     assert all(torch.equal(a, b) for a, b in zip(first.logits, logits))
     assert counts()[0] == 2
     first = generate(model, ids, mask, return_dict_in_generate=True)
-    layers = first.past_key_values.layers  # without the cache
+    layers = tiny.cache_of(first).layers  # without the cache
     before = layers[0].recurrent_states[0].clone()
     del first, state
     generate(model, ids.flip(1))
@@ -315,16 +316,14 @@ def test_a_cache_that_changed_is_not_replayed(what, taped):
     def steps(decode):
         cache, found = StaticCache(config=model.config, max_cache_len=24), []
         with torch.no_grad():
-            model(input_ids=ids[:, :4], past_key_values=cache)
+            model(input_ids=ids[:, :4], **tiny.given(cache))
             for at in range(4, 10):
                 if at == 7 and what == "tensor":
                     cache.reorder_cache(torch.tensor([0]))
                 elif at == 7:
                     cache.layers[0].has_previous_state[0] = False
                 positions = torch.tensor([[at]])
-                found.append(
-                    decode(input_ids=ids[:, at : at + 1], position_ids=positions, past_key_values=cache).logits
-                )
+                found.append(decode(input_ids=ids[:, at : at + 1], position_ids=positions, **tiny.given(cache)).logits)
         return torch.cat(found, 1)
 
     wanted = steps(model)
@@ -341,8 +340,8 @@ def test_memory_is_freed(taped, monkeypatch):
     ids, mask = tiny.batch()
     hf_gdn.patch(cuda_graphs=True)
     result = generate(model, ids, mask, return_dict_in_generate=True)
-    cache, (graph,) = weakref.ref(result.past_key_values), map(weakref.ref, graphs_of(model))
-    state = weakref.ref(result.past_key_values.layers[0].recurrent_states[0])
+    cache, (graph,) = weakref.ref(tiny.cache_of(result)), map(weakref.ref, graphs_of(model))
+    state = weakref.ref(tiny.cache_of(result).layers[0].recurrent_states[0])
     del result
     gc.collect()
     assert cache() is None and graph() is not None and state() is not None
@@ -445,21 +444,21 @@ def test_calls_that_cannot_be_a_graph(taped, caplog):
 
     def step(**kwargs):
         cache = StaticCache(config=model.config, max_cache_len=8, offloading="offloading" in kwargs)
-        model(input_ids=ids[:, :4], past_key_values=cache)
-        decode(input_ids=ids[:, 4:], position_ids=torch.tensor([[4]]), past_key_values=cache, **kwargs)
+        model(input_ids=ids[:, :4], **tiny.given(cache))
+        decode(input_ids=ids[:, 4:], position_ids=torch.tensor([[4]]), **tiny.given(cache), **kwargs)
 
     def without_cache():
         decode(input_ids=ids[:, :1])
 
     def dynamic():
-        cache = model(input_ids=ids[:, :4]).past_key_values
-        decode(input_ids=ids[:, 4:], past_key_values=cache)
+        cache = tiny.cache_of(model(input_ids=ids[:, :4]))
+        decode(input_ids=ids[:, 4:], **tiny.given(cache))
 
     def autocast():
         cache = StaticCache(config=model.config, max_cache_len=8)
-        model(input_ids=ids[:, :4], past_key_values=cache)
+        model(input_ids=ids[:, :4], **tiny.given(cache))
         with torch.autocast("cpu", torch.bfloat16), contextlib.suppress(ValueError):  # the cache's dtype is another
-            decode(input_ids=ids[:, 4:], position_ids=torch.tensor([[4]]), past_key_values=cache)
+            decode(input_ids=ids[:, 4:], position_ids=torch.tensor([[4]]), **tiny.given(cache))
 
     cases = {
         "gradients are on": step,
@@ -499,18 +498,18 @@ def test_an_interrupted_capture_leaves_the_cache_as_it_was(taped):
     again = StaticCache(config=model.config, max_cache_len=24)
     with torch.no_grad():
         for run, own in ((decode, cache), (model, again)):
-            model(input_ids=ids[:, :4], past_key_values=own)
-            run(input_ids=ids[:, 4:5], position_ids=torch.tensor([[4]]), past_key_values=own)
+            model(input_ids=ids[:, :4], **tiny.given(own))
+            run(input_ids=ids[:, 4:5], position_ids=torch.tensor([[4]]), **tiny.given(own))
         Tape.raises = KeyboardInterrupt()
         with pytest.raises(KeyboardInterrupt):
-            decode(input_ids=ids[:, 5:6], position_ids=torch.tensor([[5]]), past_key_values=cache)
+            decode(input_ids=ids[:, 5:6], position_ids=torch.tensor([[5]]), **tiny.given(cache))
         for part, other in zip(static.attributes(cache), static.attributes(again)):
             for name, value in part.items():
                 if isinstance(value, torch.Tensor):
                     assert torch.equal(value, other[name]), name
         Tape.raises = None
         got, wanted = (
-            run(input_ids=ids[:, 5:6], position_ids=torch.tensor([[5]]), past_key_values=own).logits
+            run(input_ids=ids[:, 5:6], position_ids=torch.tensor([[5]]), **tiny.given(own)).logits
             for run, own in ((decode, cache), (model, again))
         )
     assert torch.equal(got, wanted)
@@ -526,7 +525,7 @@ def test_state_that_python_keeps_cannot_be_a_graph(what, taped, caplog, monkeypa
     original = type(layer).forward
 
     def forward(self, *args, **kwargs):
-        cache = kwargs["past_key_values"].layers[0]
+        cache = cache_names.look(kwargs).layers[0]
         if what == "counter":
             cache.seen = getattr(cache, "seen", 1000) + 1
         elif what == "tensor":
@@ -567,9 +566,9 @@ def test_caches_whose_tensors_are_replaced_every_step_are_not_captured_every_ste
     hf_gdn.patch(cuda_graphs=True)
     decode, cache = model.get_compiled_call(None), StaticCache(config=model.config, max_cache_len=32)
     with torch.no_grad(), caplog.at_level(logging.WARNING, "hf_gdn"):
-        model(input_ids=ids[:, :4], past_key_values=cache)
+        model(input_ids=ids[:, :4], **tiny.given(cache))
         for at in range(4, 20):
-            decode(input_ids=ids[:, at : at + 1], position_ids=torch.tensor([[at]]), past_key_values=cache)
+            decode(input_ids=ids[:, at : at + 1], position_ids=torch.tensor([[at]]), **tiny.given(cache))
             cache.reorder_cache(torch.tensor([0]))
     assert counts()[0] < 4
     assert "its cache's tensors change from step to step" in warnings(caplog)[0]

@@ -9,7 +9,12 @@ from transformers import AutoModelForCausalLM
 
 from hf_gdn import patches
 from hf_gdn.patches.family import FEATURES
+from hf_gdn.upstream.cache_names import as_argument as given  # keyword arguments that pass a cache to a model
+from hf_gdn.upstream.cache_names import as_layer_argument as layer_given
+from hf_gdn.upstream.cache_names import of_outputs as cache_of
 
+__all__ = ["cache_of", "given", "layer_given"]
+ABSENT = object()  # in a config's values: leave the field out
 # Ops with the delta rule's own signature; step ops are all of a layer between its projections.
 DELTA_RULES = ("chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda")
 _COMMON = dict(
@@ -52,6 +57,13 @@ ALL = {
             layer_types=None, mlp_layer_types=["dense"] + ["sparse"] * 3,
         ),
     ),
+    "lara_mini": (
+        "LaraMiniConfig",
+        dict(
+            _QWEN_MOE, intermediate_size=ABSENT, sliding_window=16, num_hidden_layers=5,
+            layer_types=["linear_attention"] * 3 + ["sliding_attention", "full_attention"],
+        ),
+    ),
     "bailing_hybrid": (
         "BailingHybridConfig",
         dict(
@@ -70,7 +82,7 @@ CONFIGS = {
 
 def config(family: str, **changes):
     cls, values = CONFIGS[family]
-    return cls(**{**values, **changes})
+    return cls(**{name: value for name, value in {**values, **changes}.items() if value is not ABSENT})
 
 
 def model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes):

@@ -10,14 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers import cache_utils
+
+from ..upstream import seams
 
 
 def _each(layer: Any, change: Callable[[Tensor], Tensor]) -> None:
     """Replace both kinds of states, all or none of them."""
-    kinds = (layer.conv_states, layer.is_conv_states_initialized), (
-        layer.recurrent_states, layer.is_recurrent_states_initialized,
-    )  # fmt: skip
+    kinds = (
+        (layer.conv_states, layer.is_conv_states_initialized),
+        (layer.recurrent_states, layer.is_recurrent_states_initialized),
+    )
     changed = [{i: change(states[i]) for i, held in there.items() if held} for states, there in kinds]
     for (states, _), new in zip(kinds, changed):
         states.update(new)
@@ -37,9 +39,13 @@ def batch_select_indices(self: Any, indices: Tensor) -> None:
 
 def _also(layer: Any, name: str, argument: Any) -> None:
     """Layers that hold keys and values as well come here first."""
-    method = getattr(super(cache_utils.LinearAttentionCacheLayerMixin, layer), name, None)
+    method = getattr(super(seams.linear_cache_mixin(), layer), name, None)
     if method is not None:
         method(argument)
 
 
-METHODS = (batch_repeat_interleave, batch_select_indices)
+# Method of a linear-attention cache layer -> what makes its replacement from the original.
+METHODS: dict[str, Callable[[Any], Any]] = {
+    "batch_repeat_interleave": lambda _: batch_repeat_interleave,
+    "batch_select_indices": lambda _: batch_select_indices,
+}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from ..upstream import cache_names
 from . import identity
 from .snapshot_layers import GROWING
 from .snapshots import Snapshot, _own, put, read, repeat
@@ -54,8 +55,8 @@ class _Node:
 class PrefixCache:
     """Caches of prompts' beginnings, of one model.
 
-    ``model.generate(**inputs, past_key_values=prefixes.prefill(**inputs))`` reads of a prompt only what comes after its
-    longest beginning that has been read before.
+    ``model.generate(**inputs, cache=prefixes.prefill(**inputs))`` processes of a prompt only what comes after its
+    longest known prefix.
 
     Args:
         model: a causal language model; its weights must stay what they are, or `clear` be called.
@@ -148,7 +149,7 @@ class PrefixCache:
         self.tokens_reused += start
         while start < len(ids):
             end = min(len(ids), start - start % self.every + self.every)
-            self.model(row[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.model(row[:, start:end], **cache_names.as_argument(cache), use_cache=True, logits_to_keep=1)
             self.tokens_read += end - start
             node = self._keep(node, ids[node.end : end], read(cache))
             start = end

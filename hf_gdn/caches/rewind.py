@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers import cache_utils
 
 # Tokens that can be taken back at least.
 RECORDED = 64
@@ -173,33 +172,49 @@ def _back(layer: Any, past: Past, count: int) -> Past:
     return past
 
 
-_original_crop = cache_utils.LinearAttentionCacheLayerMixin.crop
+def make_crop(original: Callable[[Any, int], None]) -> Callable[[Any, int], None]:
+    """The method that replaces a linear-attention cache layer's ``crop``."""
+
+    def crop(self: Any, tokens_to_remove: int) -> None:
+        """Roll the last `-tokens_to_remove` tokens back, recurrent states included.
+
+        Raises:
+            RuntimeError: the layer does not record its past, or has not recorded so many tokens. Nothing is changed.
+        """
+        if not self.record_past or tokens_to_remove > 0:
+            return original(self, tokens_to_remove)  # which refuses
+        past, count = past_of(self), -int(tokens_to_remove)  # generate() gives tensors
+        recorded = 0 if past is None else past.reach
+        if count > recorded and any(self.is_recurrent_states_initialized.values()):
+            raise RuntimeError(
+                f"crop({tokens_to_remove}) takes {count} tokens back, the layer has recorded {recorded}; patched "
+                f"models record the last {RECORDED} or more since activate_past_recording(), without gradients, of "
+                "several rows without padding"
+            )
+        forget(self)
+        if past is not None:
+            past = self.__dict__[_KEY] = _back(self, past, count)
+        for i, states in self.conv_states.items():  # other layers' windows, in which transformers keeps all of the past
+            if states is not None and (i > 0 or past is None):
+                end = states.shape[-1] - count
+                width = self.conv_kernel_size[i] + (0 if past is None else past.reach)
+                self.conv_states[i] = states[..., max(0, end - width) : end]
+
+    return crop
 
 
-def crop(self: Any, tokens_to_remove: int) -> None:
-    """Take the last `-tokens_to_remove` tokens back, recurrent states included.
+def make_is_croppable(original: property) -> property:
+    """The property that replaces a linear-attention cache layer's ``is_croppable``.
 
-    Raises:
-        RuntimeError: the layer does not record its past, or has not recorded so many tokens. Nothing is changed then.
+    ``generate`` reads it after the prefill that starts assisted decoding.
     """
-    if not self.record_past or tokens_to_remove > 0:
-        return _original_crop(self, tokens_to_remove)  # which refuses
-    past, count = past_of(self), -int(tokens_to_remove)  # generate() gives tensors
-    recorded = 0 if past is None else past.reach
-    if count > recorded and any(self.is_recurrent_states_initialized.values()):
-        raise RuntimeError(
-            f"crop({tokens_to_remove}) takes {count} tokens back, the layer has recorded {recorded}; of patched models "
-            f"it is the last {RECORDED} or more since activate_past_recording(), without gradients, of several rows "
-            "without padding"
-        )
-    forget(self)
-    if past is not None:
-        past = self.__dict__[_KEY] = _back(self, past, count)
-    for i, states in self.conv_states.items():  # other layers' windows, in which transformers keeps all of the past
-        if states is not None and (i > 0 or past is None):
-            end = states.shape[-1] - count
-            width = self.conv_kernel_size[i] + (0 if past is None else past.reach)
-            self.conv_states[i] = states[..., max(0, end - width) : end]
+
+    def is_croppable(self: Any) -> bool:
+        """Whether `crop` can roll tokens back: it can while the layer records its past."""
+        return bool((self.record_past and past_of(self) is not None) or original.__get__(self))
+
+    return property(is_croppable)
 
 
-METHODS = (crop,)
+# Attribute of a linear-attention cache layer -> what makes its replacement from the original.
+METHODS: dict[str, Callable[[Any], Any]] = {"crop": make_crop, "is_croppable": make_is_croppable}

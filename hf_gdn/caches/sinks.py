@@ -36,7 +36,11 @@ __all__ = ["SinkCache", "SinkLayer"]
 
 # Model types whose full attention reads keys (or latents) and values and nothing beside.
 SUPPORTED = ("bailing_hybrid", "kimi_linear", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next")
-_INDEXED = ("glm5_next", "qwen4_exp")
+_REFUSED = {
+    "glm5_next": "its indexer looks at all tokens",
+    "lara_mini": "its sliding-window layers keep no first tokens",
+    "qwen4_exp": "its indexer looks at all tokens",
+}
 _NOT_RELATIVE = ("dynamic", "longrope")
 
 
@@ -133,7 +137,7 @@ class SinkCache(Cache):
 
         hf_gdn.patch()
         cache = SinkCache(model.config, sink_tokens=4, window=4092)
-        model.generate(**inputs, past_key_values=cache, prefill_chunk_size=1024)
+        model.generate(**inputs, cache=cache, prefill_chunk_size=1024)
 
     Every token reads the first `sink_tokens` tokens and the last `window` ones, itself among them, whether it came
     alone or in a piece of many. A piece of T tokens, in a model with rotary keys, reads window + T (1 + sinks) keys
@@ -152,6 +156,7 @@ class SinkCache(Cache):
     """
 
     least_sinks = 1  # `hf_gdn.eval.stream` compares with none
+    plans_forwards = True  # the text model's patched forward calls `begin` and `commit`
 
     def __init__(self, config: Any, sink_tokens: int = 4, window: int = 4092) -> None:
         for name, value, least in (("sink_tokens", sink_tokens, self.least_sinks), ("window", window, 1)):
@@ -162,7 +167,7 @@ class SinkCache(Cache):
         text = config.get_text_config(decoder=True)
         family = text.model_type.removesuffix("_text")
         if family not in SUPPORTED:
-            why = ": its indexer looks at all tokens" if family in _INDEXED else ""
+            why = f": {_REFUSED[family]}" if family in _REFUSED else ""
             raise ValueError(f"no attention sinks for model type {family!r}{why}; types: {', '.join(SUPPORTED)}")
         rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
         if rope in _NOT_RELATIVE and family != "kimi_linear":  # which has rotary parameters and does not use them

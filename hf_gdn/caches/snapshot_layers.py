@@ -1,9 +1,10 @@
-"""What each class of cache layers holds, and how it is put back. A class of layers is one entry of `KINDS`.
+"""What each class of cache layers holds, and how it is restored. `snapshot_kinds` has the table of classes.
 
 Parts of a layer, by name: ``conv.<i>`` ``[B, C, width]`` (a window of token ids: ``[B, width]``) and ``recurrent.<i>``
 ``[B, HV, K, V]`` of a linear layer; ``keys`` and ``values`` ``[B, H, T, D]`` of an attention layer; with an indexer
-``indexer_keys`` ``[B, T, D]`` and ``indexer_position_ids`` ``[P, B, T]``. They are the same for growing and for static
-layers, so that what one of them held can be put into the other.
+``indexer_keys`` ``[B, T, D]`` and ``indexer_position_ids`` ``[P, B, T]``; ``sliding_keys`` and ``sliding_values``
+``[B, H, min(T, window - 1), D]`` of a sliding-window layer. They are the same for growing and for static layers, so
+that what one of them held can be put into the other.
 
 Putting back has two halves. `Kind.prepare` checks everything and asks for all the memory; what it returns, run when all
 layers are prepared, copies and assigns, and has no reason to fail. Tensors that a layer has already, but for keys that
@@ -21,12 +22,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import cache_utils
 
 Parts = dict[str, Tensor]
 Commit = Callable[[], None]
 GROWING = {"keys": 2, "values": 2, "indexer_keys": 1, "indexer_position_ids": 2}  # part -> its dimension of tokens
-DIMENSIONS = {"keys": 4, "values": 4, "indexer_keys": 3, "indexer_position_ids": 3}
+DIMENSIONS = {
+    "keys": 4,
+    "values": 4,
+    "indexer_keys": 3,
+    "indexer_position_ids": 3,
+    "sliding_keys": 4,
+    "sliding_values": 4,
+}
 
 
 class SnapshotError(ValueError):
@@ -48,7 +55,8 @@ class Kind:
         needed: parts without which there may be no others.
         read: layer -> its parts, views of its tensors where possible; none when it is empty.
         blank: layer -> an empty one of the same class and size.
-        prepare: layer, parts, device for what it does not have yet (None: where the parts are) -> the second half.
+        prepare: layer, parts, device for what it does not have yet (None: where the parts are), tokens in the snapshot
+            -> the second half.
     """
 
     name: str
@@ -56,16 +64,7 @@ class Kind:
     needed: frozenset[str]
     read: Callable[[Any], Parts]
     blank: Callable[[Any], Any]
-    prepare: Callable[[Any, Parts, torch.device | None], Commit]
-
-
-def kind_of(layer: Any, index: int) -> Kind:
-    """The kind of a layer. Raises SnapshotError for a class that is not known, a subclass of a known one too."""
-    kind = KINDS.get(type(layer))
-    if kind is None:
-        known = ", ".join(sorted(cls.__name__ for cls in KINDS))
-        raise SnapshotError(f"layer {index}: a {type(layer).__name__} has no snapshots; those that have: {known}")
-    return kind
+    prepare: Callable[[Any, Parts, torch.device | None, int], Commit]
 
 
 def check_parts(kind: Kind, parts: Parts, rows: int, length: int, index: int) -> None:
@@ -80,11 +79,12 @@ def check_parts(kind: Kind, parts: Parts, rows: int, length: int, index: int) ->
         fits = fits and part.shape[row_dimension(name)] == rows
         if not fits or (name in GROWING and part.shape[GROWING[name]] != length):
             raise SnapshotError(f"{here}: {name} is {list(part.shape)} for {rows} sequences of {length} tokens")
-    if "keys" in parts and parts["keys"].shape[1] != parts["values"].shape[1]:
-        raise SnapshotError(f"{here}: keys of {parts['keys'].shape[1]} heads, values of {parts['values'].shape[1]}")
+    for keys, values in (("keys", "values"), ("sliding_keys", "sliding_values")):
+        if keys in parts and parts[keys].shape[1] != parts[values].shape[1]:
+            raise SnapshotError(f"{here}: keys of {parts[keys].shape[1]} heads, values of {parts[values].shape[1]}")
 
 
-def _fits(name: str, held: Tensor, part: Tensor, free: int | None = None) -> None:
+def fits(name: str, held: Tensor, part: Tensor, free: int | None = None) -> None:
     """Raise SnapshotError unless a part has the shape and the dtype of what a layer holds, but for dimension `free`."""
     wanted, came = list(held.shape), list(part.shape)
     row = row_dimension(name)
@@ -96,7 +96,7 @@ def _fits(name: str, held: Tensor, part: Tensor, free: int | None = None) -> Non
         raise SnapshotError(f"{name}: the cache holds {wanted} of {held.dtype}, the snapshot {came} of {part.dtype}")
 
 
-class _Change:
+class Change:
     """What is to become of a layer: a new version of its attributes, and copies into tensors that it keeps."""
 
     def __init__(self, layer: Any) -> None:
@@ -135,7 +135,7 @@ def _window(layer: Any, index: int) -> Tensor:
     return F.pad(held[..., -width:], (max(0, width - held.shape[-1]), 0))
 
 
-def _read_linear(layer: Any) -> Parts:
+def read_linear(layer: Any) -> Parts:
     parts = {}
     for name, states, ready in _states(layer):
         for i in range(layer.number_of_states):
@@ -144,18 +144,18 @@ def _read_linear(layer: Any) -> Parts:
     return parts
 
 
-def _blank_linear(layer: Any) -> Any:
+def blank_linear(layer: Any) -> Any:
     blank = type(layer)(number_of_states=layer.number_of_states)
     blank.record_past = layer.record_past
     return blank
 
 
-def _prepare_linear(layer: Any, parts: Parts, device: torch.device | None) -> Commit:
+def prepare_linear(layer: Any, parts: Parts, device: torch.device | None, length: int) -> Commit:
     beyond = [name for name in parts if int(name.rpartition(".")[2]) >= layer.number_of_states]
     if beyond:
         raise SnapshotError(f"the cache has {layer.number_of_states} states a layer, the snapshot {', '.join(beyond)}")
-    change = _Change(layer)
-    change.stale = [*(vars(layer).keys() - vars(_blank_linear(layer)).keys())]  # noted by others on what it held before
+    change = Change(layer)
+    change.stale = [*(vars(layer).keys() - vars(blank_linear(layer)).keys())]  # noted by others on what it held before
     new = change.new
     for name, states, ready in _states(new):
         for i in range(layer.number_of_states):
@@ -169,7 +169,7 @@ def _prepare_linear(layer: Any, parts: Parts, device: torch.device | None) -> Co
                 new.lazy_initialization(**{f"{name}_states": part}, state_idx=i)
                 states[i] = part.clone() if recorded else states[i].copy_(part)
             else:
-                _fits(f"{name}.{i}", _window(layer, i) if name == "conv" else held, part)
+                fits(f"{name}.{i}", _window(layer, i) if name == "conv" else held, part)
                 if recorded:  # transformers puts new tensors there as well
                     states[i] = part.to(held.device, copy=True)
                 else:
@@ -186,17 +186,17 @@ def _tokens(layer: Any) -> int:
     return int(layer.get_seq_length())
 
 
-def _read_growing(layer: Any) -> Parts:
+def read_growing(layer: Any) -> Parts:
     return {"keys": layer.keys, "values": layer.values} if _tokens(layer) else {}
 
 
-def _read_static(layer: Any) -> Parts:
+def read_static(layer: Any) -> Parts:
     tokens = _tokens(layer)
     return {"keys": layer.keys[:, :, :tokens], "values": layer.values[:, :, :tokens]} if tokens else {}
 
 
-def _prepare_growing(layer: Any, parts: Parts, device: torch.device | None) -> _Change:
-    change = _Change(layer)
+def prepare_growing(layer: Any, parts: Parts, device: torch.device | None, length: int) -> Change:
+    change = Change(layer)
     new = change.new
     if not parts:
         new.keys = new.values = None
@@ -205,20 +205,20 @@ def _prepare_growing(layer: Any, parts: Parts, device: torch.device | None) -> _
     if layer.is_initialized:
         device = layer.device
         for name in ("keys", "values") if _tokens(layer) else ():
-            _fits(name, getattr(layer, name), parts[name], free=2)
+            fits(name, getattr(layer, name), parts[name], free=2)
     keys, values = (parts[name].to(device, copy=True) for name in ("keys", "values"))
     new.lazy_initialization(keys, values)
     new.keys, new.values = keys, values
     return change
 
 
-def _fill(change: _Change, name: str, length: str, part: Tensor | None, ready: bool) -> None:
+def _fill(change: Change, name: str, length: str, part: Tensor | None, ready: bool) -> None:
     """Put a part into a static buffer and its tokens into `length`: now where nobody knows the buffer, or later."""
     buffer, count = getattr(change.new, name), getattr(change.new, length)
     dimension = GROWING[name]
     tokens, room = 0 if part is None else part.shape[dimension], buffer.shape[dimension]
     if part is not None:
-        _fits(name, buffer.narrow(dimension, 0, tokens), part)
+        fits(name, buffer.narrow(dimension, 0, tokens), part)
     copies = [
         (buffer.narrow(dimension, tokens, room - tokens), None),
         (count, torch.tensor(tokens)),
@@ -232,8 +232,8 @@ def _fill(change: _Change, name: str, length: str, part: Tensor | None, ready: b
         held.zero_() if new is None else held.copy_(new)
 
 
-def _prepare_static(layer: Any, parts: Parts, device: torch.device | None) -> _Change:
-    change = _Change(layer)
+def prepare_static(layer: Any, parts: Parts, device: torch.device | None, length: int) -> Change:
+    change = Change(layer)
     new, ready = change.new, layer.is_initialized
     if not parts and not ready:
         return change
@@ -249,7 +249,7 @@ def _prepare_static(layer: Any, parts: Parts, device: torch.device | None) -> _C
     return change
 
 
-def _blank_static(layer: Any) -> Any:
+def blank_static(layer: Any) -> Any:
     return type(layer)(max_cache_len=layer.max_cache_len)
 
 
@@ -257,39 +257,39 @@ def _blank_static(layer: Any) -> Any:
 
 
 def _positions(layer: Any) -> Parts:
-    held = getattr(layer, "indexer_position_ids", None)  # transformers 5.17 has them on the cache, see `snapshots`
+    held = getattr(layer, "indexer_position_ids", None)  # or on the cache (`upstream.indexer_positions`)
     return {} if held is None else {"indexer_position_ids": held}
 
 
-def _read_indexed(layer: Any) -> Parts:
-    parts = _read_growing(layer)
+def read_indexed(layer: Any) -> Parts:
+    parts = read_growing(layer)
     if parts and layer.is_indexer_initialized:
         parts["indexer_keys"] = layer.indexer_keys
     return {**parts, **_positions(layer)} if parts else {}
 
 
-def _read_static_indexed(layer: Any) -> Parts:
-    parts = _read_static(layer)
+def read_static_indexed(layer: Any) -> Parts:
+    parts = read_static(layer)
     if parts and layer.is_indexer_initialized:
         parts["indexer_keys"] = layer.indexer_keys[:, : int(layer.indexer_cumulative_length)]
     return {**parts, **_positions(layer)} if parts else {}
 
 
-def _put_positions(change: _Change, parts: Parts) -> None:
+def _put_positions(change: Change, parts: Parts) -> None:
     part = parts.get("indexer_position_ids")
     if hasattr(change.layer, "indexer_position_ids"):
         keys = change.new.keys
         change.new.indexer_position_ids = None if part is None else part.to(keys.device, copy=True)
 
 
-def _prepare_indexed(layer: Any, parts: Parts, device: torch.device | None) -> Commit:
-    change = _prepare_growing(layer, parts, device)
+def prepare_indexed(layer: Any, parts: Parts, device: torch.device | None, length: int) -> Commit:
+    change = prepare_growing(layer, parts, device, length)
     new, part = change.new, parts.get("indexer_keys")
     new.is_indexer_initialized = part is not None
     new.indexer_keys = None
     if part is not None:
         if layer.is_indexer_initialized and layer.indexer_keys is not None and layer.indexer_keys.dim() == part.dim():
-            _fits("indexer_keys", layer.indexer_keys, part, free=1)
+            fits("indexer_keys", layer.indexer_keys, part, free=1)
         part = part.to(new.keys.device, copy=True)
         new.lazy_initialization_indexer(part)
         new.indexer_keys = part
@@ -297,8 +297,8 @@ def _prepare_indexed(layer: Any, parts: Parts, device: torch.device | None) -> C
     return change
 
 
-def _prepare_static_indexed(layer: Any, parts: Parts, device: torch.device | None) -> Commit:
-    change = _prepare_static(layer, parts, device)
+def prepare_static_indexed(layer: Any, parts: Parts, device: torch.device | None, length: int) -> Commit:
+    change = prepare_static(layer, parts, device, length)
     new, part, ready = change.new, parts.get("indexer_keys"), layer.is_indexer_initialized
     if part is not None and not ready:
         if layer.indexer_cumulative_length is not None:
@@ -308,25 +308,3 @@ def _prepare_static_indexed(layer: Any, parts: Parts, device: torch.device | Non
         _fill(change, "indexer_keys", "indexer_cumulative_length", part, ready)
     _put_positions(change, parts)
     return change
-
-
-# ---------------------------------------------------------------------------------------------------------------- kinds
-
-_KEYS = frozenset({"keys", "values"})
-_INDEXED = "keys|values|indexer_keys|indexer_position_ids"
-KINDS: dict[type, Kind] = {
-    cache_utils.LinearAttentionLayer: Kind(
-        "linear", r"(conv|recurrent)\.[0-9]{1,2}", frozenset(), _read_linear, _blank_linear, _prepare_linear
-    ),
-    cache_utils.DynamicLayer: Kind(
-        "attention", "keys|values", _KEYS, _read_growing, lambda layer: type(layer)(), _prepare_growing
-    ),
-    cache_utils.StaticLayer: Kind("attention", "keys|values", _KEYS, _read_static, _blank_static, _prepare_static),
-    cache_utils.DynamicIndexedLayer: Kind(
-        "indexed", _INDEXED, _KEYS, _read_indexed, lambda layer: type(layer)(), _prepare_indexed
-    ),
-    cache_utils.StaticIndexedLayer: Kind(
-        "indexed", _INDEXED, _KEYS, _read_static_indexed, _blank_static, _prepare_static_indexed
-    ),
-}
-BY_NAME = {kind.name: kind for kind in KINDS.values()}  # of the same name, any: checks of parts are the same

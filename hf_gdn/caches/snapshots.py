@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from . import identity, positions
-from .snapshot_layers import BY_NAME, Kind, Parts, SnapshotError, check_parts, kind_of, row_dimension
+from ..upstream import indexer_positions as positions
+from . import identity
+from .snapshot_kinds import BY_NAME, kind_of
+from .snapshot_layers import Kind, Parts, SnapshotError, check_parts, row_dimension
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +27,7 @@ class Snapshot:
     """What a cache held at some time; shares no memory with it.
 
     Attributes:
-        kinds: of every layer, a name of `hf_gdn.caches.snapshot_layers.KINDS`.
+        kinds: of every layer, a name of `hf_gdn.caches.snapshot_kinds.KINDS`.
         layers: of every layer, its parts by name.
         length: tokens read.
         model: `fingerprint` of the model whose cache it was, None when that was not told.
@@ -145,7 +147,8 @@ def put(cache: Cache, found: Snapshot, devices: list[torch.device | None] | None
     for index, (layer, parts) in enumerate(zip(cache.layers, found.layers)):
         try:
             with torch.no_grad():
-                commits.append(kind_of(layer, index).prepare(layer, parts, devices[index] if devices else None))
+                device = devices[index] if devices else None
+                commits.append(kind_of(layer, index).prepare(layer, parts, device, found.length))
         except SnapshotError as error:
             raise SnapshotError(f"layer {index}: {error}; nothing was restored") from None
     indexed, placed = positions.first_indexed(cache), None

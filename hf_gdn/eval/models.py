@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import UserError, reason
-from ..patches import all_families
+from ..patches import all_families, families_in
 from .ranks import Ranks
 
 ASSETS = Path(__file__).parent / "assets"
@@ -80,6 +80,11 @@ class Loaded:
     def config(self) -> Any:
         """The language model's config."""
         return self.model.config.get_text_config()
+
+    @property
+    def families(self) -> list[str]:
+        """Names of the families of its layers."""
+        return families_in(self.model)
 
 
 def embedded() -> list[str]:

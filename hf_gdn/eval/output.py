@@ -23,7 +23,8 @@ def speedups(result: dict[str, Any]) -> list[float]:
 def verdict(report: dict[str, Any]) -> str:
     """One sentence."""
     if not report["passed"]:
-        return "FAILED: " + "; ".join(complaints(report))
+        missing = [result for result in report["results"] if "not_patched" in result]
+        return ("NOT PATCHED: " if missing else "FAILED: ") + "; ".join(complaints(report))
     said = []
     if "kernels" in report:
         right = sum(row["passed"] is True for row in report["kernels"])
@@ -45,6 +46,8 @@ def verdict(report: dict[str, Any]) -> str:
 def complaints(report: dict[str, Any]) -> Iterator[str]:
     """What is wrong, a sentence each."""
     for result in report["results"]:
+        if "not_patched" in result:
+            yield f"{result['model']} runs as the original, nothing was compared ({result['not_patched']})"
         for row in result.get("parity", {}).get("comparisons", []):
             if row["decides"] and row["grade"] != "same":
                 bad = row["first_bad"]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..upstream import cache_names
+
 Step = Callable[[int], None]
 
 
@@ -41,8 +43,8 @@ def _continued(model: Any, ids: Tensor, prefix: int, step: Step) -> Tensor:
     cache, logits = None, []
     pieces = ([ids[:, :prefix]] if prefix else []) + list(ids[:, prefix:].split(1, 1))
     for piece in pieces:
-        out = model(piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(piece, **cache_names.as_argument(cache), use_cache=True)
+        cache = cache_names.of_outputs(out)
         logits.append(out.logits)
         step(piece.numel())
     return torch.cat(logits, 1)

@@ -102,7 +102,7 @@ def measure(
     def compute(key: str) -> Row:
         ids = parts[key]
         try:
-            return _compare(loaded.model, ids, runs, pairs, backend, lambda done: step(done * work.ranks.shards))
+            return _compare(loaded, ids, runs, pairs, backend, lambda done: step(done * work.ranks.shards))
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{len(ids)} windows of {context} tokens at a time do not fit into memory ({reason(error)}); "
@@ -149,7 +149,7 @@ def measure(
 
 
 def _compare(
-    model: Any,
+    loaded: Loaded,
     ids: Tensor,
     runs: list[tuple[str, str]],
     pairs: list[_Pair],
@@ -159,12 +159,12 @@ def _compare(
     """Per-token numbers of each pair on some windows; names are the pair's number, a dot and `parity.compare`'s."""
     sides: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "original": unpatched,
-        "patched": lambda: patched(backend=backend, strict=True),
+        "patched": lambda: patched(loaded.families, backend=backend, strict=True),
     }
     logits = {}
     for side, mode in runs:
         with sides[side]():
-            logits[side, mode] = perplexity.MODES[mode](model, ids[:, :-1], step)
+            logits[side, mode] = perplexity.MODES[mode](loaded.model, ids[:, :-1], step)
     row: Row = {}
     for number, pair in enumerate(pairs):
         found = parity.compare(logits[pair.reference], logits[pair.subject], ids[:, 1:])

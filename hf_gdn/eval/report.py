@@ -15,8 +15,8 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import __version__, registry
-from ..errors import UserError
-from ..patches import families_in, layer_kernels, patched
+from ..errors import PatchError, UserError
+from ..patches import layer_kernels, patched
 from . import journal as journals
 from . import machine, microbench, models, page, ppl, progress, sheets, speed, texts
 from . import output as formats
@@ -98,33 +98,41 @@ def evaluate(job: Job, source: Source, text: texts.Text, device: torch.device, w
     dtype = models.pick_dtype(job.dtype, source.name, device)
     ranks = work.ranks
 
-    def load() -> Loaded:
-        loaded = models.load(source, device, dtype)
-        with patched(backend=job.backend, strict=True):
-            layer_kernels(loaded.model)  # a backend that cannot serve says so before anything is computed
-        return loaded
-
     with work.bars.busy(f"loading {source.label}"):
-        loaded = ranks.each(load)
+        loaded = ranks.each(lambda: models.load(source, device, dtype))
         ids, origin = _tokens(job, loaded, text)
-    result = _manifest(job, loaded)
+    try:
+        result = ranks.each(lambda: _manifest(job, loaded))  # a backend that cannot serve raises here, before any work
+        _measure(job, loaded, ids, origin, work, result)
+    except PatchError as error:  # the same in all processes, which have the same transformers
+        result = {**_describe(loaded), "not_patched": str(error)}
+    if not ranks.main:
+        return {}
+    parts = [result[part]["passed"] for part in ("parity", "speed") if part in result]
+    result["passed"] = "not_patched" not in result and all(parts)
+    return result
+
+
+def _measure(job: Job, loaded: Loaded, ids: Tensor, origin: str, work: Work, result: dict[str, Any]) -> None:
+    """Fill in the parts of a result that the job asks for."""
     if job.kind != "speed":
         windows = texts.windows(ids, job.context, job.stride, job.windows or None, origin)
         result["parity"] = ppl.measure(loaded, windows, origin, job.ppl, job.backend, work)
     if job.kind != "ppl":
         prompts = None if loaded.tokenizer is None else ids
         result["speed"] = speed.measure(loaded, prompts, job.speed, job.backend, work)
-    if not ranks.main:
-        return {}
-    result["passed"] = all(result[part]["passed"] for part in ("parity", "speed") if part in result)
-    return result
 
 
 def _manifest(job: Job, loaded: Loaded) -> dict[str, Any]:
-    """What was evaluated and on which code it ran."""
-    config, source = loaded.model.config, loaded.source
-    with patched(backend=job.backend, strict=True):
+    """What is evaluated and on which code it runs. Raises PatchError where the model's family cannot be patched."""
+    with patched(loaded.families, backend=job.backend, strict=True):
         kernels = layer_kernels(loaded.model)
+    return {**_describe(loaded), "baseline": machine.baseline(loaded.families), "kernels": kernels}
+
+
+def _describe(loaded: Loaded) -> dict[str, Any]:
+    """The model."""
+    config, source = loaded.model.config, loaded.source
     return {
         "model": source.label,
         "name": source.name,
@@ -139,8 +147,8 @@ def _manifest(job: Job, loaded: Loaded) -> dict[str, Any]:
             name: str(place) for name, place in (getattr(loaded.model, "hf_device_map", None) or {}).items()
         },
         "tensor_parallel": source.tensor_parallel,
-        "baseline": machine.baseline(families_in(loaded.model)),
-        "kernels": kernels,
+        "baseline": {},
+        "kernels": {},
     }
 
 
@@ -261,23 +269,30 @@ def show(report: dict[str, Any], folder: str, quiet: bool) -> None:
     console.print(f"wrote {', '.join(str(Path(folder) / name) for name in FILES)}", highlight=False, markup=False)
 
 
-def main(job: Job, command: str) -> bool:
-    """Run a job, write its report and show it. Returns whether it passed, in all processes."""
+def main(job: Job, command: str) -> int:
+    """Run a job, write its report and show it. Returns the exit code (docs/report.md), in all processes."""
     ranks = Ranks(job.device, any(source.tensor_parallel for source in job.sources))
     return _main(job.output, job.quiet, ranks, lambda: build(job, ranks, command))
 
 
-def main_kernels(options: microbench.Options, output: str, resume: bool, quiet: bool, command: str) -> bool:
-    """The same for kernels: returns whether every result was right."""
+def main_kernels(options: microbench.Options, output: str, resume: bool, quiet: bool, command: str) -> int:
+    """The same for kernels."""
     ranks = Ranks(options.device)
     return _main(output, quiet, ranks, lambda: build_kernels(options, output, resume, quiet, ranks, command))
 
 
-def _main(output: str, quiet: bool, ranks: Ranks, run: Callable[[], dict[str, Any]]) -> bool:
+def exit_code(report: dict[str, Any]) -> int:
+    """2 where a model could not be patched at all, 1 where something else did not pass, else 0."""
+    if any("not_patched" in result for result in report["results"]):
+        return 2
+    return 0 if report["passed"] else 1
+
+
+def _main(output: str, quiet: bool, ranks: Ranks, run: Callable[[], dict[str, Any]]) -> int:
     try:
         report = run()
         if ranks.main:
             show(report, output, quiet)
-        return ranks.from_main(lambda: bool(report["passed"]))
+        return ranks.from_main(lambda: exit_code(report))
     finally:
         ranks.close()

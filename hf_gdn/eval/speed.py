@@ -80,9 +80,12 @@ VARIANTS: dict[str, tuple[Callable[[], dict[str, Any]], int]] = {
     "compile": (_compiled, 2),
     "graph": (_compiled, 2),  # the original compiled, the patched from a CUDA graph
 }
-SIDES: dict[str, Callable[[str, str], AbstractContextManager[Any]]] = {
-    "original": lambda backend, variant: unpatched(),
-    "patched": lambda backend, variant: patched(backend=backend, strict=True, cuda_graphs=variant == "graph"),
+# Called with the model's families, the backend and the variant.
+SIDES: dict[str, Callable[[list[str], str, str], AbstractContextManager[Any]]] = {
+    "original": lambda families, backend, variant: unpatched(),
+    "patched": lambda families, backend, variant: patched(
+        families, backend=backend, strict=True, cuda_graphs=variant == "graph"
+    ),
 }
 
 
@@ -254,7 +257,7 @@ def _measure(loaded: Loaded, cell: Cell, prompt: Tensor, backend: str, rounds: i
 
     def runner(side: str) -> Callable[[], Call]:
         def run() -> Call:
-            with SIDES[side](backend, cell.variant):
+            with SIDES[side](loaded.families, backend, cell.variant):
                 return generate(loaded.model, prompt, cell.new_tokens, **make())
 
         return run
@@ -265,7 +268,8 @@ def _measure(loaded: Loaded, cell: Cell, prompt: Tensor, backend: str, rounds: i
     loaded.model.__dict__.pop("_compiled_call", None)
     row: Row = {"batch": cell.batch, "prompt": cell.prompt, "new_tokens": cell.new_tokens, "variant": cell.variant}
     try:
-        with SIDES["patched"](backend, cell.variant):  # around all turns: a graph is kept from one to the next
+        # Around all turns, so that a graph is kept from one to the next.
+        with SIDES["patched"](loaded.families, backend, cell.variant):
             calls = in_turns({side: runner(side) for side in SIDES}, warmups, rounds, step)
     except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
         return {**row, "counts": False, "failed": f"{type(error).__name__}: {reason(error)}"}

@@ -29,7 +29,8 @@ from transformers import DynamicCache
 
 from ..caches import SinkCache, snapshots
 from ..errors import UserError
-from ..patches import patched
+from ..patches import patch, patched
+from ..upstream import cache_names
 from . import journal, machine, models, perplexity, plots, progress, texts
 from .models import Loaded, Source
 from .sheets import number
@@ -86,7 +87,7 @@ def through(model: Any, ids: Tensor, cache: Any, step: Callable[[int], None]) ->
     found = []
     for at in range(0, len(ids) - 1, PIECE):
         piece, targets = ids[at : at + PIECE][: len(ids) - 1 - at], ids[at + 1 : at + 1 + PIECE]
-        logits = model(piece[None].to(model.device), past_key_values=cache).logits
+        logits = model(piece[None].to(model.device), **cache_names.as_argument(cache)).logits
         found.append(perplexity.log_probs(logits, targets[None])[0])
         step(len(piece))
     return torch.cat(found)
@@ -162,7 +163,7 @@ def measure(loaded: Loaded, ids: Tensor, options: Options, bars: progress.Bars) 
 
         def one(i: int, cache: Any = cache) -> Any:
             steps(1)
-            return model(ids[None, i : i + 1].to(model.device), past_key_values=cache)
+            return model(ids[None, i : i + 1].to(model.device), **cache_names.as_argument(cache))
 
         rate[name] = 1 / seconds_per_token(one, options.timed, model.device)
     last = ids[None, -context:].to(model.device)
@@ -220,8 +221,8 @@ def table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]
 def main(
     sources: tuple[Source, ...], paths: tuple[str, ...], field: str, options: Options, device: str | None,
     dtype: str | None, output: str, quiet: bool, command: str,
-) -> bool:  # fmt: skip
-    """Read the stream with every model; print tables, write stream.json and stream.svg. Returns True."""
+) -> int:  # fmt: skip
+    """Read the stream with every model; print tables, write stream.json and stream.svg. Returns 0, the exit code."""
     check(options)
     place = models.pick_device(device)
     text = texts.read_files(paths, field) if paths else texts.embedded()
@@ -230,6 +231,7 @@ def main(
     with progress.bars(not quiet) as bars, patched():
         for source in sources or tuple(Source(name) for name in models.embedded()):
             loaded = models.load(source, place, models.pick_dtype(dtype, source.name, place))
+            patch(loaded.families)  # which raises where transformers does not fit them
             results.append(measure(loaded, texts.tokenize(loaded.tokenizer, text), options, bars))
     head = machine.made_with("stream", command, place)
     report = {**head, "text": text.source, "options": asdict(options), "results": results}
@@ -244,4 +246,4 @@ def main(
             sheet.add_row(*row)
         console.print(sheet)
     console.print(f"wrote {output}/stream.json, {output}/stream.svg", highlight=False, markup=False)
-    return True
+    return 0

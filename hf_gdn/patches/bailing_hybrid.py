@@ -17,7 +17,6 @@ class BailingHybrid(KimiLinear):
     class_name = "BailingHybridDeltaAttention"
     model_name = "BailingHybridModel"
     about = "bounded decay or softplus, full-rank gates"
-    cannot = (("transformers 5.17", "5.17 has no such model"),)
 
     def rule(self, layer: Any) -> Rule:
         gate = layer.forget_gate

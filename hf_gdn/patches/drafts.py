@@ -11,23 +11,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers.generation import CandidateGenerator, GenerationMixin, PromptLookupCandidateGenerator
+from ..upstream import seams
 
 PROBE = 2  # tokens of a draft after one of which nothing was right
 LONGEST_PAUSE = 32  # tokens
 
 
-class CarefulLookup(CandidateGenerator):
-    """`PromptLookupCandidateGenerator`, whose ``num_output_tokens`` become the longest draft.
+class CarefulLookup:
+    """transformers' `PromptLookupCandidateGenerator`, whose ``num_output_tokens`` become the longest draft.
 
     After a draft of which no token was right drafts have `PROBE` tokens; after two such drafts there is none for 1, 2,
     4 ... `LONGEST_PAUSE` tokens. Where a token was right, drafts are long again.
     """
 
-    def __init__(self, lookup: PromptLookupCandidateGenerator) -> None:
+    def __init__(self, lookup: Any) -> None:
         self.lookup = lookup
         self.longest = lookup.num_output_tokens
         self.refusals, self.waiting, self.drafted = 0, 0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else that ``generate`` asks a candidate generator for is the wrapped one's."""
+        return getattr(self.lookup, name)
 
     def get_candidates(self, input_ids: Any, **kwargs: Any) -> Any:
         self.drafted = 0
@@ -46,11 +50,11 @@ class CarefulLookup(CandidateGenerator):
             self.waiting = min(1 << self.refusals >> 2, LONGEST_PAUSE)
 
 
-def make_get_candidate_generator(_: Any) -> Callable[..., CandidateGenerator]:
+def make_get_candidate_generator(_: Any) -> Callable[..., Any]:
     """The method that stands before GenerationMixin's in a patched family."""
 
-    def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> CandidateGenerator:
-        found = GenerationMixin._get_candidate_generator(self, *args, **kwargs)
-        return CarefulLookup(found) if type(found) is PromptLookupCandidateGenerator else found
+    def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = seams.generation_class()._get_candidate_generator(self, *args, **kwargs)
+        return CarefulLookup(found) if type(found) is seams.prompt_lookup_class() else found
 
     return _get_candidate_generator

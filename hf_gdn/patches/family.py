@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -32,7 +34,6 @@ FEATURES = {
     "`torch.compile`, full graph": "tests/patches/test_models.py",
     "CUDA graphs": "tests/test_graphs.py",
     "assistants, tokens taken back": "tests/caches/test_rewind.py",
-    "transformers 5.17": "make test-oldest",
 }
 
 
@@ -118,3 +119,14 @@ class Family(ABC):
         conv, decays, norm = layer.conv1d, self.decays(layer), getattr(layer, self.norm_name)
         weight = None if must_call_norm(norm) else norm.weight
         return Weights(conv.weight.squeeze(1), conv.bias, decays.A_log, decays.dt_bias, weight)
+
+
+def all_families() -> dict[str, Family]:
+    """All families by name: every module beside this one that has a FAMILY."""
+    package = importlib.import_module(__package__)
+    found = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        family = getattr(importlib.import_module(f"{__package__}.{info.name}"), "FAMILY", None)
+        if family is not None:
+            found[family.name] = family
+    return found

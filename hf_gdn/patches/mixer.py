@@ -7,6 +7,7 @@ transformers' own: convolution windows ``[B, C, width]`` in the model's dtype, s
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from ..kernels.layer import Raw, Rule, Weights
 from ..once import read_once
 from ..ops import launch, launch_norm, launch_prologue, launch_step
 from ..registry import BackendError, warn_once
+from ..upstream import cache_names
 from . import packing
 from .family import Family
 
@@ -272,31 +274,33 @@ def make_forward(family: Family, original: Callable[..., Tensor], settings: Sett
     def forward(
         self: nn.Module,
         hidden_states: Tensor,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        cache = cache_names.take(kwargs, cache)  # callers may use the name of another version
         try:
-            _check_served(self, cache_params, attention_mask, kwargs)
+            _check_served(self, cache, attention_mask, kwargs)
         except Unserved as reason:
             if settings.strict:
                 raise BackendError(f"{family.name}: hf_gdn cannot serve this call: {reason}") from None
             warn_once(f"{family.name}: the original forward runs: {reason}")
-            return original(self, hidden_states, cache_params, attention_mask, **kwargs)
+            return original(self, hidden_states, cache, attention_mask, **kwargs)
         if attention_mask is not None and family.masks_always and attention_mask.shape == hidden_states.shape[:2]:
             attention_mask = None if _no_padding(attention_mask) else attention_mask
         given, cu_seqlens = (family, settings, self), packing.bounds(hidden_states, kwargs)
-        states = None if cache_params is None else cache_params.layers[self.layer_idx]
+        states = None if cache is None else cache.layers[self.layer_idx]
         if states is not None and states.record_past:
             rows = 1 if attention_mask is None else len(attention_mask)
             if cu_seqlens is None and rows == 1 and not torch.is_grad_enabled():
-                return _recorded(*given, hidden_states, cache_params, attention_mask)
+                return _recorded(*given, hidden_states, cache, attention_mask)
             rewind.forget(states)
         if cu_seqlens is None:
-            return _padded(*given, hidden_states, cache_params, attention_mask)
+            return _padded(*given, hidden_states, cache, attention_mask)
         if attention_mask is not None:  # bounds count padding; there it is made zero
             hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
         packed = hidden_states.reshape(1, -1, hidden_states.shape[2])
-        return _run(*given, packed, cache_params, cu_seqlens=cu_seqlens).reshape(hidden_states.shape)
+        return _run(*given, packed, cache, cu_seqlens=cu_seqlens).reshape(hidden_states.shape)
 
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # others check names by it
     return forward

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..caches.sinks import SinkCache
 from ..once import read_once
 from ..ops import check_bounds
+from ..upstream import cache_names
 
-MODEL_ARGUMENTS = ["position_ids", "attention_mask", "past_key_values"]
+# Called with a text model each time it runs eagerly; False leaves the call to the original.
+FirstRun = Callable[[Any], bool]
 
 
 def bounds(x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
@@ -58,7 +59,7 @@ def _restarts(given: dict[str, Any]) -> Tensor | None:
 
     As in transformers' own masks, a mask or a past means that nothing is; explicit bounds come first.
     """
-    position_ids, past = given.get("position_ids"), given.get("past_key_values")
+    position_ids, past = given.get("position_ids"), cache_names.look(given)
     if position_ids is None or any(
         given.get(name) is not None for name in ("attention_mask", "seq_idx", "cu_seq_lens_q")
     ):
@@ -73,26 +74,43 @@ def _restarts(given: dict[str, Any]) -> Tensor | None:
     return restarts.cumsum(1, dtype=torch.int32) if restarts.any() else None
 
 
-def make_model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward that stands in for a text model's: the same, which hands on restarting position_ids as ``seq_idx``.
+def make_model_forward(original: Callable[..., Any], first_run: FirstRun | None = None) -> Callable[..., Any]:
+    """The forward that replaces a text model's: the same, but it passes restarting position_ids on as ``seq_idx``.
 
-    Not under torch.compile, where nobody can look at them: there the layers need ``cu_seq_lens_q``. Masks and positions
-    of a `SinkCache` are the cache's.
+    Not under torch.compile, where nobody can read them: there the layers need ``cu_seq_lens_q``. Caches that plan
+    forwards (`hf_gdn.caches.SinkCache`) determine mask and positions. A cache is taken by any of its names.
     """
-    names = list(inspect.signature(original).parameters)[1:]
+    names, cache_name = list(inspect.signature(original).parameters)[1:], cache_names.name_in(original)
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if first_run is not None and not torch.compiler.is_compiling() and not first_run(self):
+            return original(self, *args, **kwargs)
+        if len(args) > len(names):
+            return original(self, *args, **kwargs)  # which raises
         given = {**dict(zip(names, args)), **kwargs}
-        cache = given.get("past_key_values")
-        if isinstance(cache, SinkCache):
+        cache = cache_names.take(given)
+        if cache is not None:
+            given[cache_name or cache_names.name()] = cache
+        if getattr(cache, "plans_forwards", False):
             out = original(self, **{**given, **cache.begin(self, given)})
             cache.commit()
             return out
         if not torch.compiler.is_compiling():
             seq_idx = _restarts(given)
             if seq_idx is not None:
-                kwargs["seq_idx"] = seq_idx
-        return original(self, *args, **kwargs)
+                given["seq_idx"] = seq_idx
+        return original(self, **given)
 
     return forward
+
+
+def make_generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The ``generate`` of versions that call a cache otherwise, which then takes ``cache=`` as later ones do."""
+
+    @functools.wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = cache_names.take(kwargs)
+        return original(self, *args, **kwargs, **({} if cache is None else cache_names.as_argument(cache)))
+
+    return generate

@@ -26,17 +26,17 @@ def test_rows_go_on_alone(family, change):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         wanted = model(ids[rows], use_cache=False).logits[:, 20:]
-        model(ids[:, :20], past_key_values=cache)
+        model(ids[:, :20], **tiny.given(cache))
         if method != "reorder_cache":
             with pytest.raises(AttributeError, match=method):
                 getattr(cache, method)(argument)
             cache = DynamicCache(config=model.config)
         with hf_gdn.patched(strict=True):
             if cache.get_seq_length() == 0:
-                model(ids[:, :20], past_key_values=cache)
+                model(ids[:, :20], **tiny.given(cache))
             getattr(cache, method)(argument)
-            got = [model(ids[rows, n : n + 1], past_key_values=cache).logits for n in range(20, 24)]
-            got.append(model(ids[rows, 24:], past_key_values=cache).logits)
+            got = [model(ids[rows, n : n + 1], **tiny.given(cache)).logits for n in range(20, 24)]
+            got.append(model(ids[rows, 24:], **tiny.given(cache)).logits)
     tiny.assert_close("logits", torch.cat(got, 1), wanted, BUDGET)
 
 
@@ -56,7 +56,7 @@ def test_indices_out_of_range_change_nothing(family):
     ids, _ = tiny.batch(3, 10)
     cache = DynamicCache(config=model.config)
     with hf_gdn.patched(), torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **tiny.given(cache))
         states = cache.layers[0]
         before = states.conv_states[0], states.recurrent_states[0]
         with pytest.raises(IndexError):

@@ -29,7 +29,7 @@ def answer(model, ids, cache, **kwargs):
     """Last logits when the rest of `ids` is read after what the cache holds."""
     with torch.no_grad():
         rest = ids[:, int(cache.get_seq_length()) :]
-        return model(rest, past_key_values=cache, logits_to_keep=1, **kwargs).logits
+        return model(rest, **tiny.given(cache), logits_to_keep=1, **kwargs).logits
 
 
 class Counter:
@@ -63,7 +63,7 @@ def test_ten_thousand_shared_tokens_are_read_once(family):
     assert (prefixes.tokens_read, prefixes.tokens_reused) == (10_029 + 49, 10_000)
     tiny.assert_close("second", answer(model, second, cache), full(model, second), BUDGET)
     counter.since()
-    model.generate(second, past_key_values=prefixes.prefill(second), max_new_tokens=1, pad_token_id=0)
+    model.generate(second, **tiny.given(prefixes.prefill(second)), max_new_tokens=1, pad_token_id=0)
     assert counter.since() == 1  # the last token of the prompt, and nothing else
 
 
@@ -81,7 +81,7 @@ def test_every_family_answers_as_without(family):
         assert counter.since() == read
         again = prefixes.prefill(ids, kwargs["attention_mask"])
         assert counter.since() == 0
-        assert torch.equal(model.generate(ids, past_key_values=again, **kwargs), wanted)
+        assert torch.equal(model.generate(ids, **tiny.given(again), **kwargs), wanted)
         tiny.assert_close("logits", answer(model, ids, cache), full(model, ids), BUDGET)
 
 
@@ -92,10 +92,10 @@ def test_a_conversation_goes_on(family):
     counter, prefixes, ids = Counter(model), PrefixCache(model), text(1, 40)
     for turn in range(3):
         kwargs = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids))
-        out = model.generate(ids, past_key_values=prefixes.prefill(ids), return_dict_in_generate=True, **kwargs)
+        out = model.generate(ids, **tiny.given(prefixes.prefill(ids)), return_dict_in_generate=True, **kwargs)
         assert counter.since() == (40 if turn == 0 else 12) + 5
         assert torch.equal(out.sequences, model.generate(ids, **kwargs))
-        prefixes.add(out.sequences, out.past_key_values)
+        prefixes.add(out.sequences, tiny.cache_of(out))
         ids = torch.cat((out.sequences, text(1, 11, seed=turn + 1)), 1)
         counter.since()
     assert len(prefixes) == 6
@@ -139,7 +139,7 @@ def test_rows_share_what_all_begin_with(family):
         assert cache.get_seq_length() == shared
         assert counter.since() == (40 if pads == 0 else 3)
         with torch.no_grad():
-            got = model(ids[:, shared:], past_key_values=cache, attention_mask=mask).logits[mask[:, shared:].bool()]
+            got = model(ids[:, shared:], **tiny.given(cache), attention_mask=mask).logits[mask[:, shared:].bool()]
             wanted = [model(ids[row : row + 1, : mask[row].sum()]).logits[0, shared:] for row in range(3)]
         tiny.assert_close("logits", got, torch.cat(wanted), BUDGET)
     mask[1, :3] = 0  # padding on the left: nothing is shared
@@ -154,7 +154,7 @@ def _sizes(model):
     """Bytes of the states of one row, and of the keys and values of one token."""
     ids, cache = text(1, 10), DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **tiny.given(cache))
     found = caches.snapshot(cache)
     grow = sum(t.nbytes for parts in found.layers for name, t in parts.items() if "." not in name)
     return found.nbytes - grow, grow // 10

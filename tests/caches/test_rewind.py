@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import StaticLayer
 
 import hf_gdn
 import hf_gdn.caches
@@ -26,7 +27,7 @@ def model(family):
 
 def read(model, ids, cache):
     with torch.no_grad():
-        return model(ids, past_key_values=cache).logits
+        return model(ids, **tiny.given(cache)).logits
 
 
 def recording(model) -> DynamicCache:
@@ -122,10 +123,10 @@ def test_padding_in_a_single_row(model, refused):
     with hf_gdn.patched(strict=True), torch.no_grad():
         cache, kept = recording(model), DynamicCache(config=model.config)
         for a, b in ((0, 9), (9, 12), (12, 14), (14, 16)):
-            got = layer(x[:, a:b], cache_params=cache, attention_mask=mask[:, a:b])
+            got = layer(x[:, a:b], **tiny.layer_given(layer, cache), attention_mask=mask[:, a:b])
             assert not got[:, mask[0, a:b] == 0].any()
         cache.layers[0].crop(-refused)
-        layer(x[:, : 16 - refused], cache_params=kept, attention_mask=mask[:, : 16 - refused])
+        layer(x[:, : 16 - refused], **tiny.layer_given(layer, kept), attention_mask=mask[:, : 16 - refused])
         for name, one, other in zip(("window", "state"), states_of(cache), states_of(kept)):
             tiny.assert_close(name, one, other, BUDGET)
 
@@ -169,7 +170,7 @@ def test_more_than_was_recorded_is_refused_and_nothing_changed(model):
         # Padding is served, and not recorded.
         cache = recording(model)
         with torch.no_grad():
-            model(ids, past_key_values=cache, attention_mask=mask)
+            model(ids, **tiny.given(cache), attention_mask=mask)
         with pytest.raises(RuntimeError, match="the layer has recorded 0"):
             cache.crop(-1)
         # Rows of another order are not those of the past.
@@ -190,10 +191,10 @@ def test_reset_and_read_again(model):
         layer, mixer = cache.layers[0], tiny.mixer(model)
         x = torch.randn(1, 6, 32)
         with torch.no_grad():
-            mixer(x, cache_params=cache)
+            mixer(x, **tiny.layer_given(mixer, cache))
             layer.crop(-2)
             wanted = DynamicCache(config=model.config)
-            mixer(x[:, :4], cache_params=wanted)
+            mixer(x[:, :4], **tiny.layer_given(mixer, wanted))
     tiny.assert_close("state", layer.recurrent_states[0], wanted.layers[0].recurrent_states[0], BUDGET)
 
 
@@ -205,7 +206,7 @@ def test_what_others_did_to_the_states_is_noticed(model):
         read(model, ids, cache)
         kept = hf_gdn.caches.snapshot(cache)
         with hf_gdn.unpatched(), torch.no_grad():
-            tiny.mixer(model)(torch.randn(1, 1, 32), cache_params=cache)
+            tiny.mixer(model)(torch.randn(1, 1, 32), **tiny.layer_given(tiny.mixer(model), cache))
         with pytest.raises(RuntimeError, match="the layer has recorded 0"):
             cache.layers[0].crop(-1)
         cache = recording(model)
@@ -238,6 +239,20 @@ def test_prompt_lookup_is_greedy(model, tokens):
         for prompt in (repetitive(), ids):
             wanted = generate(model, prompt)
             assert torch.equal(generate(model, prompt, prompt_lookup_num_tokens=tokens), wanted)
+
+
+def test_prompt_lookup_on_a_static_cache(model, family):
+    """Where transformers can crop static layers; a full sliding window cannot be cropped."""
+    given = dict(prompt_lookup_num_tokens=3, cache_implementation="static")
+    with hf_gdn.patched(strict=True):
+        if "crop" not in vars(StaticLayer):
+            with pytest.raises(ValueError, match="not supported with Static cache"):
+                generate(model, repetitive(), **given)
+        elif family == "lara_mini":
+            with pytest.raises(ValueError, match="requires a cache that can be cropped"):
+                generate(model, repetitive(), **given)
+        else:
+            assert torch.equal(generate(model, repetitive(), **given), generate(model, repetitive()))
 
 
 @pytest.mark.parametrize("like", ["itself", "another"])

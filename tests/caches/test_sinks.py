@@ -72,7 +72,7 @@ def read(model, ids, cuts, cache=None, **kwargs):
     """Logits of ids read in pieces of these lengths, 1 at a time after the last."""
     cache = SinkCache(model.config, SINKS, WINDOW) if cache is None else cache
     rest = ids.shape[1] - sum(cuts)
-    return torch.cat([model(x, past_key_values=cache, **kwargs).logits for x in ids.split([*cuts, *[1] * rest], 1)], 1)
+    return torch.cat([model(x, **tiny.given(cache), **kwargs).logits for x in ids.split([*cuts, *[1] * rest], 1)], 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- values
@@ -149,7 +149,7 @@ def test_padding_is_neither_kept_nor_read(family, where, cuts):
     for length in [*cuts, *[1] * 20]:
         piece = slice(at, at + length)
         at += length
-        got.append(model(ids[:, piece], attention_mask=mask[:, :at], past_key_values=cache).logits)
+        got.append(model(ids[:, piece], attention_mask=mask[:, :at], **tiny.given(cache)).logits)
     got = torch.cat(got, 1)
     for row in range(3):
         alone = oracle(model, ids[row : row + 1, mask[row] == 1])
@@ -161,7 +161,7 @@ def test_padding_one_column_at_a_time():
     ids, mask = tiny.batch(3, 40)
     cache = SinkCache(model.config, SINKS, WINDOW)
     got = [
-        model(ids[:, n : n + 1], attention_mask=mask[:, : n + 1], past_key_values=cache).logits for n in range(40)
+        model(ids[:, n : n + 1], attention_mask=mask[:, : n + 1], **tiny.given(cache)).logits for n in range(40)
     ]  # fmt: skip
     for row in range(3):
         alone = oracle(model, ids[row : row + 1, mask[row] == 1])
@@ -192,7 +192,7 @@ def test_generate_a_padded_batch(family, how):
     model = tiny.model(family)
     ids, mask = tiny.batch(3, 30)
     cache = SinkCache(model.config, SINKS, WINDOW)
-    got = model.generate(ids, attention_mask=mask, past_key_values=cache, **GENERATE, **how)[:, 30:]
+    got = model.generate(ids, attention_mask=mask, **tiny.given(cache), **GENERATE, **how)[:, 30:]
     assert got.tolist() == [alone(model, ids[row : row + 1, mask[row] == 1]) for row in range(3)]
     assert cache.get_seq_length() == 49
 
@@ -204,13 +204,13 @@ def test_a_copy_goes_on_by_itself(family):
     cache = SinkCache(model.config, SINKS, WINDOW)
     with torch.no_grad():
         for piece in ids[:, :40].split(10, 1):
-            model(piece, past_key_values=cache)
+            model(piece, **tiny.given(cache))
         branch = copy.deepcopy(cache)
         for piece in others.split(1, 1):
-            model(piece, past_key_values=branch)
+            model(piece, **tiny.given(branch))
         whole = copy.deepcopy(cache)
         for piece in ids[:, 40:].split(1, 1):
-            got, wanted = (model(piece, past_key_values=each).logits for each in (cache, whole))
+            got, wanted = (model(piece, **tiny.given(each)).logits for each in (cache, whole))
             assert torch.equal(got, wanted)
     assert cache.get_seq_length() == whole.get_seq_length() == 60 and branch.get_seq_length() == 100
 
@@ -223,7 +223,7 @@ def test_generate_compiled():
     compiled._compile_all_devices = True
     got, wanted = (
         model.generate(
-            ids, attention_mask=mask, past_key_values=SinkCache(model.config, SINKS, WINDOW), **GENERATE, **how
+            ids, attention_mask=mask, **tiny.given(SinkCache(model.config, SINKS, WINDOW)), **GENERATE, **how
         )
         for how in (dict(compile_config=compiled), dict())
     )
@@ -237,14 +237,14 @@ def test_a_chat_goes_on():
     both = []
     for whole in (False, True):
         cache = SinkCache(model.config, SINKS, WINDOW)
-        said = model.generate(ids[:, :25], past_key_values=cache, **GENERATE)
+        said = model.generate(ids[:, :25], **tiny.given(cache), **GENERATE)
         text = torch.cat((said, ids[:, 25:]), 1)
         if whole:
-            both.append(model.generate(text, past_key_values=cache, **GENERATE)[:, text.shape[1] :])
+            both.append(model.generate(text, **tiny.given(cache), **GENERATE)[:, text.shape[1] :])
         else:
             new = text[:, cache.get_seq_length() :]
             mask = torch.ones_like(text)
-            both.append(model.generate(new, attention_mask=mask, past_key_values=cache, **GENERATE)[:, new.shape[1] :])
+            both.append(model.generate(new, attention_mask=mask, **tiny.given(cache), **GENERATE)[:, new.shape[1] :])
     assert both[0].tolist() == both[1].tolist() == [alone(model, text)]
 
 
@@ -255,7 +255,7 @@ def test_pipeline_accepts_it():
     text = "import os\nimport sys\n\n\ndef main(arguments):\n    "
     wanted, narrow = (
         write(
-            text, past_key_values=SinkCache(write.model.config, 4, window), max_new_tokens=30, do_sample=False,
+            text, **tiny.given(SinkCache(write.model.config, 4, window)), max_new_tokens=30, do_sample=False,
             return_full_text=False,
         )[0]["generated_text"]
         for window in (4092, 8)
@@ -270,12 +270,12 @@ def test_beams(family):
     ids, mask = tiny.batch(2, 20)
     search = dict(GENERATE, num_beams=3, attention_mask=mask)
     wanted = model.generate(ids, **search)
-    assert torch.equal(model.generate(ids, past_key_values=SinkCache(model.config, 4, 60), **search), wanted)
-    narrow = model.generate(ids, past_key_values=SinkCache(model.config, SINKS, WINDOW), **search)
+    assert torch.equal(model.generate(ids, **tiny.given(SinkCache(model.config, 4, 60)), **search), wanted)
+    narrow = model.generate(ids, **tiny.given(SinkCache(model.config, SINKS, WINDOW)), **search)
     for row in range(2):
         row_ids = ids[row : row + 1, mask[row] == 1]
         one = model.generate(
-            row_ids, past_key_values=SinkCache(model.config, SINKS, WINDOW), **dict(search, attention_mask=None)
+            row_ids, **tiny.given(SinkCache(model.config, SINKS, WINDOW)), **dict(search, attention_mask=None)
         )
         assert narrow[row, 20:].tolist() == one[0, row_ids.shape[1] :].tolist()
 
@@ -295,9 +295,9 @@ def test_rows_go_on_alone(family, method, argument, rows):
     ids, mask = tiny.batch(3, 40)
     mask[:, 30:] = 1
     cache = SinkCache(model.config, SINKS, WINDOW)
-    model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
+    model(ids[:, :30], attention_mask=mask[:, :30], **tiny.given(cache))
     getattr(cache, method)(argument)
-    got = torch.cat([model(ids[rows, n : n + 1], past_key_values=cache).logits for n in range(30, 40)], 1)
+    got = torch.cat([model(ids[rows, n : n + 1], **tiny.given(cache)).logits for n in range(30, 40)], 1)
     for place, row in enumerate(rows):
         wanted = oracle(model, ids[row : row + 1, mask[row] == 1])[:, -10:]
         tiny.assert_close(f"row {row}", got[place : place + 1], wanted, BUDGET)
@@ -331,10 +331,10 @@ def test_memory_is_constant(family, tokens):
     model = tiny.model(family)
     cache = SinkCache(model.config, SINKS, WINDOW)
     token = torch.tensor([[5]])
-    model(token, past_key_values=cache)
+    model(token, **tiny.given(cache))
     held = [(x.data_ptr(), tuple(x.shape)) for layer in cache.layers for x in _buffers(layer)]
     for _ in range(tokens - 1):
-        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = model(token, **tiny.given(cache)).logits[:, -1:].argmax(-1)
     assert [(x.data_ptr(), tuple(x.shape)) for layer in cache.layers for x in _buffers(layer)] == held
     assert cache.get_seq_length() == tokens
     config, layer = model.config, cache.layers[3]
@@ -355,8 +355,8 @@ def test_decoding_is_one_graph(family):
     count, got = CompileCounter(), {}
     for how in (model, torch.compile(model, fullgraph=True, backend=count)):
         cache = SinkCache(model.config, SINKS, WINDOW)
-        out = [model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache).logits]
-        out += [how(input_ids=ids[:, n : n + 1], past_key_values=cache).logits for n in range(6, 60)]
+        out = [model(ids[:, :6], attention_mask=mask[:, :6], **tiny.given(cache)).logits]
+        out += [how(input_ids=ids[:, n : n + 1], **tiny.given(cache)).logits for n in range(6, 60)]
         got[how] = torch.cat(out, 1)
         assert cache.get_seq_length() == 60
     assert count.frame_count == 1
@@ -416,12 +416,12 @@ def test_what_is_wrong_changes_nothing():
     before = [x.clone() for layer in cache.layers for x in _buffers(layer)]
     for text, call in _calls(model, ids).items():
         with pytest.raises(ValueError, match=text):
-            model.model(past_key_values=cache, **call)
+            model.model(**tiny.given(cache), **call)
     with torch.enable_grad(), pytest.raises(ValueError, match="no_grad"):
-        model(ids, past_key_values=cache)
+        model(ids, **tiny.given(cache))
     model.config._attn_implementation = "flex_attention"  # which transformers refuses for some of these models, too
     with pytest.raises(ValueError, match="flex_attention"):
-        model(ids, past_key_values=cache)
+        model(ids, **tiny.given(cache))
     for method in (cache.crop, cache.layers[3].crop):
         with pytest.raises(NotImplementedError, match="cannot be cropped"):
             method(-1)
@@ -435,4 +435,4 @@ def test_unpatched_models_cannot_fill_it():
     model = tiny.model("qwen3_next")
     ids, _ = tiny.batch(1, 5)
     with hf_gdn.unpatched(), pytest.raises(RuntimeError, match=r"hf_gdn.patch\(\)"):
-        model(ids, past_key_values=SinkCache(model.config))
+        model(ids, **tiny.given(SinkCache(model.config)))

@@ -22,7 +22,7 @@ def filled(model, tokens=20, rows=2):
     ids = torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **tiny.given(cache))
     return cache
 
 
@@ -48,10 +48,10 @@ def test_what_was_saved_comes_back(family, tmp_path):
     assert (found.kinds, found.length, found.model) == (snapshot.kinds, 20, caches.fingerprint(model))
     ids = torch.randint(3, 128, (2, 5))
     with torch.no_grad():
-        wanted = model(ids, past_key_values=cache).logits
+        wanted = model(ids, **tiny.given(cache)).logits
         fresh = DynamicCache(config=model.config)
         caches.restore(fresh, found)
-        assert torch.equal(model(ids, past_key_values=fresh).logits, wanted)
+        assert torch.equal(model(ids, **tiny.given(fresh)).logits, wanted)
     static = StaticCache(config=model.config, max_cache_len=32)
     caches.restore(static, found)
     assert held.parts(caches.snapshot(static)) == held.parts(snapshot)

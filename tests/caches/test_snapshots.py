@@ -31,7 +31,7 @@ def patched(request):
 
 def logits(model, ids, cache):
     with torch.no_grad():
-        return model(ids, past_key_values=cache).logits
+        return model(ids, **tiny.given(cache)).logits
 
 
 def text(rows=2, tokens=40, seed=0):
@@ -232,7 +232,7 @@ def test_several_answers_to_one_prompt(family):
     cache = MAKE["dynamic"](model)
     logits(model, ids[:, :-1], cache)
     torch.manual_seed(0)
-    got = model.generate(ids, past_key_values=caches.fork(cache, 3, rows=True), **kwargs)
+    got = model.generate(ids, **tiny.given(caches.fork(cache, 3, rows=True)), **kwargs)
     assert torch.equal(got, wanted)
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
-from hf_gdn import cli, registry
+from hf_gdn import cli, patches, registry
 from hf_gdn.eval import data, models, output, report
 from tests import tiny
 
@@ -289,6 +290,26 @@ def test_bad_input_is_one_line(arguments, text, folder, tmp_path, monkeypatch, c
     assert text.format(folder) in err and lines[0].startswith("hf-gdn: ") and len(lines) == 1, err
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     assert (tmp_path / "report.json").read_text() == "an earlier report"
+
+
+def test_a_family_that_transformers_does_not_fit_is_the_verdict(tmp_path, monkeypatch):
+    """The other model is compared all the same."""
+    monkeypatch.setattr(type(patches.all_families()["kimi_linear"]), "model_name", "KimiLinearTower")
+    arguments = ["report", *PARITY, "--batch", "1", "--prompt", "8", "--new-tokens", "4", "--rounds", "1"]
+    result = invoke(*arguments, "--output", tmp_path)
+    text = (
+        "NOT PATCHED: kimi_linear-tiny runs as the original, nothing was compared (kimi_linear: "
+        f"transformers.models.kimi_linear.modeling_kimi_linear of transformers {transformers.__version__} has no class "
+        "KimiLinearTower)"
+    )
+    assert result.exit_code == 2 and text in " ".join(result.output.split()), result.output
+    found = json.loads((tmp_path / "report.json").read_text())
+    kimi, qwen = found["results"]
+    assert not found["passed"] and not kimi["passed"] and "parity" not in kimi and "speed" not in kimi
+    assert kimi["not_patched"].endswith("has no class KimiLinearTower")
+    assert qwen["passed"] and qwen["speed"]["cells"][0]["counts"]
+    assert text in (tmp_path / "report.md").read_text()
+    assert kimi["not_patched"] in (tmp_path / "report.html").read_text()
 
 
 def test_no_traceback_from_the_command_itself(tmp_path):

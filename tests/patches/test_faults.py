@@ -25,14 +25,12 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers import DynamicCache
 
 import hf_gdn
 from hf_gdn import graphs, patches, registry
-from hf_gdn.caches import batch, positions, rewind
 from hf_gdn.kernels import layer as layer_kernels
-from hf_gdn.patches import mixer, packing, swap
+from hf_gdn.patches import api, family_patch, in_force, inspect, mixer, packing, swap
 from tests import tiny
 
 ERRORS = [RuntimeError, KeyboardInterrupt]
@@ -59,7 +57,7 @@ def hidden(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 def run(layer, x, cache=None, **kwargs):
     with torch.no_grad():
-        return layer(x, cache_params=cache, **kwargs)
+        return layer(x, **tiny.layer_given(layer, cache), **kwargs)
 
 
 def filled(name: str, rows: int = 2, length: int = 6, index: int = 0) -> DynamicCache:
@@ -114,7 +112,7 @@ def test_any_reading_equals_the_original(family, reading):
             here = slice(start, start + size)
             start += size
             with torch.no_grad():
-                out = model(ids[:, here], past_key_values=cache, attention_mask=mask[:, :start])
+                out = model(ids[:, here], **tiny.given(cache), attention_mask=mask[:, :start])
             logits.append(out.logits)
         return torch.cat(logits, 1)[mask.bool()]
 
@@ -234,9 +232,9 @@ def test_a_later_layer_that_raises_leaves_each_layer_whole(rule, error, monkeypa
     ids, _ = tiny.batch(2, 20)
     with hf_gdn.patched(rule), torch.no_grad():
         cache = DynamicCache(config=model.config)
-        model(ids[:, :12], past_key_values=cache)
+        model(ids[:, :12], **tiny.given(cache))
         done = copy.deepcopy(cache)
-        model(ids[:, 12:], past_key_values=done)
+        model(ids[:, 12:], **tiny.given(done))
         before, raw = [held(cache, n) for n in range(3)], type(family).raw
 
         def second_fails(self, layer, x):
@@ -246,7 +244,7 @@ def test_a_later_layer_that_raises_leaves_each_layer_whole(rule, error, monkeypa
 
         monkeypatch.setattr(type(family), "raw", second_fails)
         with pytest.raises(error, match="injected"):
-            model(ids[:, 12:], past_key_values=cache)
+            model(ids[:, 12:], **tiny.given(cache))
     assert same(held(cache, 0), held(done, 0))
     assert same(held(cache, 1), before[1]) and same(held(cache, 2), before[2])
 
@@ -332,7 +330,8 @@ def layer_class(name: str) -> type:
 @contextmanager
 def interrupted(at: Callable[[FrameType], BaseException | None]):
     """Ask `at` before every line of hf_gdn.patches, and raise what it gives."""
-    files = {module.__file__ for module in (patches, mixer, packing, swap, graphs)}
+    modules = (api, family_patch, in_force, inspect, mixer, packing, swap, graphs)
+    files = {module.__file__ for module in modules}
 
     def local(frame, event, argument):
         error = at(frame) if event == "line" else None
@@ -368,7 +367,7 @@ def places(action: Callable[[], object]) -> list[tuple[tuple[str, str, int], int
     found = []
     for (file, function, line), count in turns.items():
         text = linecache.getline(file, line).strip()
-        if function not in ("patched", "_afterwards_as_before") and text not in ("try:", "finally:"):
+        if function not in ("patched", "restored") and text not in ("try:", "finally:"):
             found += [
                 ((file, function, line), turn)
                 for turn in sorted({1, count})
@@ -401,16 +400,16 @@ def hooked(monkeypatch):
     remove_hook_from_module(layer)
 
 
+@remember
+def changed_places() -> list[tuple[type, str]]:
+    """Classes and names of all attributes that patching changes."""
+    with hf_gdn.patched(FAMILIES, cuda_graphs=True):
+        return [(change.cls, change.name) for change in in_force.current().swaps()]
+
+
 def attributes() -> dict[tuple[type, str], object]:
     """All attributes of classes that patching changes."""
-    models = [getattr(importlib.import_module(family.module), family.model_name) for family in FAMILIES.values()]
-    places = [(cls, "forward") for cls in [*map(layer_class, FAMILIES), *models]]
-    places += [(LinearAttentionCacheLayerMixin, method.__name__) for method in batch.METHODS + rewind.METHODS]
-    places += [(Cache, method.__name__) for method in positions.METHODS]
-    bases = [base for cls in models for base in cls.__mro__ if vars(base).get("_is_stateful")]
-    places += [(base, name) for base in bases for name in ("_is_stateful", "_get_candidate_generator")]
-    places.append((PreTrainedModel, "get_compiled_call"))
-    return {place: swap.own(*place) for place in places}
+    return {place: swap.own(*place) for place in changed_places()}
 
 
 def put_back(originals) -> None:
@@ -419,7 +418,7 @@ def put_back(originals) -> None:
             setattr(cls, name, value)
         elif name in cls.__dict__:
             delattr(cls, name)
-    patches._patches = {}
+    in_force._table = in_force.Table()
 
 
 @pytest.fixture
@@ -432,7 +431,7 @@ def originals():
 
 def standing(hooked) -> tuple:
     """All that patching changes: attributes of classes, what a hooked layer holds, the table, the status."""
-    return attributes(), hooked._old_forward.__func__, patches._patches, hf_gdn.status()
+    return attributes(), hooked._old_forward.__func__, in_force.current(), hf_gdn.status()
 
 
 def free(lock) -> bool:
@@ -492,7 +491,7 @@ def test_an_interruption_at_any_line_leaves_all_as_it_was(does, stand, error, ho
     def reset():
         put_back(originals)
         hooked._old_forward = originals[type(hooked), "forward"].__get__(hooked)
-        monkeypatch.setattr(patches, "_lock", threading.RLock())
+        monkeypatch.setattr(in_force, "lock", threading.RLock())
         STANDS[stand]()
         return standing(hooked)
 
@@ -506,7 +505,7 @@ def test_an_interruption_at_any_line_leaves_all_as_it_was(does, stand, error, ho
         with pytest.raises(error, match="injected"), interrupted(raising(where, turn, error)):
             action()
         now, here = standing(hooked), f"{where[1]}, line {where[2]}, turn {turn}"
-        assert free(patches._lock), f"{here}: the lock is still held"
+        assert free(in_force.lock), f"{here}: the lock is still held"
         if now != before and not (does == "unpatch" and now == done):
             what = ("classes", "hooked layer", "table", "status")
             left.append(f"{here}: {', '.join(w for w, x, y in zip(what, now, before) if x != y)}")

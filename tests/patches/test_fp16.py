@@ -22,7 +22,7 @@ def extreme(layer, A_log: float) -> None:
 
 def run(layer, x, cache=None):
     with torch.no_grad():
-        return layer(x, cache_params=cache)
+        return layer(x, **tiny.layer_given(layer, cache))
 
 
 @pytest.mark.parametrize("A_log", [-20.0, 0.0, 11.0])

@@ -38,7 +38,7 @@ def decode(model, ids, pieces, cache=None, mask=None):
     for size in pieces:
         part = slice(start, start + size)
         attention = None if mask is None else mask[:, : part.stop]
-        out.append(logits(model, ids[:, part], past_key_values=cache, attention_mask=attention))
+        out.append(logits(model, ids[:, part], **tiny.given(cache), attention_mask=attention))
         start += size
     return torch.cat(out, 1)
 
@@ -111,14 +111,14 @@ def test_cache_keeps_its_tensors_and_unpatching_in_mid_conversation_works(model)
     ids, _ = tiny.batch()
     full = logits(model, ids)
     cache = DynamicCache(config=model.config)
-    parts = [logits(model, ids[:, :20], past_key_values=cache)]
+    parts = [logits(model, ids[:, :20], **tiny.given(cache))]
     states = cache.layers[0]
     addresses = states.conv_states[0].data_ptr(), states.recurrent_states[0].data_ptr()
     for start in range(20, 70, 10):
         context = hf_gdn.patched() if start % 20 else hf_gdn.unpatched()
         with context:
             for t in range(start, start + 10):
-                parts.append(logits(model, ids[:, t : t + 1], past_key_values=cache))
+                parts.append(logits(model, ids[:, t : t + 1], **tiny.given(cache)))
     tiny.assert_close("switching", torch.cat(parts, 1), full, BUDGET)
     assert addresses == (states.conv_states[0].data_ptr(), states.recurrent_states[0].data_ptr())
     assert states.recurrent_states[0].dtype == torch.float32
@@ -167,7 +167,7 @@ def test_other_dtypes(family, dtype):
     def run(layer, x):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            parts = [layer(part, cache_params=cache) for part in x.split([60] + [1] * 10, 1)]
+            parts = [layer(part, **tiny.layer_given(layer, cache)) for part in x.split([60] + [1] * 10, 1)]
             return layer(x), torch.cat(parts, 1)
 
     with hf_gdn.patched(backend="eager"):
@@ -227,10 +227,10 @@ def test_the_wrong_cache_is_refused(model):
     ids, _ = tiny.batch()
     cache = DynamicCache(config=model.config)
     with hf_gdn.patched():
-        logits(model, ids[:2], past_key_values=cache)
+        logits(model, ids[:2], **tiny.given(cache))
         before = [cache.layers[0].conv_states[0].clone(), cache.layers[0].recurrent_states[0].clone()]
         with pytest.raises(ValueError, match=r"layer 0: the cache's recurrent state must be .* got \[2, "):
-            tiny.mixer(model)(torch.randn(3, 1, 32), cache_params=cache)
+            tiny.mixer(model)(torch.randn(3, 1, 32), **tiny.layer_given(tiny.mixer(model), cache))
     assert torch.equal(before[0], cache.layers[0].conv_states[0])
     assert torch.equal(before[1], cache.layers[0].recurrent_states[0])
 
@@ -265,7 +265,7 @@ def test_compiles_without_a_break(family, backend):
         for first, last in pairwise((0, 16, 17, 18, 20) if backend == "eager" else (0, 16, 17, 18, 19, 20)):
             run = model if backend == "inductor" and first == 0 else step
             positions = torch.arange(first, last)[None]
-            parts.append(run(ids[:, first:last], past_key_values=cache, position_ids=positions).logits.clone())
+            parts.append(run(ids[:, first:last], **tiny.given(cache), position_ids=positions).logits.clone())
     tiny.assert_close("compiled", torch.cat(parts, 1), wanted, BUDGET)
 
 

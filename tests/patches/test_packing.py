@@ -146,9 +146,9 @@ def test_positions_that_do_not_say_packed(model):
         )
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(ids[:, :6], past_key_values=cache)
+            model(ids[:, :6], **tiny.given(cache))
             state = cache.layers[0].recurrent_states[0].clone()
-            model(ids[:, 6:], past_key_values=cache, position_ids=torch.arange(6).repeat(2, 1) * 2)
+            model(ids[:, 6:], **tiny.given(cache), position_ids=torch.arange(6).repeat(2, 1) * 2)
         assert cache.layers[0].recurrent_states[0].shape == state.shape
 
 

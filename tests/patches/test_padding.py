@@ -41,7 +41,7 @@ def alone(layer, cache, x):
     """The original layer on real tokens alone, [1, t, hidden] in one forward: outputs and the cache's layer."""
     kept = cache()
     with torch.no_grad(), hf_gdn.unpatched():
-        return layer(x, cache_params=kept), kept.layers[layer.layer_idx]
+        return layer(x, **tiny.layer_given(layer, kept)), kept.layers[layer.layer_idx]
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -54,8 +54,9 @@ def test_padding_is_as_if_it_were_not_there(layer, cache, name):
     later = mask.flip(1)
     kept = cache()
     with torch.no_grad(), hf_gdn.patched(strict=True):
-        got = [layer(first, cache_params=kept, attention_mask=mask)]
-        got += [layer(second, cache_params=kept, attention_mask=later), layer(last, cache_params=kept)]
+        got = [layer(first, **tiny.layer_given(layer, kept), attention_mask=mask)]
+        got += [layer(second, **tiny.layer_given(layer, kept), attention_mask=later)]
+        got += [layer(last, **tiny.layer_given(layer, kept))]
     states = kept.layers[layer.layer_idx]
     for row in range(3):
         pieces = [first[row, mask[row] == 1], second[row, later[row] == 1], last[row]]
@@ -77,7 +78,7 @@ def test_the_original_is_wrong_behind_right_padding(layer, cache):
     for name, context in (("original", hf_gdn.unpatched), ("patched", hf_gdn.patched)):
         kept = cache()
         with torch.no_grad(), context():
-            layer(x, cache_params=kept, attention_mask=mask)
+            layer(x, **tiny.layer_given(layer, kept), attention_mask=mask)
         states = kept.layers[layer.layer_idx]
         off[name] = [
             tiny.error(mine, theirs)

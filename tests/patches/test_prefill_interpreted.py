@@ -25,7 +25,7 @@ LAUNCHES = {"gdn": 4, "kda": 6}  # prologue, preparation, scan, norm
 def run(layer, *pieces, cache=None, **kwargs):
     """The layer on pieces of tokens, one after the other."""
     with torch.no_grad():
-        return torch.cat([layer(x, cache_params=cache, **kwargs) for x in pieces], 1)
+        return torch.cat([layer(x, **tiny.layer_given(layer, cache), **kwargs) for x in pieces], 1)
 
 
 def on_triton(family, **kwargs):

@@ -22,7 +22,7 @@ BUDGET = 1e-5
 def decode(layer, x, cache, sizes):
     """Feed x ``[B, T, hidden]`` in pieces."""
     with torch.no_grad():
-        return torch.cat([layer(piece, cache_params=cache) for piece in x.split(sizes, 1)], 1)
+        return torch.cat([layer(piece, **tiny.layer_given(layer, cache)) for piece in x.split(sizes, 1)], 1)
 
 
 def states(cache):
@@ -104,7 +104,7 @@ def test_a_token_is_the_projections_and_two_launches(family, monkeypatch):
         registry._table, (kernel.op, "triton"), registry.Kernel(kernel.op, "triton", outside, kernel.why_not)
     )
     with hf_gdn.patched(family, backend="triton", strict=True), Operators() as seen, torch.no_grad():
-        layer(x, cache_params=cache)
+        layer(x, **tiny.layer_given(layer, cache))
     assert len(taken) == 1 and len(launches) == 2
     products = [name for name in seen.names if name in ("mm", "addmm", "bmm")]
     others = [name for name in seen.names if name not in ("mm", "addmm", "bmm")]

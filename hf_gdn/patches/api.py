@@ -1,0 +1,201 @@
+"""Patching, process-wide: what users call.
+
+Models built before and after are served alike, since instances look their forward up on the class. Every change is
+checked before the first is made; whatever is raised half-way, everything is as it was (`swap`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from .. import graphs, registry
+from ..errors import PatchError
+from ..registry import warn_once
+from ..upstream import seams, versions
+from . import family_patch, in_force
+from .family import Family, all_families
+from .in_force import Table
+from .inspect import Status, status
+from .mixer import Settings
+from .self_check import SelfCheck
+from .swap import Swap, own
+
+
+def _choose(names: Iterable[str] | str | None) -> dict[str, Family]:
+    """The families named, all for None. Raises ValueError for an unknown name."""
+    known = all_families()
+    wanted = [names] if isinstance(names, str) else list(known if names is None else names)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ValueError(f"unknown model family {', '.join(map(repr, unknown))}; families: {', '.join(known)}")
+    return {name: known[name] for name in wanted}
+
+
+def _check_version() -> None:
+    versions.check()
+    if not versions.is_tested():
+        warn_once(
+            f"{versions.installed()} is outside the tested range {versions.OLDEST} to {versions.NEWEST}: "
+            "the first time a patched model runs, one of its layers is compared with the original"
+        )
+
+
+def _graph_swap() -> Swap:
+    """The swap of get_compiled_call, the one in force if there is one."""
+    for change in in_force.current().patches.values():
+        if change.graphs is not None:
+            return change.graphs
+    owner = seams.compiled_call_class()
+    here = own(owner, "get_compiled_call")
+    return Swap(owner, "get_compiled_call", here, graphs.make_get_compiled_call(here, _has_graphs))
+
+
+def _has_graphs(model: torch.nn.Module) -> bool:
+    """Whether a model has layers of a family that is patched with CUDA graphs."""
+    patches = in_force.current().patches.values()
+    classes = tuple(change.layer.cls for change in patches if change.graphs is not None)
+    return any(isinstance(module, classes) for module in model.modules())
+
+
+def _change(wanted: Table) -> Status:
+    """Put `wanted` in force and return the status; if anything is raised, put back what was in force."""
+    before = in_force.current()
+    try:
+        in_force.put(wanted, before)
+        return status()
+    except BaseException:
+        in_force.put(before, wanted)
+        raise
+
+
+def _give_up(name: str, why: str) -> None:
+    """Leave a family original because its patched layer differs from the original (`self_check`)."""
+    with in_force.lock:
+        if name in in_force.current().patches:
+            _change(in_force.current().without(name, why))
+    warn_once(f"{name} runs unpatched: {why}")
+
+
+def patch(
+    families: Iterable[str] | str | None = None,
+    *,
+    backend: str = "auto",
+    strict: bool = False,
+    cuda_graphs: bool = False,
+) -> Status:
+    """Make the gated-delta-rule layers of transformers run on hf_gdn's kernels, process-wide.
+
+    Call it before or after models are loaded, as often as you like; later calls change the settings of the families
+    they name. `unpatch` undoes it exactly. With ``HF_GDN_DISABLE=1`` in the environment it has no effect.
+
+    A family that the installed transformers does not fit (a class is missing, a forward takes other arguments, caches
+    lack what layers need) is left original: its models run unpatched, one warning and `status` name it and the reason.
+    With a transformers newer than the tested range, a patched layer is also compared with the original the first time
+    a model of its family runs, and the family is left original where the two differ.
+
+    Args:
+        families: names of model types such as ``"qwen3_next"``; None takes all that transformers has and that fit.
+        backend: a backend of `hf_gdn.registry.backends()`, which then serves every call or raises; ``"auto"`` takes the
+            fastest that can (or the one in ``HF_GDN_BACKEND``) and warns once when that is not the fastest there is.
+        strict: raise where a call, or with None a family, would be left to the original.
+        cuda_graphs: let ``generate`` with a static cache on a CUDA device replay its decode steps from CUDA graphs
+            (`hf_gdn.graphs`) rather than compile them. Anything that cannot be captured falls back to eager execution;
+            one warning gives the reason. ``generate(..., disable_compile=True)`` does without.
+
+    Returns:
+        What is patched now, see `status`.
+
+    Raises:
+        ValueError: an unknown family or backend.
+        PatchError: transformers is of an unsupported version, or a family that was named (or with `strict` any) does
+            not fit it. Nothing is patched then.
+    """
+    if not cuda_graphs:
+        graphs.release()  # first: if patching fails below, models simply capture again
+    return _patch_families(families, backend, strict, cuda_graphs)
+
+
+def _patch_families(families: Iterable[str] | str | None, backend: str, strict: bool, cuda_graphs: bool) -> Status:
+    with in_force.lock:
+        if os.environ.get("HF_GDN_DISABLE", "0") not in ("", "0"):
+            warn_once("HF_GDN_DISABLE is set: patch() does nothing")
+            return status()
+        registry.check_backend(backend)
+        chosen = _choose(families)
+        _check_version()
+        settings = Settings(registry.DEFAULT_BACKEND if backend == "auto" else backend, strict)
+        registry.check_backend(settings.backend)
+        seam = _graph_swap() if cuda_graphs else None
+        wanted = in_force.current()
+        for family in chosen.values():
+            if families is None and not seams.has_module(family.module):
+                continue
+            try:
+                wanted = _with(wanted, family, settings, seam)
+            except PatchError as error:
+                if families is not None or strict:
+                    raise
+                wanted = wanted.without(family.name, str(error).removeprefix(f"{family.name}: "))
+        for name, why in wanted.misfits.items():
+            warn_once(f"{name} is left original: {why}")
+        missing = family_patch.rollback_missing()
+        if missing is not None:
+            warn_once(f"rolling tokens back, which assisted decoding needs, is not available: {missing}")
+        return _change(wanted)
+
+
+def _with(table: Table, family: Family, settings: Settings, graph_swap: Swap | None) -> Table:
+    """The table with a family patched. Raises PatchError where transformers is not as the family expects."""
+    now = table.patches.get(family.name)
+    if now is None or now.settings != settings or own(now.layer.cls, "forward") is not now.layer.replacement:
+
+        def first_run(layer: Swap) -> SelfCheck | None:
+            return None if versions.is_tested() else SelfCheck(family, settings, layer, _give_up)
+
+        now = family_patch.build(family, settings, now, first_run)
+    if now.graphs is not graph_swap:
+        now = replace(now, graphs=graph_swap)
+    rest = table.without(family.name)
+    return table if table.patches.get(family.name) is now else Table({**table.patches, family.name: now}, rest.misfits)
+
+
+def unpatch(families: Iterable[str] | str | None = None) -> Status:
+    """Undo `patch`, for all families or those named: their classes' ``forward`` is the original object again.
+
+    If another library has replaced a forward since, its replacement is left in place and a warning says so.
+
+    Raises:
+        ValueError: an unknown family.
+    """
+    with in_force.lock:
+        chosen = _choose(families)
+        graphs.release()
+        wanted = in_force.current()
+        for name in chosen:
+            wanted = wanted.without(name)
+        return _change(wanted)
+
+
+@contextlib.contextmanager
+def patched(
+    families: Iterable[str] | str | None = None,
+    *,
+    backend: str = "auto",
+    strict: bool = False,
+    cuda_graphs: bool = False,
+) -> Iterator[Status]:
+    """`patch` inside a with block; what was in force before is in force again after it."""
+    with in_force.restored():
+        yield _patch_families(families, backend, strict, cuda_graphs)
+
+
+@contextlib.contextmanager
+def unpatched() -> Iterator[Status]:
+    """The original transformers inside a with block; what was in force before is in force again after it."""
+    with in_force.restored():
+        yield _change(Table())  # keeps CUDA graphs for after the block

@@ -1,0 +1,135 @@
+"""What is patched: status, the kernels that a model's layers run on, and the originals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from .. import registry
+from ..upstream import seams
+from . import in_force
+from .family import all_families
+from .family_patch import FamilyPatch, layer_class, rollback_missing
+from .swap import describe, foreign_forward, own
+
+
+@dataclass(frozen=True)
+class FamilyStatus:
+    """What became of one family.
+
+    Attributes:
+        name, layer: the model type and the name of its layer class.
+        state: ``"patched"``, ``"original"``, ``"absent from transformers ..."`` or ``"replaced by ..."``.
+        cuda_graphs: whether ``generate`` replays the decode steps of its models.
+        reason: why `hf_gdn.patch` left it original; None where it was patched, or not asked for.
+    """
+
+    name: str
+    layer: str
+    state: str
+    cuda_graphs: bool = False
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.name:<16}{self.layer:<32}{self.state}"
+        return text + (", CUDA graphs" if self.cuda_graphs else "") + (f": {self.reason}" if self.reason else "")
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `hf_gdn.status()` found; prints as a small table.
+
+    Attributes:
+        backend: the backends that patched layers were given, ``"none"`` without any.
+        families: one row a family.
+        transformers: the installed version.
+        missing: why tokens cannot be rolled back with this version; None where they can.
+    """
+
+    backend: str
+    families: tuple[FamilyStatus, ...]
+    transformers: str
+    missing: str | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether any family is patched."""
+        return any(family.state == "patched" for family in self.families)
+
+    def __str__(self) -> str:
+        rows = [f"hf_gdn: backend {self.backend}, transformers {self.transformers}"]
+        rows += [f"  {family}" for family in self.families]
+        return "\n".join(rows + ([f"  tokens cannot be rolled back: {self.missing}"] if self.missing else []))
+
+
+def status() -> Status:
+    """What is patched, family by family, on which backend."""
+    rows, table = [], in_force.current()
+    for name, family in all_families().items():
+        change = table.patches.get(name)
+        if not seams.has_module(family.module):
+            state = f"absent from transformers {transformers.__version__}"
+        elif change is None:
+            state = "original"
+        else:
+            current = own(change.layer.cls, "forward")
+            state = "patched" if current is change.layer.replacement else f"replaced by {describe(current)}"
+        seam = change.graphs if change is not None else None
+        replays = seam is not None and own(seam.cls, seam.name) is seam.replacement
+        rows.append(FamilyStatus(name, family.class_name, state, replays, table.misfits.get(name)))
+    backend = ", ".join(dict.fromkeys(change.settings.backend for change in table.patches.values())) or "none"
+    missing = rollback_missing() if table.patches else None
+    return Status(backend, tuple(rows), transformers.__version__, missing)
+
+
+def original_forward(family: str) -> Callable[..., Any]:
+    """transformers' own forward of a family's layers, patched or not."""
+    change = in_force.current().patches.get(family)
+    return change.layer.original if change is not None else layer_class(all_families()[family]).forward
+
+
+def families_in(model: torch.nn.Module) -> list[str]:
+    """Names of the families that a model has layers of, text towers of multimodal ones included."""
+    layers = {type(module).__name__ for module in model.modules()}
+    return [name for name, family in all_families().items() if family.class_name in layers]
+
+
+def unpatchable(model: torch.nn.Module) -> str | None:
+    """Why layers of a model were left original by the `hf_gdn.patch` in force; None when none was."""
+    misfits = in_force.current().misfits
+    found = [f"{name}: {misfits[name]}" for name in families_in(model) if name in misfits]
+    return "; ".join(found) or None
+
+
+def layer_kernels(model: torch.nn.Module) -> dict[str, str]:
+    """Which kernels a patched model's layers run on, without gradients.
+
+    Returns:
+        Layer's name in the model -> ``"chunk_gdn: triton, step_gdn: triton"``, or ``"original"`` when its class is
+        not patched, or ``"replaced by ..."`` when the layer was given another forward of its own.
+    """
+    names = {family.class_name for family in all_families().values()}
+    patches = in_force.current().patches.values()
+    layers = {}
+    for name, module in model.named_modules():
+        change = next((change for change in patches if isinstance(module, change.layer.cls)), None)
+        if change is None:
+            if type(module).__name__ in names:
+                layers[name] = "original"
+            continue
+        theirs = foreign_forward(module, change.layer)
+        layers[name] = f"replaced by {theirs}" if theirs else _kernels(module, change)
+    return layers
+
+
+def _kernels(layer: Any, change: FamilyPatch) -> str:
+    weight, dims = layer.conv1d.weight, change.family.dims(layer)
+    request = (weight.device.type, weight.dtype, (*dims,), change.settings.backend, False)
+    chunk, recurrent, step = (f"{kind}_{change.family.op}" for kind in ("chunk", "recurrent", "step"))
+    decode = registry.select(recurrent, *request).backend
+    op = recurrent if registry.find(step, decode) is None else step
+    return f"{chunk}: {registry.select(chunk, *request).backend}, {op}: {decode}"

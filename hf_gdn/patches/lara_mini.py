@@ -1,0 +1,24 @@
+"""Lara-Mini: the layers of Qwen3.5, with the output norm in fp32, beside full and sliding-window attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..kernels.layer import Rule
+from .qwen3_5 import Qwen3_5
+
+
+class LaraMini(Qwen3_5):
+    """Its checkpoints fuse the input projections; transformers splits them on loading."""
+
+    name = "lara_mini"
+    class_name = "LaraMiniGatedDeltaNet"
+    model_name = "LaraMiniModel"
+    about = "sliding-window attention beside it"
+    cannot = (("CUDA graphs", "its sliding-window layers count tokens in Python, which a replay would not"),)
+
+    def rule(self, layer: Any) -> Rule:
+        return super().rule(layer)._replace(norm_in_fp32=True)
+
+
+FAMILY = LaraMini()

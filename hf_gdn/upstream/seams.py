@@ -1,0 +1,174 @@
+"""Classes, arguments and attributes of transformers that hf_gdn swaps or relies on, looked up when they are needed.
+
+Every function here either returns what was asked for or raises PatchError with the seam, the installed version, what
+was found and what was expected. `hf_gdn.patch` calls them before it changes anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..errors import PatchError
+from . import cache_names, versions
+
+# Arguments of a text model's forward that packing and `SinkCache` read, beside the cache.
+MODEL_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+# What the forward of a patched layer and rolling tokens back read and write on a linear-attention cache layer.
+_LAYER_ATTRIBUTES = (
+    "conv_states",
+    "recurrent_states",
+    "has_previous_state",
+    "is_conv_states_initialized",
+    "is_recurrent_states_initialized",
+    "conv_kernel_size",
+    "number_of_states",
+    "record_past",
+)
+_MASK_FUNCTION = "create_recurrent_attention_mask"
+
+
+def has_module(module: str) -> bool:
+    """Whether transformers has the package of a modeling module."""
+    return importlib.util.find_spec(module.rpartition(".")[0]) is not None
+
+
+def class_of(module: str, name: str) -> Any:
+    """A class of a module of transformers."""
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise PatchError(f"{versions.installed()} has no module {module}") from error
+    if found is None:
+        raise PatchError(f"{module} of {versions.installed()} has no class {name}")
+    return found
+
+
+def _arguments(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _misfit(what: str, found: Iterable[str], expected: Iterable[str]) -> PatchError:
+    return PatchError(f"{what} of {versions.installed()} takes ({', '.join(found)}), expected ({', '.join(expected)})")
+
+
+def layer_class(module: str, name: str) -> Any:
+    """A linear-attention layer's class, whose forward takes hidden states, a cache and a mask, in that order."""
+    cls = class_of(module, name)
+    found = _arguments(cls.forward)
+    expected = ["self", "hidden_states", cache_names.name_in(cls.forward) or cache_names.NAMES[0], "attention_mask"]
+    if found[: len(expected)] != expected:
+        raise _misfit(f"{name}.forward", found, [*expected, "..."])
+    return cls
+
+
+def text_model_class(module: str, name: str) -> Any:
+    """A text model's class, whose forward takes a cache and `MODEL_ARGUMENTS` by keyword."""
+    cls = class_of(module, name)
+    found = _arguments(cls.forward)
+    expected = [*MODEL_ARGUMENTS, cache_names.name_in(cls.forward) or cache_names.NAMES[0]]
+    if not set(expected) <= set(found):
+        raise _misfit(f"{name}.forward", found, [*expected, "..."])
+    return cls
+
+
+# --------------------------------------------------------------------------------------------------------------- caches
+
+
+def cache_class(name: str) -> Any:
+    """A class of ``transformers.cache_utils``."""
+    return class_of("transformers.cache_utils", name)
+
+
+def linear_cache_mixin() -> Any:
+    """The base of all cache layers with convolution and recurrent states, to which `hf_gdn.patch` adds methods."""
+    return cache_class("LinearAttentionCacheLayerMixin")
+
+
+def check_linear_caches() -> None:
+    """Raise PatchError unless caches store and return the states of linear-attention layers as layers here expect."""
+    name, cls, cache = "LinearAttentionLayer", cache_class("LinearAttentionLayer"), cache_class("Cache")
+    if not issubclass(cls, linear_cache_mixin()):
+        raise PatchError(f"{name} of {versions.installed()} is no LinearAttentionCacheLayerMixin")
+    layer = cls()
+    missing = [attribute for attribute in _LAYER_ATTRIBUTES if not hasattr(layer, attribute)]
+    missing += [method for method in ("reset", "reorder_cache", "lazy_initialization") if not hasattr(layer, method)]
+    if missing:
+        raise PatchError(f"{name} of {versions.installed()} has no {', '.join(missing)}")
+    if layer.has_previous_state != {0: False}:
+        raise PatchError(
+            f"{name}.has_previous_state of {versions.installed()} is {layer.has_previous_state!r} in a new layer, "
+            "expected {0: False}"
+        )
+    for method, first in (("update_conv_state", "conv_states"), ("update_recurrent_state", "recurrent_states")):
+        found = _arguments(getattr(cache, method, lambda: None))
+        if found[:3] != ["self", first, "layer_idx"]:
+            raise _misfit(f"Cache.{method}", found, ["self", first, "layer_idx", "..."])
+
+
+def check_masks() -> None:
+    """Raise PatchError unless linear-attention layers get masks from the function whose rules `patches.mixer` follows.
+
+    That function returns None or ``[B, T]``, and None for a single token.
+    """
+    function = getattr(importlib.import_module("transformers.masking_utils"), _MASK_FUNCTION, None)
+    if function is None:
+        raise PatchError(f"transformers.masking_utils of {versions.installed()} has no {_MASK_FUNCTION}")
+    found = _arguments(function)
+    if found[:3] != ["config", "inputs_embeds", "attention_mask"]:
+        raise _misfit(_MASK_FUNCTION, found, ["config", "inputs_embeds", "attention_mask", "..."])
+
+
+# ----------------------------------------------------------------------------------------------------------- generation
+
+
+def stateful_class(model_class: Any) -> Any:
+    """The base of a model class that says whether states can be rolled back; ``generate`` refuses assistants by it."""
+    found = next(base for base in model_class.__mro__ if "_is_stateful" in vars(base) or base is object)
+    if found in (object, class_of("transformers", "PreTrainedModel")):
+        raise PatchError(f"{model_class.__name__} of {versions.installed()} has no base with _is_stateful of its own")
+    return found
+
+
+def check_rollback() -> None:
+    """Raise PatchError unless rolling tokens back can be added to caches and to ``generate`` (assistants, lookup)."""
+    mixin = linear_cache_mixin()
+    for name in ("crop", "activate_past_recording"):
+        if not hasattr(mixin, name):
+            raise PatchError(f"LinearAttentionCacheLayerMixin of {versions.installed()} has no {name}")
+    if _arguments(mixin.crop) != ["self", "tokens_to_remove"]:
+        raise _misfit("LinearAttentionCacheLayerMixin.crop", _arguments(mixin.crop), ["self", "tokens_to_remove"])
+    if not isinstance(getattr(mixin, "is_croppable", None), property):
+        raise PatchError(f"LinearAttentionCacheLayerMixin of {versions.installed()} has no property is_croppable")
+    if not hasattr(generation_class(), "_get_candidate_generator"):
+        raise PatchError(f"GenerationMixin of {versions.installed()} has no _get_candidate_generator")
+    lookup = prompt_lookup_class()
+    for name in ("get_candidates", "update_candidate_strategy"):
+        if not hasattr(lookup, name):
+            raise PatchError(f"PromptLookupCandidateGenerator of {versions.installed()} has no {name}")
+    if "num_output_tokens" not in _arguments(lookup.__init__):
+        raise _misfit("PromptLookupCandidateGenerator", _arguments(lookup.__init__), ["num_output_tokens", "..."])
+
+
+def generation_class() -> Any:
+    """The class that has ``generate``."""
+    return class_of("transformers", "GenerationMixin")
+
+
+def prompt_lookup_class() -> Any:
+    """The generator of draft tokens that looks them up in the text so far."""
+    return class_of("transformers.generation.candidate_generator", "PromptLookupCandidateGenerator")
+
+
+def compiled_call_class() -> Any:
+    """The class whose ``get_compiled_call(compile_config)`` gives ``generate`` what runs its decode steps."""
+    cls = class_of("transformers", "PreTrainedModel")
+    found = vars(cls).get("get_compiled_call")
+    if found is None:
+        raise PatchError(f"cuda_graphs: PreTrainedModel of {versions.installed()} has no get_compiled_call")
+    if _arguments(found) != ["self", "compile_config"]:
+        raise _misfit("cuda_graphs: PreTrainedModel.get_compiled_call", _arguments(found), ["self", "compile_config"])
+    return cls
