@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import registry
-from .kernels import state_dtype
-from .kernels.layer import Prepared, Raw, Rule, Weights
+from .kernels.contract import Prepared, Raw, Rule, Weights, state_dtype
 from .once import read_once
 
 __all__ = ["chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_gated_delta_rule", "fused_recurrent_kda"]

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import Kernel, Request, register
-from . import state_dtype
+from .contract import state_dtype
 
 CHUNK = 64
 # Tokens prepared at once. It bounds the memory in use at any T and keeps the working set near a CPU's caches.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..registry import Kernel, register
+from .contract import Rule
 from .launch import on_device, strides, tl, triton, why_not
-from .layer import Rule
 from .step import _norm_gate
 
 # Elements a program, and warps: 32 rows of 128 as 32 numbers a thread. Bound by memory; not timed.

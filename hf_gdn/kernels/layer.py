@@ -12,82 +12,14 @@ it; the rest is fp32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import Kernel, register
-from . import state_dtype
+from .contract import ACTIVATIONS, Prepared, Raw, Rule, Weights, state_dtype
 from .eager import l2norm, recurrent, why_not, without_autocast
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
-
-
-class Raw(NamedTuple):
-    """What a layer's projections make of hidden states ``[B, T, hidden]``; R = HV / HK value heads to a key head.
-
-    The last dimension of q, k, v, z and of KDA's a is contiguous.
-    """
-
-    q: Tensor  # [B, T, HK, K], before the convolution
-    k: Tensor  # [B, T, HK, K]
-    v: Tensor  # [B, T, HK, R, V]
-    a: Tensor | None  # [B, T, HK, R] (GDN) or [B, T, HV K] (KDA), before bias and gate; None where g is given
-    b: Tensor  # [B, T, HK, R], before the sigmoid
-    z: Tensor  # [B, T, HK, R, V], gate of the output norm
-    qkv: Tensor | None = None  # [B, T, C], q | k | v, where a projection gives it
-    g: Tensor | None = None  # [B, T, HV, K], from a forget gate that had to be called
-
-    def joined(self) -> Tensor:
-        """q | k | v side by side, ``[B, T, C]``."""
-        if self.qkv is not None:
-            return self.qkv
-        return torch.cat((self.q.flatten(2), self.k.flatten(2), self.v.flatten(2)), -1)
-
-
-class Weights(NamedTuple):
-    """The parameters that are used here, in any float dtype."""
-
-    conv: Tensor  # [C, width]
-    conv_bias: Tensor | None  # [C]
-    A_log: Tensor  # [HV] elements
-    dt_bias: Tensor  # [HV] or, for KDA, [HV K] elements
-    norm: Tensor | None  # [V]; None where the norm has to be called
-
-
-class Rule(NamedTuple):
-    """What differs between families.
-
-    Args:
-        lower_bound: the decay is ``lower_bound sigmoid(exp(A_log) a)`` rather than ``-exp(A_log) softplus(a)``.
-        decay_in_dtype: the decay is rounded to the model's dtype.
-        beta_scale: factor on beta.
-        activation: of the convolution: a name of `ACTIVATIONS`, or a function where it is another one.
-        gate: activation of the norm's gate, likewise.
-        norm_in_fp32: the norm's weight is applied in fp32, else in the model's dtype, after rounding.
-        eps: of the norm.
-    """
-
-    lower_bound: float | None = None
-    decay_in_dtype: bool = False
-    beta_scale: float = 1.0
-    activation: str | Callable[[Tensor], Tensor] = "silu"
-    gate: str | Callable[[Tensor], Tensor] = "silu"
-    norm_in_fp32: bool = False
-    eps: float = 1e-6
-
-
-class Prepared(NamedTuple):
-    """What the delta rule is given."""
-
-    q: Tensor  # [B, T, HK, K], normalised over K, in the model's dtype
-    k: Tensor  # [B, T, HK, K], likewise
-    v: Tensor  # [B, T, HV, V], in the model's dtype
-    g: Tensor  # [B, T, HV] (GDN) or [B, T, HV, K] (KDA), natural-log decay in fp32
-    beta: Tensor  # [B, T, HV], in fp32
-    window: Tensor | None  # [B, C, keep], contiguous: what the convolution's window is to be; None where keep is 0
 
 
 def activation(function: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..registry import Kernel, register
 from .chunk_common import CHUNK, chunks_of, locate_chunk
+from .contract import Prepared, Raw, Rule, Weights
 from .launch import on_device, strides, tl, triton, why_not
-from .layer import Prepared, Raw, Rule, Weights
 from .step import _log_decay, _strength
 
 # By the wider padded dimension of a head: (tokens a program, warps), 16 numbers a thread. At 32 some targets spill.
