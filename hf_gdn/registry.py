@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import pkgutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,17 +27,7 @@ DEFAULT_BACKEND = os.environ.get("HF_GDN_BACKEND") or "auto"
 # The order in which "auto" tries backends, whatever the order of imports. Other backends are appended unless registered
 # with `before`.
 _ORDER = ("triton", "fla", "eager")
-_BUILTIN = (
-    "hf_gdn.kernels.recurrent",
-    "hf_gdn.kernels.step",
-    "hf_gdn.kernels.prologue",
-    "hf_gdn.kernels.gated_norm",
-    "hf_gdn.kernels.chunk_gdn",
-    "hf_gdn.kernels.chunk_kda",
-    "hf_gdn.kernels.fla",
-    "hf_gdn.kernels.eager",
-    "hf_gdn.kernels.layer",
-)
+_BUILTIN = "hf_gdn.kernels"  # a folder for each backend; all its modules are imported
 
 
 class BackendError(RuntimeError):
@@ -180,6 +171,10 @@ def unregister(op: str, backend: str) -> None:
     _chosen.clear()
 
 
+def _submodules(package: str) -> list[pkgutil.ModuleInfo]:
+    return list(pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."))
+
+
 def _load() -> None:
     """Load built-in kernels, then add those that wait for them, then load plug-ins."""
     global _loaded
@@ -188,8 +183,10 @@ def _load() -> None:
             return
         _loaded = True  # first, since a plug-in may ask the registry what is there
         try:
-            for module in _BUILTIN:
-                importlib.import_module(module)
+            for folder in _submodules(_BUILTIN):
+                if folder.ispkg:
+                    for module in _submodules(folder.name):
+                        importlib.import_module(module.name)
             # Kernels that go ahead of another one come last, so that the other one is there.
             _waiting.sort(key=lambda row: (row[0].backend not in _ORDER, row[1] is not None))
             while _waiting:

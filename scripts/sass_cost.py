@@ -62,7 +62,7 @@ def work(batch: int, tokens: int) -> dict[str, Work]:
     chunks = math.ceil(tokens / CHUNK)
     prepare = HK * batch * chunks
     steps = K // chunk.chunk_gdn.PREPARE_TILE
-    columns, _, _ = chunk.chunk_common.scan_options(batch * HV, V, K, 2, chunk.SHARED_LIMIT["sm_90"], 2)
+    columns, _, _ = chunk.chunks.scan_options(batch * HV, V, K, 2, chunk.SHARED_LIMIT["sm_90"], 2)
     scan = Work(math.ceil(V / columns) * HV * batch, (chunks,))
     return {
         "gdn prepare": Work(prepare, (steps, HV // HK)),

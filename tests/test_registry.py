@@ -158,7 +158,7 @@ def test_kernels_registered_before_the_built_in_ones_keep_their_place():
 register("chunk_gdn", "last")
 register("chunk_gdn", "mine", before="eager")
 register("chunk_gdn", "first", before="mine")
-import hf_gdn.kernels.eager  # which then waits as well
+import hf_gdn.kernels.eager.chunk_gdn  # whose kernel then waits as well
 print([kernel.backend for kernel in registry.kernels("chunk_gdn")])
 """)
     assert out.stdout.strip() == "['triton', 'fla', 'first', 'mine', 'eager', 'last']", out.stderr

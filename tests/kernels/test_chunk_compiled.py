@@ -9,14 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from hf_gdn.kernels.launch import HAS_TRITON, INTERPRET
+from hf_gdn.kernels.triton.runtime import HAS_TRITON, INTERPRET
 
 if INTERPRET or not HAS_TRITON:
     pytest.skip("needs Triton's compiler: the package, and no TRITON_INTERPRET", allow_module_level=True)
 
 import triton.language as tl
 
-from hf_gdn.kernels import chunk_common, chunk_gdn, chunk_inverse, chunk_kda, chunk_kda_prepare, chunk_kda_scores
+from hf_gdn.kernels.triton import (
+    chunk_gdn,
+    chunk_kda,
+    chunk_kda_prepare,
+    chunk_kda_strong_decay,
+    chunks,
+    triangular_inverse,
+)
 
 from .compiled import SHARED_LIMIT, TARGETS, Compiled, compile_for
 
@@ -59,7 +66,7 @@ PREPARE = Launch(
     lambda BK: {
         "BC": chunk_gdn.HALF,
         "BK": min(BK, chunk_gdn.PREPARE_TILE),
-        "INSIDE": chunk_inverse.OPERANDS[torch.bfloat16],
+        "INSIDE": triangular_inverse.OPERANDS[torch.bfloat16],
         "QK_L2NORM": False,
     },
     num_warps=lambda BK: chunk_gdn.PREPARE_WARPS[torch.bfloat16],
@@ -80,21 +87,21 @@ LAUNCHES = {
         lambda BK: {
             "BK": min(BK, chunk_kda.PREPARE_TILE),
             "INSIDE": tl.bfloat16,
-            "OPERANDS": chunk_inverse.OPERANDS[torch.bfloat16],
+            "OPERANDS": triangular_inverse.OPERANDS[torch.bfloat16],
         },
         num_warps=lambda BK: chunk_kda.PREPARE_WARPS,
         num_stages=chunk_kda.PREPARE_STAGES,
     ),
     "kda scores": Launch(
-        chunk_kda_scores.scores_kernel,
+        chunk_kda_strong_decay.scores_kernel,
         ("p_g", "p_range", "p_n", "p_norms"),
         lambda BK: {"BK": min(BK, chunk_kda.SCORES_TILE), "BC": chunk_kda.BLOCK, "INSIDE": tl.bfloat16},
         num_warps=lambda BK: chunk_kda.SCORES_WARPS,
     ),
     "kda inverse": Launch(
-        chunk_kda_scores.inverse_kernel,
+        chunk_kda_strong_decay.inverse_kernel,
         ("p_g", "p_range", "p_n", "p_norms"),
-        lambda BK: {"BK": min(BK, chunk_kda.INVERSE_TILE), "OPERANDS": chunk_inverse.OPERANDS[torch.bfloat16]},
+        lambda BK: {"BK": min(BK, chunk_kda.INVERSE_TILE), "OPERANDS": triangular_inverse.OPERANDS[torch.bfloat16]},
         num_warps=lambda BK: chunk_kda.INVERSE_WARPS,
     ),
     "kda scan": Launch(
@@ -111,12 +118,12 @@ def check(
 ) -> Compiled:
     """Compile the kernel as launched on bf16 tensors, with all optional pointers but packing's and `absent`."""
     launch = LAUNCHES[name]
-    BK = chunk_common.padded(K)
-    constexprs = {"HK": HK, "HV": HK * group, "K": K, "V": V, "BT": chunk_common.CHUNK, "PRECISION": None}
+    BK = chunks.padded(K)
+    constexprs = {"HK": HK, "HV": HK * group, "K": K, "V": V, "BT": chunks.CHUNK, "PRECISION": None}
     constexprs["WIDEST"] = chunk_kda_prepare.WIDEST[torch.bfloat16]
     num_warps, options, width = launch.num_warps(BK), {"num_stages": launch.num_stages}, BK
     if launch.key_tiles:
-        BV, num_warps, options["num_stages"] = chunk_common.scan_options(
+        BV, num_warps, options["num_stages"] = chunks.scan_options(
             heads, V, BK, 2, SHARED_LIMIT[target], launch.key_tiles
         )
         constexprs["BV"] = width = BV

@@ -2,15 +2,15 @@
 
 import pytest
 
-from hf_gdn.kernels.launch import HAS_TRITON, INTERPRET
+from hf_gdn.kernels.triton.runtime import HAS_TRITON, INTERPRET
 
 if INTERPRET or not HAS_TRITON:
     pytest.skip("needs Triton's compiler: the package, and no TRITON_INTERPRET", allow_module_level=True)
 
 import triton
 
-from hf_gdn.kernels import gated_norm
-from hf_gdn.kernels import prologue as module
+from hf_gdn.kernels.triton import gated_norm
+from hf_gdn.kernels.triton import prologue as module
 
 from .compiled import TARGETS, Compiled, check, compile_for
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from hf_gdn.kernels import GATED_NORM, PROLOGUE_GDN, PROLOGUE_KDA, STEP_KDA, reference
-from hf_gdn.kernels import gated_norm as norm_module
-from hf_gdn.kernels import prologue as module
-from hf_gdn.kernels.launch import INTERPRET
+from hf_gdn.kernels.triton import gated_norm as norm_module
+from hf_gdn.kernels.triton import prologue as module
+from hf_gdn.kernels.triton.runtime import INTERPRET
 from tests.tiny import assert_close
 
 from .steps import FAMILIES, double
@@ -233,7 +233,7 @@ def test_norm_rows_are_independent_to_the_bit():
 
 def test_norm_rounds_as_plain_pytorch_does(rounded_bf16):
     """In bf16 the eager norm, which keeps the families' roundings, gives the same bits in all but a few places."""
-    from hf_gdn.kernels.layer import gated_norm
+    from hf_gdn.kernels.eager.gated_norm import gated_norm
 
     for rule in ("qwen3_next", "kimi_linear"):
         inputs = make_norm("more_than_a_program", rule, dtype=torch.bfloat16)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_gdn.kernels import RECURRENT_GDN, RECURRENT_KDA
-from hf_gdn.kernels import recurrent as module
-from hf_gdn.kernels.recurrent import recurrent
+from hf_gdn.kernels.triton import recurrent as module
+from hf_gdn.kernels.triton.recurrent import recurrent
 
 from .test_recurrent_interpreted import BUDGET, assert_same, check, make, tokens
 

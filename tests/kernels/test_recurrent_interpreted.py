@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from hf_gdn.kernels import RECURRENT_GDN, RECURRENT_KDA
-from hf_gdn.kernels import recurrent as module
-from hf_gdn.kernels.launch import INTERPRET
-from hf_gdn.kernels.recurrent import recurrent
 from hf_gdn.kernels.reference import delta_rule
+from hf_gdn.kernels.triton import recurrent as module
+from hf_gdn.kernels.triton.recurrent import recurrent
+from hf_gdn.kernels.triton.runtime import INTERPRET
 from tests.tiny import assert_close
 
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")]

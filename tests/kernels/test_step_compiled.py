@@ -2,15 +2,15 @@
 
 import pytest
 
-from hf_gdn.kernels.launch import HAS_TRITON, INTERPRET
+from hf_gdn.kernels.triton.runtime import HAS_TRITON, INTERPRET
 
 if INTERPRET or not HAS_TRITON:
     pytest.skip("needs Triton's compiler: the package, and no TRITON_INTERPRET", allow_module_level=True)
 
 import triton
 
-from hf_gdn.kernels import step as module
-from hf_gdn.kernels.recurrent import _LAUNCH, launch_options
+from hf_gdn.kernels.triton import step as module
+from hf_gdn.kernels.triton.recurrent import _LAUNCH, launch_options
 
 from .compiled import TARGETS, Compiled, check, compile_for
 

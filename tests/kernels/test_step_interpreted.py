@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from hf_gdn.kernels import STEP_KDA, reference
-from hf_gdn.kernels import step as module
-from hf_gdn.kernels.launch import INTERPRET
+from hf_gdn.kernels.triton import step as module
+from hf_gdn.kernels.triton.runtime import INTERPRET
 from tests.tiny import assert_close
 
 from .steps import FAMILIES, double

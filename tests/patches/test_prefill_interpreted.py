@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import hf_gdn
 from hf_gdn import ops, registry
-from hf_gdn.kernels.launch import INTERPRET
+from hf_gdn.kernels.triton.runtime import INTERPRET
 from tests import tiny
 
 from .test_step_interpreted import PRODUCTS, Operators, states

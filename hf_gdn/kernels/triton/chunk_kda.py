@@ -8,7 +8,7 @@ Per sequence and value head, G the running sum of g [., K] inside a chunk, S the
 
 The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives the form.
 
-`chunk_kda_prepare` makes A, P, and q and k with their decay from and to the ends of the chunk; `chunk_kda_scores`
+`chunk_kda_prepare` makes A, P, and q and k with their decay from and to the ends of the chunk; `chunk_kda_strong_decay`
 serves chunks that decay too much for it; the scan follows, with S in registers.
 """
 
@@ -17,19 +17,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import Kernel, register
-from .chunk_common import (
+from ...registry import Kernel, register
+from .chunk_kda_prepare import WIDEST, prepare_kernel
+from .chunk_kda_strong_decay import inverse_kernel, scores_kernel
+from .chunks import (
     CHUNK,
     chunks_of,
     dot,
     input_precision,
     padded,
 )
-from .chunk_inverse import OPERANDS
-from .chunk_kda_prepare import WIDEST, prepare_kernel
-from .chunk_kda_scores import inverse_kernel, scores_kernel
-from .launch import on_device, strides, tl, triton, why_not
-from .segments import load_state, locate_segment, scan, store_state
+from .runtime import on_device, strides, tl, triton, why_not
+from .segmented_scan import load_state, locate_segment, scan, store_state
+from .triangular_inverse import OPERANDS
 
 BLOCK = 16
 # Channels per step, and warps, of each kernel: so that every target compiles without spills. Not yet timed.

@@ -21,10 +21,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import Kernel, register
-from .contract import Raw, Rule, Weights
-from .launch import on_device, strides, tl, triton, why_not
+from ...registry import Kernel, register
+from ..contract import Raw, Rule, Weights
 from .recurrent import FP_FUSION, _l2norm, _sum_rows, _token, launch_options
+from .runtime import on_device, strides, tl, triton, why_not
 
 
 @triton.jit

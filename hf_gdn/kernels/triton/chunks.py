@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import INTERPRET, tl, triton
+from .runtime import INTERPRET, tl, triton
 
 CHUNK = 64
 _INTERPRETED = tl.constexpr(INTERPRET)

@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import Kernel, register
-from .launch import on_device, strides, tl, triton, why_not
+from ...registry import Kernel, register
+from .runtime import on_device, strides, tl, triton, why_not
 
 # (up to so many heads in the batch, BV, warps) at K = 128: few heads want many programs, many heads want wide rows.
 # Measured on one H200, with the sketch this kernel grew from, at T = 1, K = V = 128, 32 heads and batches of 1, 8, 32,

@@ -16,10 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import Kernel, register
-from .chunk_common import CHUNK, chunks_of, locate_chunk
-from .contract import Prepared, Raw, Rule, Weights
-from .launch import on_device, strides, tl, triton, why_not
+from ...registry import Kernel, register
+from ..contract import Prepared, Raw, Rule, Weights
+from .chunks import CHUNK, chunks_of, locate_chunk
+from .runtime import on_device, strides, tl, triton, why_not
 from .step import _log_decay, _strength
 
 # By the wider padded dimension of a head: (tokens a program, warps), 16 numbers a thread. At 32 some targets spill.

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunk_common import CHUNK, Chunks, dot, input_precision, locate_sequence, padded, scan_options, shared_memory
-from .launch import on_device, tl, triton
+from .chunks import CHUNK, Chunks, dot, input_precision, locate_sequence, padded, scan_options, shared_memory
+from .runtime import on_device, tl, triton
 
 # Tokens a sequence must have to be cut: four chunks a segment at least. Predicted, not measured: the scan of two heads
 # and 4096 tokens takes 106 us uncut; cut, 18 us for both passes, and perhaps 30 for 14 steps of the merge and launches.

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import Kernel, register
-from .contract import Rule
-from .launch import on_device, strides, tl, triton, why_not
+from ...registry import Kernel, register
+from ..contract import Rule
+from .runtime import on_device, strides, tl, triton, why_not
 from .step import _norm_gate
 
 # Elements a program, and warps: 32 rows of 128 as 32 numbers a thread. Bound by memory; not timed.

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import torch
 
-from .chunk_common import dot
-from .launch import tl, triton
+from .chunks import dot
+from .runtime import tl, triton
 
 # Operands of the products, by dtype of the inputs. fp16 inputs deserve more than eleven bits.
 OPERANDS = {torch.bfloat16: tl.float16, torch.float16: tl.float32, torch.float32: tl.float32}

@@ -15,10 +15,10 @@ Programs of other chunks read the chunk's range and leave.
 
 from __future__ import annotations
 
-from .chunk_common import LOG2E, dot, locate_chunk
-from .chunk_inverse import invert_halves, store_halves
 from .chunk_kda_prepare import RUN, VECTOR, row_order, running_sum
-from .launch import tl, triton
+from .chunks import LOG2E, dot, locate_chunk
+from .runtime import tl, triton
+from .triangular_inverse import invert_halves, store_halves
 
 # Widest log-decay of a 16-row block that goes through one product: its factors reach e^60, times k well inside fp32.
 # Their products can overflow above the diagonal only, where they are dropped.

@@ -7,7 +7,7 @@ Per sequence and value head, G the running sum of g inside a chunk, S the state 
     u = A (V - e^G K S) ;  O = scale e^G Q S + P u ;  S <- e^(G_last) S + K^T (e^(G_last - G) u)
 
 The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives the form. One kernel prepares A and P
-of all chunks at once, a second walks the chunks of a sequence, or of a segment of one (`segments`), with S in
+of all chunks at once, a second walks the chunks of a sequence, or of a segment of one (`segmented_scan`), with S in
 registers.
 
 A program of the first serves a chunk and a key head: K K^T and Q K^T once, in three tiles of 32 rows and columns (the
@@ -23,8 +23,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import Kernel, register
-from .chunk_common import (
+from ...registry import Kernel, register
+from .chunks import (
     CHUNK,
     LOG2E,
     chunks_of,
@@ -33,9 +33,9 @@ from .chunk_common import (
     locate_chunk,
     padded,
 )
-from .chunk_inverse import OPERANDS, invert_halves, store_halves
-from .launch import on_device, strides, tl, triton, why_not
-from .segments import load_state, locate_segment, scan, store_state
+from .runtime import on_device, strides, tl, triton, why_not
+from .segmented_scan import load_state, locate_segment, scan, store_state
+from .triangular_inverse import OPERANDS, invert_halves, store_halves
 
 HALF = CHUNK // 2
 # Channels per step, stages and warps of the preparation: so that bf16 and fp32 do not spill. Not yet timed.

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import torch
 
-from ..registry import Request
+from ...registry import Request
 
 try:
     import triton
