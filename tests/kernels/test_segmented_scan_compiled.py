@@ -15,6 +15,7 @@ from hf_gdn.kernels.triton import chunk_gdn, chunk_kda, chunks, segmented_scan
 
 from .compiled import SHARED_LIMIT, TARGETS, Compiled, compile_for
 
+MERGE = segmented_scan.MERGE_CONFIG
 # Kernel, its fp32 tensors, what only its outputs need, and [64, BK] tiles per chunk.
 SCANS = {
     "gdn": (chunk_gdn._scan_kernel, ("p_kin", "p_qin", "p_kout", "p_decay"), ("p_q", "p_p", "p_qin", "p_o"), 2),
@@ -47,7 +48,7 @@ def compiled(kernel, name, target, K, V, fp32, constexprs, packed, **options) ->
 def check_scan(op: str, target: str, K: int = 128, V: int = 128, states=False, packed=False) -> Compiled:
     """Compile one of the two passes over segments as it is launched on bf16 tensors on `target`."""
     kernel, fp32, outputs, key_tiles = SCANS[op]
-    sizes = chunks.scan_options(1, V, chunks.padded(K), 2, SHARED_LIMIT[target], key_tiles)
+    sizes = chunks.scan_config(1, V, chunks.padded(K), 2, SHARED_LIMIT[target], key_tiles)
     options = dict(zip(("num_warps", "num_stages"), sizes[1:], strict=True))
     constexprs = {"BV": sizes[0], "PRECISION": None, **(dict.fromkeys((*outputs, "p_final")) if states else {})}
     return compiled(kernel, f"{op} {'states' if states else 'scan'}", target, K, V, fp32, constexprs, packed, **options)
@@ -56,9 +57,9 @@ def check_scan(op: str, target: str, K: int = 128, V: int = 128, states=False, p
 def check_merge(target: str, K: int = 128, V: int = 128, packed=False, precision: str | None = None) -> Compiled:
     BK = chunks.padded(K)
     precision = precision or ("ieee" if target.startswith("gfx") else "tf32x3")
-    constexprs = {"BV": segmented_scan.MERGE_COLUMNS, "BI": min(BK, segmented_scan.MERGE_TILE), "PRECISION": precision}
+    constexprs = {"BV": MERGE.BV, "BI": min(BK, MERGE.BI), "PRECISION": precision}
     options = {
-        "num_warps": segmented_scan.MERGE_WARPS,
+        "num_warps": MERGE.num_warps,
         "num_stages": segmented_scan.merge_stages(BK, SHARED_LIMIT[target]),
     }
     return compiled(segmented_scan._merge_kernel, "merge", target, K, V, (), constexprs, packed, **options)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from hf_gdn.kernels.triton.runtime import INTERPRET
+from hf_gdn.kernels.triton.runtime import INTERPRET, NOT_MEASURED
 
 if not INTERPRET:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -52,7 +52,8 @@ def cut(monkeypatch):
     """``cut(count, minimum)``: from now on sequences of `minimum` tokens are cut into `count` segmented_scan."""
 
     def cut(count: int, minimum: int = 128) -> None:
-        monkeypatch.setattr(segmented_scan, "_SEGMENTS", ((float("inf"), count),))
+        config = segmented_scan.SegmentsConfig(max_columns=float("inf"), segments=count, measured_on=NOT_MEASURED)
+        monkeypatch.setattr(segmented_scan, "SEGMENTS_CONFIGS", (config,))
         monkeypatch.setattr(segmented_scan, "MINIMUM", minimum)
 
     return cut
@@ -233,4 +234,4 @@ def test_split_anywhere_equals_whole(op, at, cut):
 )
 def test_segments_by_heads_and_card(multiprocessors, counts, monkeypatch):
     monkeypatch.setattr(segmented_scan, "MULTIPROCESSORS", multiprocessors)
-    assert {HV: segmented_scan.segments_of(HV, 128, torch.device("cpu")) for HV in counts} == counts
+    assert {HV: segmented_scan.segment_count(HV, 128, torch.device("cpu")) for HV in counts} == counts

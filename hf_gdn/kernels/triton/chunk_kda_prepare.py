@@ -18,10 +18,13 @@ thread holds what is Triton's choice: the order is for speed, and right whatever
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from .chunks import LOG2E, dot, locate_chunk
-from .runtime import tl, triton
+from .chunks import locate_chunk
+from .math import LOG2E, dot
+from .runtime import NOT_MEASURED, LaunchConfig, tl, triton
 from .triangular_inverse import halves, invert_halves, store_halves
 
 # Widest log-decay that is split in the middle, by dtype of the inputs. At 120 factors reach e^60, which leaves 1e12 to
@@ -31,6 +34,23 @@ from .triangular_inverse import halves, invert_halves, store_halves
 WIDEST = {torch.bfloat16: 120.0, torch.float16: 120.0, torch.float32: 8.0}
 RUN = tl.constexpr(4)  # rows in succession that a thread holds
 VECTOR = tl.constexpr(4)  # channels that it loads at once: with more it would hold fewer rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(LaunchConfig):
+    """Launch of the preparation.
+
+    Args:
+        BK: channels per step.
+        num_stages: steps whose loads are under way.
+    """
+
+    BK: int
+    num_stages: int
+
+
+# Every target compiles without spills.
+PREPARE_CONFIG = PrepareConfig(BK=32, num_warps=4, num_stages=3, measured_on=NOT_MEASURED)
 
 
 @triton.jit

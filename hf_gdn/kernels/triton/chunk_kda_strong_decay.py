@@ -15,14 +15,37 @@ Programs of other chunks read the chunk's range and leave.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from .chunk_kda_prepare import RUN, VECTOR, row_order, running_sum
-from .chunks import LOG2E, dot, locate_chunk
-from .runtime import tl, triton
+from .chunks import locate_chunk
+from .math import LOG2E, dot
+from .runtime import NOT_MEASURED, LaunchConfig, tl, triton
 from .triangular_inverse import invert_halves, store_halves
 
 # Widest log-decay of a 16-row block that goes through one product: its factors reach e^60, times k well inside fp32.
 # Their products can overflow above the diagonal only, where they are dropped.
 _WIDEST_BLOCK = tl.constexpr(120.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresConfig(LaunchConfig):
+    """Launch of the scores; BC rows of a chunk per program, BK channels per step."""
+
+    BC: int
+    BK: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseConfig(LaunchConfig):
+    """Launch of the inverse; BK channels per step."""
+
+    BK: int
+
+
+# Every target compiles without spills.
+SCORES_CONFIG = ScoresConfig(BC=16, BK=32, num_warps=2, measured_on=NOT_MEASURED)
+INVERSE_CONFIG = InverseConfig(BK=32, num_warps=4, measured_on=NOT_MEASURED)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from .chunks import dot
+from .math import dot
 from .runtime import tl, triton
 
 # Operands of the products, by dtype of the inputs. fp16 inputs deserve more than eleven bits.
