@@ -19,7 +19,7 @@ from .. import registry
 from ..caches import rewind
 from ..kernels.contract import Raw, Rule, Weights, state_dtype
 from ..once import read_once
-from ..ops import launch, launch_norm, launch_prologue, launch_step
+from ..operators import launch, launch_norm, launch_prologue, launch_step
 from ..registry import BackendError, warn_once
 from . import packing
 from .family import Family

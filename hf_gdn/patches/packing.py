@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..caches.sinks import SinkCache
 from ..once import read_once
-from ..ops import check_bounds
+from ..operators import check_bounds
 
 MODEL_ARGUMENTS = ["position_ids", "attention_mask", "past_key_values"]
 

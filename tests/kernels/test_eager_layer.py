@@ -7,7 +7,7 @@ what they make together. The oracle shares nothing with it.
 import pytest
 import torch
 
-from hf_gdn import ops, registry
+from hf_gdn import operators, registry
 from hf_gdn.kernels import GATED_NORM, PROLOGUE_GDN, PROLOGUE_KDA, STEP_KDA, reference
 from hf_gdn.kernels.contract import Prepared
 from hf_gdn.kernels.eager.gated_norm import gated_norm
@@ -47,7 +47,7 @@ def test_the_operator_passes_opcheck(inputs):
     op = "step_kda" if inputs["raw"].a.dim() == 3 else "step_gdn"
     tensors = *inputs["raw"][:6], *inputs["weights"], inputs["window"], inputs["state"]
     tensors = [x if x is None else x.contiguous() for x in tensors]
-    torch.library.opcheck(ops.STEP_OPERATORS[op], (*tensors, *inputs["rule"], "eager"))
+    torch.library.opcheck(operators.STEP_OPERATORS[op], (*tensors, *inputs["rule"], "eager"))
 
 
 def test_compiles_as_an_operator_without_a_break(inputs):
@@ -56,7 +56,7 @@ def test_compiles_as_an_operator_without_a_break(inputs):
     kernel = registry.Kernel(op, "eager", step, lambda request: None)
 
     def function(raw, window, state):
-        return ops.launch_step(kernel, raw, inputs["weights"], inputs["rule"], window, state) + 1
+        return operators.launch_step(kernel, raw, inputs["weights"], inputs["rule"], window, state) + 1
 
     results = []
     for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
@@ -141,7 +141,7 @@ def test_the_prologues_operator(call, keep):
     raw = [x if x is None else x.contiguous() for x in call["raw"][:6]]
     window = call["window"] if keep else None
     given = (*raw, *call["weights"][:4], *call["rule"][:3], window, keep, None, torch.tensor([9, 4]), "eager")
-    torch.library.opcheck(ops.PROLOGUE_OPERATORS[operator(call)], given)
+    torch.library.opcheck(operators.PROLOGUE_OPERATORS[operator(call)], given)
 
 
 def test_prologue_and_norm_compile_as_operators_without_a_break(call):
@@ -151,8 +151,10 @@ def test_prologue_and_norm_compile_as_operators_without_a_break(call):
     last = registry.Kernel("gated_norm", "eager", gated_norm, lambda request: None)
 
     def function(raw, window):
-        made = ops.launch_prologue(first, raw, weights, rule, window=window, keep=4, cu_seqlens=None, lengths=None)
-        return *made, ops.launch_norm(last, made.v, raw.z, weights.norm, rule) + 1
+        made = operators.launch_prologue(
+            first, raw, weights, rule, window=window, keep=4, cu_seqlens=None, lengths=None
+        )
+        return *made, operators.launch_norm(last, made.v, raw.z, weights.norm, rule) + 1
 
     results = [
         f(call["raw"], call["window"]) for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager"))
@@ -164,7 +166,7 @@ def test_prologue_and_norm_compile_as_operators_without_a_break(call):
 def test_the_norms_operator(call):
     z, weight, rule = call["raw"].z.contiguous(), call["weights"].norm, call["rule"]
     o = torch.randn(2, 9, 4, 20)
-    torch.library.opcheck(ops.NORM_OPERATOR, (o, z, weight, *rule[4:], "eager"))
+    torch.library.opcheck(operators.NORM_OPERATOR, (o, z, weight, *rule[4:], "eager"))
 
 
 @pytest.mark.parametrize("gate", ["silu", "sigmoid"])
