@@ -61,7 +61,7 @@ def _scan_kernel(
 ):  # fmt: skip
     STATE_ONLY: tl.constexpr = p_o is None
     COLUMNS: tl.constexpr = V + K if STATE_ONLY else V
-    # One grid axis for everything: y and z end at 65,535. Tiles of a head are neighbours and share what they read.
+    # One grid axis, since y and z are limited to 65,535. Tiles of a head are neighbours and share what they read.
     i_program = tl.program_id(0)
     i_v = i_program % tl.cdiv(COLUMNS, BV)
     i_xh = (i_program // tl.cdiv(COLUMNS, BV)).to(tl.int64)

@@ -1,6 +1,6 @@
 """Chunks of Kimi delta attention that decay by more than one product over the whole chunk can hold.
 
-For these, `chunk_kda_prepare` leaves open (G the running sum of g [., K] inside a chunk of 64 tokens)
+For these, `chunk_kda_prepare` leaves to this file (G the running sum of g [., K] inside a chunk of 64 tokens)
 
     N = tril(sum_d k_id k_jd e^(G_id - G_jd), -1) ;  A = (diag(1 / beta) + N)^-1
     P = scale * tril(sum_d q_id k_jd e^(G_id - G_jd)) ;   kout = e^(G_last - G) k
@@ -10,7 +10,7 @@ block and columns before it, the block's first row (both factors are at most 1, 
 middle of the block's range, as long as that range leaves both factors finite; where it does not, column by column
 without splitting. No exponent is the difference of two sums: each is summed from the gates between its two rows.
 
-Programs of other chunks read the chunk's range and leave.
+Programs of all other chunks read the chunk's range and return.
 """
 
 from __future__ import annotations

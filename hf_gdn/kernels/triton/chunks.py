@@ -1,7 +1,7 @@
 """What the chunked kernels share: where a chunk lies, and how a scan over chunks is launched.
 
-A chunk is 64 tokens. In packed sequences every sequence starts a chunk of its own, and its last one may be short;
-which sequence a program serves is looked up on the device, so that no length ever has to come back to the host.
+A chunk is 64 tokens. Every packed sequence starts a new chunk, and its last chunk may be short. Which sequence a
+program serves is looked up on the device, so that lengths never cause a host sync.
 """
 
 from __future__ import annotations
@@ -75,21 +75,21 @@ def chunks_of(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
     counts = (cu_seqlens.diff() + (CHUNK - 1)) // CHUNK
     ends = counts.cumsum(0)
     numbers = torch.arange(programs, device=cu_seqlens.device)
-    # A program too many is given to the last sequence, finds itself past its end and leaves.
+    # Surplus programs are assigned to the last sequence; they start past its end and return.
     sequence = torch.searchsorted(ends, numbers, right=True).clamp_(max=sequences - 1)
     return Chunks(programs, cu_seqlens, ends - counts, sequence)
 
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    # Asked of Triton, since torch's properties do not name it on every platform.
+    # From Triton: torch's device properties lack it on some platforms.
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
     return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have on `device`; in the interpreter no limit matters."""
+    """Bytes of shared memory that a block may have on `device`; as good as unlimited in the interpreter."""
     return _shared_memory(device) if device.type == "cuda" else 2**20
 
 
@@ -120,7 +120,7 @@ def scan_config(heads: int, V: int, BK: int, itemsize: int, shared: int, key_til
 
 @triton.jit
 def locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T):
-    """``(batch, first token, end of the sequence)`` of a chunk; at or past the end when the program is one too many."""
+    """``(batch, first token, end of the sequence)`` of a chunk; at or past the end for surplus programs."""
     if p_bounds is not None:
         i_n = tl.load(p_sequence + i_chunk)
         i_b = i_chunk * 0

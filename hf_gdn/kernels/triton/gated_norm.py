@@ -2,7 +2,7 @@
 
     y = norm(o) gate(z) ,  norm(o) = o / sqrt(mean o^2 + eps) * weight
 
-The oracle is `hf_gdn.kernels.reference.gated_norm`. z is read where the projection left it, in the family's own layout.
+The oracle is `hf_gdn.kernels.reference.gated_norm`. z is a view of the projection's output, in the family's layout.
 Where the weight is applied in the model's dtype (Qwen3-Next) the norm is rounded before and after it, else it stays in
 fp32 (Kimi-Linear).
 """
@@ -63,7 +63,7 @@ def _gated_norm_kernel(
 
 
 def gated_norm(o: Tensor, z: Tensor, weight: Tensor, rule: Rule) -> Tensor:
-    """RMS norm of o, gated by z; no gradients. All arithmetic is fp32 but for the roundings that are the model's.
+    """RMS norm of o, gated by z; no gradients. All arithmetic is fp32, except where the model rounds.
 
     Args:
         o: ``[B, T, HV, V]`` in fp16, bf16 or fp32, contiguous; V up to 256.

@@ -3,12 +3,13 @@
     x <- silu(conv(window | x)) for x = q, k, v ;  q, k <- x / sqrt(sum x^2 + 1e-6)
     g <- -exp(A_log) softplus(a + dt_bias), or lower_bound sigmoid(exp(A_log) (a + dt_bias)) ;  beta <- sigmoid(b)
 
-The oracle is `hf_gdn.kernels.reference.prologue`. Projections are read where they lie, in the family's own layout, and
-each activation is written once, as the chunk kernels read it: no split, cat, transpose or fp32 copy.
+The oracle is `hf_gdn.kernels.reference.prologue`. Inputs are views of the projections' outputs in the family's own
+layout. Each activation is written once, in the layout that the chunk kernels read: no split, cat, transpose or fp32
+copy.
 
 A program serves some tokens of a sequence and one head: q and k of a key head, or v, decay and beta of a value head.
-The taps of the convolution load the tile again, shifted; all but the first of those loads hit the nearest cache. What
-the window is to be goes to a tensor of its own: the cache moves when the rest of the call has run.
+Every tap of the convolution loads the tile again, shifted; all but the first load hit the nearest cache. The next
+window is written to a tensor of its own; the cache is updated after the rest of the call has run.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _prologue_kernel(
     IS_KDA: tl.constexpr,
     DECAY_IN_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    # Heads of the same tokens are neighbours: they lie in the same rows.
+    # Neighbouring programs serve heads of the same tokens, which lie in the same rows.
     i_h = tl.program_id(0) % (HK + HV)
     i_tile = (tl.program_id(0) // (HK + HV)).to(tl.int64)
     i_chunk, i_sub = i_tile // (CHUNK // BT), i_tile % (CHUNK // BT)

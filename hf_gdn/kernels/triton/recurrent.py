@@ -20,7 +20,7 @@ from .runtime import on_device, strides, tl, triton, why_not
 from .tokens import FP_FUSION, delta_rule_token, tile_config
 
 
-# A single token gets a kernel of its own, without a loop; other values of T share one.
+# T = 1 is compiled separately, without a loop; all other values of T share one kernel.
 @triton.jit(do_not_specialize_on_alignment=["T"])
 def _recurrent_kernel(
     p_q,  # [B, T, HK, K]
@@ -50,7 +50,7 @@ def _recurrent_kernel(
     IS_KDA: tl.constexpr,
     QK_L2NORM: tl.constexpr,
 ):  # fmt: skip
-    # One grid axis for everything: y and z end at 65,535. Tiles of a head are neighbours and share its q and k.
+    # One grid axis, since y and z are limited to 65,535. Tiles of a head are neighbours and share its q and k.
     i_program = tl.program_id(0)
     i_v = i_program % tl.cdiv(V, BV)
     i_nh = (i_program // tl.cdiv(V, BV)).to(tl.int64)
@@ -139,7 +139,7 @@ def recurrent(
         scale: factor on the output.
         initial_state: fp32 ``[N, HV, K, V]``; zeros when None.
         cu_seqlens: int32 or int64 ``[N + 1]``, boundaries of N sequences packed along T; then B is 1, else N is B.
-            A sequence without tokens hands its state through.
+            The state of a sequence without tokens is unchanged.
         qk_l2norm: normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
         inplace: write the final state into `initial_state` and return that very tensor.
         token_states: fp32 ``[B, T, HV, K, V]``, each ``[K, V]`` contiguous; receives the state after every token.

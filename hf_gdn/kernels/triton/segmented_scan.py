@@ -4,16 +4,16 @@ A chunk maps the state before it to the state after it, affinely, and so does a 
 
     S_(s+1) = M_s S_s + C_s          M_s [K, K],  C_s [K, V]                            (docs/delta_rule.md)
 
-C_s is what the segment makes of zeros, and column j of M_s what it makes of column j of the identity when there are
-no values. A long sequence is cut into segments of whole chunks, and three launches do the work of one:
+C_s is the segment's final state from a zero state; column j of M_s is its final state from column j of the identity
+when all values are zero. A long sequence is cut into segments of whole chunks, and three launches replace one:
 
     states   every segment but the last at once, without outputs: V columns from zeros (the first segment's from the
              sequence's own state) and K columns from the identity with v = 0
     merge    S_1 = C_0 ;  S_(s+1) = M_s S_s + C_s, in fp32, where C_s stood
     scan     every segment at once as if it were a sequence that begins with S_s
 
-How a sequence is cut depends on the layer, the card and the sequence's own length, never on what is batched or packed
-with it, and neither do bits. Lengths are looked at on the device only.
+Where a sequence is cut, and with it the bits of its result, depends on the layer, the card and its own length, never on
+what is batched or packed with it. Lengths are read on the device only.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ SEGMENTS_CONFIGS = (
     SegmentsConfig(max_columns=4, segments=8, measured_on=NOT_MEASURED),
     SegmentsConfig(max_columns=8, segments=4, measured_on=NOT_MEASURED),
 )
-# Multiprocessors where there is no card to ask: those of the H200.
+# Multiprocessors assumed without a card: those of the H200.
 MULTIPROCESSORS = 132
 
 
@@ -101,7 +101,7 @@ def segment_count(HV: int, V: int, device: torch.device) -> int:
 
 
 def merge_stages(BK: int, shared: int) -> int:
-    """How many tiles of M_s the merge has on their way, with `shared` bytes of shared memory per block."""
+    """Tiles of M_s whose loads are under way during the merge, with `shared` bytes of shared memory per block."""
     return min(3, shared // (4 * BK * MERGE_CONFIG.BI))
 
 
@@ -214,7 +214,7 @@ def _merge_kernel(
     o_k = tl.arange(0, BK)
     o_i = tl.arange(0, BI)
     o_v = i_v * BV + tl.arange(0, BV)
-    # Everything is transposed: as the left operand the narrow state stays in registers, whichever the card.
+    # Everything is transposed: as the left operand the narrow state stays in registers on every card.
     o_s = o_k[None, :] * (V + K) + o_v[:, None]
     m_s = (o_k < K)[None, :] & (o_v < V)[:, None]
     b_new = tl.load(p_states + o_s, mask=m_s, other=0.0)

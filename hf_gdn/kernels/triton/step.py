@@ -5,13 +5,14 @@
     S <- diag(exp g) S ;  u = beta (v - S^T k) ;  S <- S + k u^T ;  o = K^-1/2 S^T q          (delta rule)
     y <- norm(o) gate(z) ;  window <- the last tokens of (window | x)
 
-The oracle is `hf_gdn.kernels.reference.step`. Inputs are read where the projections left them, in the family's own
-layout: no split, cat, cast or copy.
+The oracle is `hf_gdn.kernels.reference.step`. Inputs are views of the projections' outputs in the family's own layout:
+nothing is split, concatenated, cast or copied.
 
-Why two: a key head's window is read by the programs of all its value heads and of all tiles of V, so none of them can
-move it on while another may still read it, and the norm needs the whole row o of a head, which tiles of V share. The
-first kernel therefore only reads the windows and leaves o as it is; the second, which runs when the first is done,
-norms and moves the windows on. That costs one small launch; no atomics, no counters, no memory that outlives the call.
+There are two kernels for two reasons. A key head's window is read by the programs of all its value heads and of all
+tiles of V, so none of them may shift it while another may still read it. And the norm needs a head's whole row o, which
+tiles of V share. The first kernel only reads the windows and stores o before the norm; the second runs after it,
+applies the norm and shifts the windows. This costs one small launch, but no atomics, counters or memory that outlives
+the call.
 
 The delta rule is that of `tokens`: bits do not depend on the batch, the tile or how tokens are divided among calls.
 """
@@ -31,7 +32,7 @@ from .tokens import FP_FUSION, delta_rule_token, tile_config
 FINISH_CONFIG = LaunchConfig(num_warps=1, measured_on=NOT_MEASURED)
 
 
-# A single token gets a kernel of its own, without a loop; other values of T share one.
+# T = 1 is compiled separately, without a loop; all other values of T share one kernel.
 @triton.jit(do_not_specialize_on_alignment=["T"])
 def _step_kernel(
     p_q,  # [B, T, HK, K]
