@@ -34,7 +34,8 @@ from hf_gdn import kernels, registry
 from hf_gdn.eval import oracle, peers
 from hf_gdn.eval.cases import SHAPES, Case
 from hf_gdn.eval.ceilings import ceilings, peak_bytes
-from hf_gdn.kernels import layer as between
+from hf_gdn.kernels.eager.gated_norm import gated_norm
+from hf_gdn.kernels.eager.prologue import prologue
 
 TURNS = 3
 MODELS = {"gdn": "qwen3_next-80b", "kda": "kimi_linear-48b"}
@@ -114,7 +115,7 @@ def around(device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
             op = kernels.PROLOGUE_GDN if rule == "gdn" else kernels.PROLOGUE_KDA
             call = op.make_inputs(B=batch, T=tokens, **heads)
             exact = dict(call, raw=double(call["raw"]), weights=double(call["weights"]), window=call["window"].double())
-            wanted, fn = between.prologue(**exact), registry.get(op.name, "triton").fn
+            wanted, fn = prologue(**exact), registry.get(op.name, "triton").fn
             made = fn(**call)
             found = max(error(got, want) for got, want in zip(made, wanted))
             ms = time(functools.partial(fn, **call), device, graph=True)
@@ -126,7 +127,7 @@ def around(device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
             if rule == "kda":
                 continue
             call = kernels.GATED_NORM.make_inputs(B=batch, T=tokens, **heads)
-            wanted = between.gated_norm(call["o"].double(), call["z"].double(), call["weight"].double(), call["rule"])
+            wanted = gated_norm(call["o"].double(), call["z"].double(), call["weight"].double(), call["rule"])
             fn = registry.get("gated_norm", "triton").fn
             found = error(fn(**call), wanted)
             ms = time(functools.partial(fn, **call), device, graph=True)

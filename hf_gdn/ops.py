@@ -1,13 +1,12 @@
 """The functional API: the gated delta rule with flash-linear-attention's names, arguments and results.
 
-Code written for ``fla.ops`` runs unchanged on these four functions. They are `torch.library` operators
-(``torch.ops.hf_gdn.*``) with fake kernels, so `torch.compile(fullgraph=True)` does not break at them. Which kernel runs
-is the registry's business (`hf_gdn.registry`); calls that need gradients take a differentiable one.
+Code written for ``fla.ops`` runs unchanged on these four functions. They work under `torch.compile(fullgraph=True)`
+(`hf_gdn.operators`). The registry picks the kernel (`hf_gdn.registry`); calls that need gradients take a differentiable
+one.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -15,252 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import registry
-from .kernels import state_dtype
-from .kernels.layer import Prepared, Raw, Rule, Weights
-from .once import read_once
+from .kernels.contract import state_dtype
+from .operators import OPERATORS, check, check_bounds, dims_of, shape_of
 
 __all__ = ["chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_gated_delta_rule", "fused_recurrent_kda"]
-
-# ------------------------------------------------------------------------------------------------------------- checks
-
-
-def _shape(x: Tensor) -> str:
-    return "[" + ", ".join(str(size) for size in x.shape) + "]"
-
-
-def _expect(name: str, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name} must be {letters} = [{', '.join(map(str, shape))}], got {_shape(x)}")
-
-
-def check(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    *, per_channel: bool,
-) -> None:  # fmt: skip
-    """Raise ValueError where shapes, dtypes or devices do not fit together. Reads no tensor's values."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be [B, T, heads, dim], got {_shape(x)}")
-        if not x.is_floating_point() or x.dtype != q.dtype:
-            raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    batch, length, k_heads, k_dim = q.shape
-    v_heads, v_dim = v.shape[2:]
-    _expect("k", k, (batch, length, k_heads, k_dim), "[B, T, HK, K] like q")
-    _expect("v", v, (batch, length, v_heads, v_dim), "[B, T, HV, V]")
-    if k_heads == 0 or v_heads % k_heads:
-        raise ValueError(f"v's heads must be a multiple of q's and k's, got HV = {v_heads} and HK = {k_heads}")
-    if per_channel:
-        _expect("g", g, (batch, length, v_heads, k_dim), "[B, T, HV, K] (one decay per channel)")
-    else:
-        _expect("g", g, (batch, length, v_heads), "[B, T, HV] (one decay per head)")
-    _expect("beta", beta, (batch, length, v_heads), "[B, T, HV]")
-    sequences = batch
-    if cu_seqlens is not None:
-        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
-            raise ValueError(
-                "cu_seqlens must be int32 or int64 of shape [N + 1], N >= 1, "
-                f"got {cu_seqlens.dtype} {_shape(cu_seqlens)}"
-            )
-        if batch != 1:
-            raise ValueError(f"with cu_seqlens the sequences are packed along T and B must be 1, got B = {batch}")
-        sequences = len(cu_seqlens) - 1
-    if initial_state is not None:
-        _expect("initial_state", initial_state, (sequences, v_heads, k_dim, v_dim), "[N, HV, K, V]")
-    named = dict(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    devices = {name: x.device for name, x in named.items() if x is not None}
-    if len(set(devices.values())) > 1:
-        raise ValueError(
-            "all tensors must be on one device, got " + ", ".join(f"{n} on {d}" for n, d in devices.items())
-        )
-
-
-@read_once
-def check_bounds(cu_seqlens: Tensor, length: int) -> None:
-    """Raise ValueError unless cu_seqlens climbs from 0 to `length`."""
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in pairwise(bounds)):
-        shown = str(bounds if len(bounds) <= 16 else [*bounds[:8], "...", *bounds[-7:]])
-        raise ValueError(f"cu_seqlens must start at 0, never fall, and end at T = {length}, got {shown}")
-
-
-# ---------------------------------------------------------------------------------------------------------- operators
-
-_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor{state} initial_state, Tensor? cu_seqlens, "
-    "float scale, bool qk_l2norm, str backend) -> {result}"
-)
-
-
-def _dims(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
-    return q.shape[2], v.shape[2], q.shape[3], v.shape[3]
-
-
-def _define(op: str, inplace: bool) -> Any:
-    """Make an operator of `op`; the in-place one updates initial_state and returns o alone."""
-
-    def run(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, backend):
-        if cu_seqlens is not None:
-            check_bounds(cu_seqlens, q.shape[1])
-        kernel = registry.select(op, q.device.type, q.dtype, _dims(q, v), backend, False)
-        o, state = kernel.fn(
-            q, k, v, g, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm,
-            **({"inplace": True} if inplace else {}),
-        )  # fmt: skip
-        return o if inplace else (o, state)
-
-    def fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, backend):
-        o = v.new_empty(v.shape)
-        if inplace:
-            return o
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        return o, v.new_empty((sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=state_dtype(v.dtype))
-
-    schema = _SCHEMA.format(
-        state="(a!)" if inplace else "?", result="Tensor" if inplace else "(Tensor o, Tensor final_state)"
-    )
-    name = f"hf_gdn::{op}{'_' if inplace else ''}"
-    operator = torch.library.custom_op(name, run, mutates_args=("initial_state",) if inplace else (), schema=schema)
-    operator.register_fake(fake)
-    return operator
-
-
-OPERATORS = {op: _define(op, False) for op in ("chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda")}
-INPLACE_OPERATORS = {op: _define(op, True) for op in ("recurrent_gdn", "recurrent_kda")}
-
-
-def launch(
-    kernel: registry.Kernel, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *,
-    scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None, qk_l2norm: bool, inplace: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Call a kernel the registry gave: directly, or as an operator where torch.compile cannot look into it.
-
-    Inputs are taken as `check` would have them. Returns ``(o, final_state)``.
-    """
-    if torch.compiler.is_compiling() and (not kernel.traceable or cu_seqlens is not None):
-        table = INPLACE_OPERATORS if inplace else OPERATORS
-        result = table[kernel.op](q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, kernel.backend)
-        return (result, initial_state) if inplace else result  # type: ignore[return-value]
-    options: dict[str, Any] = {"inplace": True} if inplace else {}
-    return kernel.fn(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale=scale,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        qk_l2norm=qk_l2norm,
-        **options,
-    )
-
-
-_STEP_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor z, Tensor conv, Tensor? conv_bias, Tensor A_log, "
-    "Tensor dt_bias, Tensor norm, Tensor(a!) window, Tensor(b!) state, float? lower_bound, bool decay_in_dtype, "
-    "float beta_scale, str activation, str gate, bool norm_in_fp32, float eps, str backend) -> Tensor"
-)
-
-
-def _define_step(op: str) -> Any:
-    """Make an operator of a step op, which updates window and state."""
-
-    def run(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, norm, window, state, *rest):
-        *rule, backend = rest
-        raw, weights = Raw(q, k, v, a, b, z), Weights(conv, conv_bias, A_log, dt_bias, norm)
-        return registry.get(op, backend).fn(raw, weights, Rule(*rule), window, state)
-
-    def fake(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, norm, window, state, *rest):
-        return v.new_empty((*v.shape[:2], v.shape[2] * v.shape[3], v.shape[4]))
-
-    operator = torch.library.custom_op(f"hf_gdn::{op}_", run, mutates_args=("window", "state"), schema=_STEP_SCHEMA)
-    operator.register_fake(fake)
-    return operator
-
-
-STEP_OPERATORS = {op: _define_step(op) for op in ("step_gdn", "step_kda")}
-
-
-def launch_step(
-    kernel: registry.Kernel, raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor
-) -> Tensor:
-    """Call a step kernel: directly, or as an operator where torch.compile cannot look into it."""
-    if torch.compiler.is_compiling() and not kernel.traceable:
-        return STEP_OPERATORS[kernel.op](*raw[:6], *weights, window, state, *rule, kernel.backend)
-    return kernel.fn(raw, weights, rule, window, state)
-
-
-_PROLOGUE_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor z, Tensor conv, Tensor? conv_bias, Tensor A_log, "
-    "Tensor dt_bias, float? lower_bound, bool decay_in_dtype, float beta_scale, Tensor? window, int keep, "
-    "Tensor? cu_seqlens, Tensor? lengths, str backend) "
-    "-> (Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor window)"
-)
-
-
-def _define_prologue(op: str) -> Any:
-    """Make an operator of a prologue op; the window it returns has no elements where none is asked for."""
-
-    def run(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, *rest):
-        *rule, window, keep, cu_seqlens, lengths, backend = rest
-        raw, weights = Raw(q, k, v, a, b, z), Weights(conv, conv_bias, A_log, dt_bias, None)
-        made = registry.get(op, backend).fn(
-            raw, weights, Rule(*rule), window=window, keep=keep, cu_seqlens=cu_seqlens, lengths=lengths
-        )
-        return *(x.contiguous() for x in made[:5]), q.new_empty(0) if made.window is None else made.window
-
-    def fake(q, k, v, a, b, z, conv, *rest):
-        heads, (*_, keep, _, _, _) = v.shape[2] * v.shape[3], rest
-        dtype, channels = state_dtype(q.dtype), (q.shape[3],) if op.endswith("kda") else ()
-        return (
-            q.new_empty(q.shape),
-            q.new_empty(q.shape),
-            q.new_empty((*q.shape[:2], heads, v.shape[4])),
-            q.new_empty((*q.shape[:2], heads, *channels), dtype=dtype),
-            q.new_empty((*q.shape[:2], heads), dtype=dtype),
-            q.new_empty((q.shape[0], conv.shape[0], keep) if keep else 0),
-        )
-
-    operator = torch.library.custom_op(f"hf_gdn::{op}", run, mutates_args=(), schema=_PROLOGUE_SCHEMA)
-    operator.register_fake(fake)
-    return operator
-
-
-PROLOGUE_OPERATORS = {op: _define_prologue(op) for op in ("prologue_gdn", "prologue_kda")}
-
-
-def launch_prologue(
-    kernel: registry.Kernel, raw: Raw, weights: Weights, rule: Rule, *,
-    window: Tensor | None, keep: int, cu_seqlens: Tensor | None, lengths: Tensor | None,
-) -> Prepared:  # fmt: skip
-    """Call a prologue kernel: directly, or as an operator where torch.compile cannot look into it."""
-    if torch.compiler.is_compiling() and not kernel.traceable:
-        q, k, v, g, beta, recent = PROLOGUE_OPERATORS[kernel.op](
-            *raw[:6], *weights[:4], *rule[:3], window, keep, cu_seqlens, lengths, kernel.backend
-        )
-        return Prepared(q, k, v, g, beta, recent if keep else None)
-    return kernel.fn(raw, weights, rule, window=window, keep=keep, cu_seqlens=cu_seqlens, lengths=lengths)
-
-
-def _gated_norm(
-    o: Tensor, z: Tensor, weight: Tensor, gate: str, norm_in_fp32: bool, eps: float, backend: str
-) -> Tensor:
-    rule = Rule(gate=gate, norm_in_fp32=norm_in_fp32, eps=eps)
-    return registry.get("gated_norm", backend).fn(o, z, weight, rule)
-
-
-NORM_OPERATOR = torch.library.custom_op("hf_gdn::gated_norm", _gated_norm, mutates_args=())
-NORM_OPERATOR.register_fake(lambda o, *_: torch.empty_like(o))
-
-
-def launch_norm(kernel: registry.Kernel, o: Tensor, z: Tensor, weight: Tensor, rule: Rule) -> Tensor:
-    """Call a gated norm: directly, or as an operator where torch.compile cannot look into it."""
-    if torch.compiler.is_compiling() and not kernel.traceable:
-        return NORM_OPERATOR(o, z, weight, *rule[4:], kernel.backend)
-    return kernel.fn(o, z, weight, rule)
-
-
-# ---------------------------------------------------------------------------------------------------------- functions
 
 # Arguments of fla's functions that are served in their default meaning only.
 _FLA_DEFAULTS: dict[str, Any] = {
@@ -271,7 +28,7 @@ _FLA_DEFAULTS: dict[str, Any] = {
 
 
 class _Activations(NamedTuple):
-    """What fla's kernels can do to the raw gate and beta."""
+    """Activations that fla's kernels can apply to the raw gate and beta."""
 
     use_gate_in_kernel: bool
     A_log: Tensor | None
@@ -292,7 +49,7 @@ class _Activations(NamedTuple):
             if x is not None and (x.numel() != shape.numel() or x.device != g.device):
                 raise ValueError(
                     f"{name}(): {argument} must have {shape.numel()} elements on {g.device}, "
-                    f"got {_shape(x)} on {x.device}"
+                    f"got {shape_of(x)} on {x.device}"
                 )
         x = g.float()
         heads = (g.shape[2], 1) if g.dim() == 4 else (g.shape[2],)
@@ -341,7 +98,7 @@ def _call(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         if cu_seqlens is not None:
             check_bounds(cu_seqlens, q.shape[1])
-        kernel = registry.select(op, q.device.type, q.dtype, _dims(q, v), backend, True)
+        kernel = registry.select(op, q.device.type, q.dtype, dims_of(q, v), backend, True)
         o, state = kernel.fn(
             q, k, v, g, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm
         )

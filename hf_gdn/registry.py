@@ -1,8 +1,8 @@
 """Which kernel serves a call, and why the others do not.
 
 An `Op` is a mathematical function with an oracle; a `Kernel` is one implementation of it, named by its backend.
-`resolve` picks one for a `Request`. Nothing here imports a kernel library: built-in kernels and those of other
-packages (entry-point group ``hf_gdn.kernels``) are loaded the first time somebody asks.
+`resolve` picks one for a `Request`. Registering imports nothing: built-in kernels and those of other packages
+(entry-point group ``hf_gdn.kernels``) are loaded at the first question, and kernels registered before wait until then.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import pkgutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,19 +24,10 @@ logger = logging.getLogger("hf_gdn")
 ENTRY_POINT_GROUP = "hf_gdn.kernels"
 # What "auto" means in this process; read once.
 DEFAULT_BACKEND = os.environ.get("HF_GDN_BACKEND") or "auto"
-# The order in which "auto" tries backends; others come last unless they say where. Whoever is imported first.
+# The order in which "auto" tries backends, whatever the order of imports. Other backends are appended unless registered
+# with `before`.
 _ORDER = ("triton", "fla", "eager")
-_BUILTIN = (
-    "hf_gdn.kernels.recurrent",
-    "hf_gdn.kernels.step",
-    "hf_gdn.kernels.prologue",
-    "hf_gdn.kernels.gated_norm",
-    "hf_gdn.kernels.chunk_gdn",
-    "hf_gdn.kernels.chunk_kda",
-    "hf_gdn.kernels.fla",
-    "hf_gdn.kernels.eager",
-    "hf_gdn.kernels.layer",
-)
+_BUILTIN = "hf_gdn.kernels"  # a folder for each backend; all its modules are imported
 
 
 class BackendError(RuntimeError):
@@ -112,6 +104,7 @@ _ops: dict[str, Op] = {}
 _kernels: dict[str, list[Kernel]] = {}
 _table: dict[tuple[str, str], Kernel] = {}  # by op and backend
 _chosen: dict[tuple, str] = {}  # backends that `select` found, by request
+_waiting: list[tuple[Kernel, str | None]] = []  # registered before the built-in kernels were loaded
 _loaded = False
 _lock = threading.RLock()
 _warned: set[str] = set()
@@ -141,9 +134,17 @@ def register(kernel: Kernel, *, before: str | None = None) -> Kernel:
         before: name of the backend it goes ahead of in "auto"; last by default.
 
     Raises:
-        ValueError: the op is unknown, it has a kernel of that backend already, or `before` has none.
+        ValueError: the op is unknown, it has a kernel of that backend already, or `before` has none. A kernel that is
+            registered before the first question to the registry is checked there.
     """
-    _load_ops()
+    if _loaded:
+        _add(kernel, before)
+    else:
+        _waiting.append((kernel, before))
+    return kernel
+
+
+def _add(kernel: Kernel, before: str | None) -> None:
     if kernel.op not in _ops:
         raise ValueError(f"kernel {kernel.backend!r} is for op {kernel.op!r}; registered ops: {', '.join(_ops)}")
     row = _kernels[kernel.op]
@@ -161,7 +162,6 @@ def register(kernel: Kernel, *, before: str | None = None) -> Kernel:
     row.insert(len(row) if before is None else backends.index(before), kernel)
     _table[kernel.op, kernel.backend] = kernel
     _chosen.clear()
-    return kernel
 
 
 def unregister(op: str, backend: str) -> None:
@@ -171,20 +171,27 @@ def unregister(op: str, backend: str) -> None:
     _chosen.clear()
 
 
-def _load_ops() -> None:
-    importlib.import_module("hf_gdn.kernels")
+def _submodules(package: str) -> list[pkgutil.ModuleInfo]:
+    return list(pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."))
 
 
 def _load() -> None:
+    """Load built-in kernels, then add those that wait for them, then load plug-ins."""
     global _loaded
     with _lock:
         if _loaded:
             return
         _loaded = True  # first, since a plug-in may ask the registry what is there
         try:
-            _load_ops()
-            for module in _BUILTIN:
-                importlib.import_module(module)
+            for folder in _submodules(_BUILTIN):
+                if folder.ispkg:
+                    for module in _submodules(folder.name):
+                        importlib.import_module(module.name)
+            # Kernels that go ahead of another one come last, so that the other one is there.
+            _waiting.sort(key=lambda row: (row[0].backend not in _ORDER, row[1] is not None))
+            while _waiting:
+                _add(*_waiting[0])
+                del _waiting[0]
             for entry_point in metadata.entry_points(group=ENTRY_POINT_GROUP):
                 target = entry_point.load()
                 if callable(target):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from hf_gdn import patches, registry
-from hf_gdn.kernels.launch import MAX_HEAD_DIM
+from hf_gdn.kernels.triton.runtime import MAX_HEAD_DIM
 from hf_gdn.patches.family import FEATURES
 from hf_gdn.upstream import versions
 

@@ -61,15 +61,15 @@ def work(batch: int, tokens: int) -> dict[str, Work]:
     """By name of the launch in the tests. The way that KDA's scores take depends on the gate: they are not counted."""
     chunks = math.ceil(tokens / CHUNK)
     prepare = HK * batch * chunks
-    steps = K // chunk.chunk_gdn.PREPARE_TILE
-    columns, _, _ = chunk.chunk_common.scan_options(batch * HV, V, K, 2, chunk.SHARED_LIMIT["sm_90"], 2)
+    steps = K // chunk.GDN_PREPARE.BK
+    columns, _, _ = chunk.chunks.scan_config(batch * HV, V, K, 2, chunk.SHARED_LIMIT["sm_90"], 2)
     scan = Work(math.ceil(V / columns) * HV * batch, (chunks,))
     return {
         "gdn prepare": Work(prepare, (steps, HV // HK)),
         "gdn prepare l2norm": Work(prepare, (steps, steps, steps, HV // HK)),
         "gdn scan": scan,
-        "kda prepare": Work(HV * batch * chunks, (K // chunk.chunk_kda.PREPARE_TILE,) * 2),
-        "kda inverse": Work(HV * batch * chunks, (K // chunk.chunk_kda.INVERSE_TILE,)),
+        "kda prepare": Work(HV * batch * chunks, (K // chunk.KDA_PREPARE.BK,) * 2),
+        "kda inverse": Work(HV * batch * chunks, (K // chunk.KDA_INVERSE.BK,)),
         "kda scan": scan,
     }
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from hf_gdn import ops, registry
+from hf_gdn import operators, ops, registry
 from hf_gdn.registry import BackendError
 from tests.tiny import assert_close, error
 
@@ -80,9 +80,9 @@ def test_operators_pass_opcheck(op):
         if state is not None and cu_seqlens is not None:
             state = torch.cat((state, state))
         arguments = (*(inputs[n] for n in ("q", "k", "v", "g", "beta")), state, cu_seqlens, 0.3, True, "eager")
-        torch.library.opcheck(ops.OPERATORS[op], arguments)
-        if op in ops.INPLACE_OPERATORS and state is not None:
-            torch.library.opcheck(ops.INPLACE_OPERATORS[op], arguments)
+        torch.library.opcheck(operators.OPERATORS[op], arguments)
+        if op in operators.INPLACE_OPERATORS and state is not None:
+            torch.library.opcheck(operators.INPLACE_OPERATORS[op], arguments)
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])

@@ -131,3 +131,41 @@ def test_environment_names_the_default_backend():
     env = {**os.environ, "HF_GDN_BACKEND": "fla"}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert "backend 'fla' cannot serve chunk_gdn" in out.stderr
+
+
+EARLY = """
+import sys
+from hf_gdn import registry
+
+def register(op, backend, before=None):
+    kernel = registry.Kernel(op, backend, lambda **kwargs: None, lambda request: None)
+    registry.register(kernel, before=before)
+
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", EARLY + code], capture_output=True, text=True)
+
+
+def test_registering_imports_no_kernel():
+    out = run("register('chunk_gdn', 'mine'); print([m for m in sys.modules if m.startswith('hf_gdn.kernels')])")
+    assert out.stdout.strip() == "[]", out.stderr
+
+
+def test_kernels_registered_before_the_built_in_ones_keep_their_place():
+    out = run("""
+register("chunk_gdn", "last")
+register("chunk_gdn", "mine", before="eager")
+register("chunk_gdn", "first", before="mine")
+import hf_gdn.kernels.eager.chunk_gdn  # whose kernel then waits as well
+print([kernel.backend for kernel in registry.kernels("chunk_gdn")])
+""")
+    assert out.stdout.strip() == "['triton', 'fla', 'first', 'mine', 'eager', 'last']", out.stderr
+
+
+def test_kernels_registered_before_the_built_in_ones_are_checked_at_the_first_question():
+    out = run("register('conv', 'mine'); registry.backends()")
+    assert "kernel 'mine' is for op 'conv'; registered ops: chunk_gdn" in out.stderr
+    out = run("register('chunk_gdn', 'eager'); registry.backends()")
+    assert "op 'chunk_gdn' has a kernel of backend 'eager' already" in out.stderr

@@ -68,7 +68,8 @@ def prologue(raw, weights, rule, *, window=None, keep=0, cu_seqlens=None, length
     """Everything between a layer's input projections and the delta rule. Give it float64.
 
     Args:
-        raw, weights, rule: `hf_gdn.kernels.layer`; raw's tensors may be strided, a is given, the activation is silu.
+        raw, weights, rule: `hf_gdn.kernels.contract`; raw's tensors may be strided, a is given, the activation is
+            silu.
         window: ``[B, C, keep]``, the last inputs of the convolution before raw's tokens, oldest first; zeros when None.
         keep: columns of the window that is returned.
         cu_seqlens: ``[N + 1]`` boundaries of N sequences packed along T (then B is 1), which do not see the window.

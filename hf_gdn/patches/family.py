@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from ..kernels.layer import ACTIVATIONS, Raw, Rule, Weights
+from ..kernels.contract import ACTIVATIONS, Raw, Rule, Weights
 from .parts import must_call_norm
 
 

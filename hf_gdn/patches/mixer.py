@@ -18,10 +18,9 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 
 from .. import registry
 from ..caches import rewind
-from ..kernels import state_dtype
-from ..kernels.layer import Raw, Rule, Weights
+from ..kernels.contract import Raw, Rule, Weights, state_dtype
 from ..once import read_once
-from ..ops import launch, launch_norm, launch_prologue, launch_step
+from ..operators import launch, launch_norm, launch_prologue, launch_step
 from ..registry import BackendError, warn_once
 from ..upstream import cache_names
 from . import packing

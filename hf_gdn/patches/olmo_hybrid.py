@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.layer import Raw, Rule
+from ..kernels.contract import Raw, Rule
 from .family import Family
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..once import read_once
-from ..ops import check_bounds
+from ..operators import check_bounds
 from ..upstream import cache_names
 
 # Called with a text model each time it runs eagerly; False leaves the call to the original.

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.layer import Raw
+from ..kernels.contract import Raw
 from .family import Family
 
 

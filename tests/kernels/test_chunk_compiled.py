@@ -9,18 +9,28 @@ from typing import Any
 import pytest
 import torch
 
-from hf_gdn.kernels.launch import HAS_TRITON, INTERPRET
+from hf_gdn.kernels.triton.runtime import HAS_TRITON, INTERPRET
 
 if INTERPRET or not HAS_TRITON:
     pytest.skip("needs Triton's compiler: the package, and no TRITON_INTERPRET", allow_module_level=True)
 
 import triton.language as tl
 
-from hf_gdn.kernels import chunk_common, chunk_gdn, chunk_inverse, chunk_kda, chunk_kda_prepare, chunk_kda_scores
+from hf_gdn.kernels.triton import (
+    chunk_gdn,
+    chunk_gdn_prepare,
+    chunk_kda,
+    chunk_kda_prepare,
+    chunk_kda_strong_decay,
+    chunks,
+    triangular_inverse,
+)
 
 from .compiled import SHARED_LIMIT, TARGETS, Compiled, compile_for
 
 HK, HV = 16, 32
+GDN_PREPARE, KDA_PREPARE = chunk_gdn_prepare.PREPARE_CONFIGS[torch.bfloat16], chunk_kda_prepare.PREPARE_CONFIG
+KDA_SCORES, KDA_INVERSE = chunk_kda_strong_decay.SCORES_CONFIG, chunk_kda_strong_decay.INVERSE_CONFIG
 # Bytes per thread that may be spilled, by kernel, target and the width of what makes it that wide (K, or BV of a scan).
 SPILLS = {
     # MI300 keeps a few scalars (masks, pointers), never tiles, in spare lanes.
@@ -54,16 +64,16 @@ class Launch:
 
 
 PREPARE = Launch(
-    chunk_gdn._prepare_kernel,
+    chunk_gdn_prepare.prepare_kernel,
     ("p_g", "p_kin", "p_qin", "p_kout", "p_decay"),
     lambda BK: {
-        "BC": chunk_gdn.HALF,
-        "BK": min(BK, chunk_gdn.PREPARE_TILE),
-        "INSIDE": chunk_inverse.OPERANDS[torch.bfloat16],
+        "BC": chunk_gdn_prepare.HALF,
+        "BK": min(BK, GDN_PREPARE.BK),
+        "INSIDE": triangular_inverse.OPERANDS[torch.bfloat16],
         "QK_L2NORM": False,
     },
-    num_warps=lambda BK: chunk_gdn.PREPARE_WARPS[torch.bfloat16],
-    num_stages=chunk_gdn.PREPARE_STAGES,
+    num_warps=lambda BK: GDN_PREPARE.num_warps,
+    num_stages=GDN_PREPARE.num_stages,
 )
 LAUNCHES = {
     "gdn prepare": PREPARE,
@@ -78,24 +88,24 @@ LAUNCHES = {
         chunk_kda_prepare.prepare_kernel,
         ("p_g", "p_decay", "p_range", "p_norms"),
         lambda BK: {
-            "BK": min(BK, chunk_kda.PREPARE_TILE),
+            "BK": min(BK, KDA_PREPARE.BK),
             "INSIDE": tl.bfloat16,
-            "OPERANDS": chunk_inverse.OPERANDS[torch.bfloat16],
+            "OPERANDS": triangular_inverse.OPERANDS[torch.bfloat16],
         },
-        num_warps=lambda BK: chunk_kda.PREPARE_WARPS,
-        num_stages=chunk_kda.PREPARE_STAGES,
+        num_warps=lambda BK: KDA_PREPARE.num_warps,
+        num_stages=KDA_PREPARE.num_stages,
     ),
     "kda scores": Launch(
-        chunk_kda_scores.scores_kernel,
+        chunk_kda_strong_decay.scores_kernel,
         ("p_g", "p_range", "p_n", "p_norms"),
-        lambda BK: {"BK": min(BK, chunk_kda.SCORES_TILE), "BC": chunk_kda.BLOCK, "INSIDE": tl.bfloat16},
-        num_warps=lambda BK: chunk_kda.SCORES_WARPS,
+        lambda BK: {"BK": min(BK, KDA_SCORES.BK), "BC": KDA_SCORES.BC, "INSIDE": tl.bfloat16},
+        num_warps=lambda BK: KDA_SCORES.num_warps,
     ),
     "kda inverse": Launch(
-        chunk_kda_scores.inverse_kernel,
+        chunk_kda_strong_decay.inverse_kernel,
         ("p_g", "p_range", "p_n", "p_norms"),
-        lambda BK: {"BK": min(BK, chunk_kda.INVERSE_TILE), "OPERANDS": chunk_inverse.OPERANDS[torch.bfloat16]},
-        num_warps=lambda BK: chunk_kda.INVERSE_WARPS,
+        lambda BK: {"BK": min(BK, KDA_INVERSE.BK), "OPERANDS": triangular_inverse.OPERANDS[torch.bfloat16]},
+        num_warps=lambda BK: KDA_INVERSE.num_warps,
     ),
     "kda scan": Launch(
         chunk_kda._scan_kernel,
@@ -111,12 +121,12 @@ def check(
 ) -> Compiled:
     """Compile the kernel as launched on bf16 tensors, with all optional pointers but packing's and `absent`."""
     launch = LAUNCHES[name]
-    BK = chunk_common.padded(K)
-    constexprs = {"HK": HK, "HV": HK * group, "K": K, "V": V, "BT": chunk_common.CHUNK, "PRECISION": None}
+    BK = chunks.padded(K)
+    constexprs = {"HK": HK, "HV": HK * group, "K": K, "V": V, "BT": chunks.CHUNK, "PRECISION": None}
     constexprs["WIDEST"] = chunk_kda_prepare.WIDEST[torch.bfloat16]
     num_warps, options, width = launch.num_warps(BK), {"num_stages": launch.num_stages}, BK
     if launch.key_tiles:
-        BV, num_warps, options["num_stages"] = chunk_common.scan_options(
+        BV, num_warps, options["num_stages"] = chunks.scan_config(
             heads, V, BK, 2, SHARED_LIMIT[target], launch.key_tiles
         )
         constexprs["BV"] = width = BV

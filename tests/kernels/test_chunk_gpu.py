@@ -8,11 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_gdn import kernels
-from hf_gdn.kernels import eager
-from hf_gdn.kernels.chunk_gdn import chunk_gdn
-from hf_gdn.kernels.chunk_kda import chunk_kda
-from hf_gdn.kernels.chunk_kda_prepare import WIDEST
+from hf_gdn import kernels, registry
+from hf_gdn.kernels.triton.chunk_gdn import chunk_gdn
+from hf_gdn.kernels.triton.chunk_kda import chunk_kda
+from hf_gdn.kernels.triton.chunk_kda_prepare import WIDEST
 
 pytestmark = pytest.mark.gpu
 
@@ -184,6 +183,6 @@ def test_strided_inputs(op):
 def test_fp32_close_to_plain_pytorch(op):
     call = make(op, T=512)
     expected = OPS[op][0].reference(**heads(call, [0, 31]))
-    kernel, plain = (fn(**call)[0][:, :, [0, 31]] for fn in (OPS[op][1], eager.chunk))
+    kernel, plain = (fn(**call)[0][:, :, [0, 31]] for fn in (OPS[op][1], registry.get(OPS[op][0].name, "eager").fn))
     # 1e-7: two ulp of fp32, since an error of zero cannot be halved.
     assert error(kernel, expected[0]) <= 2 * error(plain, expected[0]) + 1e-7

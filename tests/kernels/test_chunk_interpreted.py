@@ -17,14 +17,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from hf_gdn import kernels
-from hf_gdn.kernels import eager, launch
+from hf_gdn import kernels, registry
+from hf_gdn.kernels.triton.runtime import INTERPRET
 
-if not launch.INTERPRET:
+if not INTERPRET:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from hf_gdn.kernels.chunk_gdn import chunk_gdn
-from hf_gdn.kernels.chunk_kda import chunk_kda
+from hf_gdn.kernels.triton.chunk_gdn import chunk_gdn
+from hf_gdn.kernels.triton.chunk_kda import chunk_kda
 
 pytestmark = [
     pytest.mark.interpret,
@@ -145,7 +145,8 @@ def rounded_chunks(q, k, v, g, beta, *, scale, initial_state=None, cu_seqlens=No
 def test_error_at_most_twice_plain_pytorch(op, dtype):
     call = make(op, Shape(T=130, HV=2, K=32, V=32, dtype=dtype))
     expected = oracle(op, call)
-    plain = (eager.chunk if dtype == torch.float32 else rounded_chunks)(**call)
+    eager = registry.get(OPS[op][0].name, "eager").fn
+    plain = (eager if dtype == torch.float32 else rounded_chunks)(**call)
     for name, actual, x, e in zip(("o", "final_state"), OPS[op][1](**call), plain, expected, strict=True):
         # 1e-7: two ulp of fp32, since an error of zero cannot be halved.
         assert error(actual, e) <= 2 * error(x, e) + 1e-7, f"{name}: {error(actual, e):.2e}, PyTorch {error(x, e):.2e}"
@@ -183,7 +184,8 @@ def test_inverse_rounds_no_more_than_pytorch(op, noise, beta, dtype):
     k = torch.nn.functional.normalize(noise * call["k"].double() + call["k"][:, :1].double(), dim=-1)
     call |= dict(k=k.to(dtype), g=0.1 * call["g"], beta=torch.full_like(call["beta"], beta))
     expected = oracle(op, call)
-    plain = (eager.chunk if dtype == torch.float32 else rounded_chunks)(**call)
+    eager = registry.get(OPS[op][0].name, "eager").fn
+    plain = (eager if dtype == torch.float32 else rounded_chunks)(**call)
     for name, actual, x, e in zip(("o", "final_state"), OPS[op][1](**call), plain, expected, strict=True):
         assert error(actual, e) <= 2 * error(x, e) + 1e-7, f"{name}: {error(actual, e):.2e}, PyTorch {error(x, e):.2e}"
 

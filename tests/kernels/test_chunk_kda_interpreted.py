@@ -9,13 +9,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from hf_gdn.kernels import eager, launch
+from hf_gdn.kernels.eager.chunk_kda import chunk_kda as eager
+from hf_gdn.kernels.triton.runtime import INTERPRET
 
-if not launch.INTERPRET:
+if not INTERPRET:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from hf_gdn.kernels import chunk_kda as module
-from hf_gdn.kernels.chunk_kda_prepare import WIDEST
+from hf_gdn.kernels.triton import chunk_kda as module
+from hf_gdn.kernels.triton.chunk_kda_prepare import WIDEST
 
 from .test_chunk_interpreted import BOUND, Shape, check, error, make, oracle, rounded_chunks
 
@@ -72,7 +73,7 @@ def test_error_at_most_twice_plain_pytorch_at_the_widest(dtype):
     call = make("kda", Shape(T=130, HV=2, K=32, V=32, dtype=dtype))
     call["g"] = spread(call["g"].shape, 0.999 * WIDEST[dtype])
     expected = oracle("kda", call)
-    plain = (eager.chunk if dtype == torch.float32 else rounded_chunks)(**call)
+    plain = (eager if dtype == torch.float32 else rounded_chunks)(**call)
     for name, actual, x, e in zip(("o", "final_state"), module.chunk_kda(**call), plain, expected, strict=True):
         # 1e-7: two ulp of fp32, since an error of zero cannot be halved.
         assert error(actual, e) <= 2 * error(x, e) + 1e-7, f"{name}: {error(actual, e):.2e}, PyTorch {error(x, e):.2e}"

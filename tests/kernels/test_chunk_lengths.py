@@ -2,7 +2,7 @@
 
 The eager kernels call by call; the Triton kernels, in the interpreter, all lengths packed in one call, since packed is
 separate to the bit (tests/kernels/test_chunk_interpreted.py, which derives the budget of 1e-5 too); they see 1000 and
-4097 tokens in tests/kernels/test_segments_interpreted.py.
+4097 tokens in tests/kernels/test_segmented_scan_interpreted.py.
 """
 
 from itertools import pairwise
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_gdn import registry
-from hf_gdn.kernels.launch import INTERPRET
+from hf_gdn.kernels.triton.runtime import INTERPRET
 from tests.tiny import assert_close
 
 BUDGET = 1e-5

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from hf_gdn import kernels
 
 pytest.importorskip("triton")
-from hf_gdn.kernels import chunk_gdn, chunk_kda
+from hf_gdn.kernels.triton import chunk_gdn, chunk_kda
 
 BYTES_PER_TOKEN_AND_HEAD = 6 * 1024
 

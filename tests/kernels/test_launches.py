@@ -7,7 +7,7 @@ import pytest
 
 import hf_gdn.kernels
 
-FILES = sorted(Path(hf_gdn.kernels.__file__).parent.glob("*.py"))
+FILES = sorted(Path(hf_gdn.kernels.__file__).parent.rglob("*.py"))
 
 
 def launches(tree: ast.AST, under: bool = False):
@@ -21,7 +21,7 @@ def launches(tree: ast.AST, under: bool = False):
         yield from launches(child, under)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_launches_are_on_the_tensors_device_and_by_keyword(file):
     for launch, under in launches(ast.parse(file.read_text("utf-8"))):
         assert under, f"{file.name}, line {launch.lineno}: not under on_device(): the current device may be another one"

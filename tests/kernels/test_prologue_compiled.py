@@ -2,15 +2,15 @@
 
 import pytest
 
-from hf_gdn.kernels.launch import HAS_TRITON, INTERPRET
+from hf_gdn.kernels.triton.runtime import HAS_TRITON, INTERPRET
 
 if INTERPRET or not HAS_TRITON:
     pytest.skip("needs Triton's compiler: the package, and no TRITON_INTERPRET", allow_module_level=True)
 
 import triton
 
-from hf_gdn.kernels import gated_norm
-from hf_gdn.kernels import prologue as module
+from hf_gdn.kernels.triton import gated_norm
+from hf_gdn.kernels.triton import prologue as module
 
 from .compiled import TARGETS, Compiled, check, compile_for
 
@@ -23,9 +23,9 @@ def prologue(target, is_kda, K=128, V=128, width=4, bias=False, tables=()) -> Co
     """The kernel as launched on bf16 tensors and parameters, with a cache."""
     kernel = module._prologue_kernel
     BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
-    BT, num_warps = next(row for wide, row in module._LAUNCH.items() if max(BK, BV) <= wide)
+    config = module.prologue_config(BK, BV)
     constexprs = dict(
-        HK=32 if is_kda else 16, HV=32, K=K, V=V, BT=BT, BK=BK, BV=BV, WIDTH=width, KEEP=width,
+        HK=32 if is_kda else 16, HV=32, K=K, V=V, BT=config.BT, BK=BK, BV=BV, WIDTH=width, KEEP=width,
         BW=triton.next_power_of_2(width), CHUNK=module.CHUNK, LOWER_BOUND=None, IS_KDA=is_kda, DECAY_IN_DTYPE=False,
     )  # fmt: skip
     constexprs |= {name: None for name in TABLES if name not in tables}
@@ -36,7 +36,7 @@ def prologue(target, is_kda, K=128, V=128, width=4, bias=False, tables=()) -> Co
     signature |= dict.fromkeys(strides, "i32") | {"T": "i32", "beta_scale": "fp32"} | TABLES
     signature = {name: kind for name, kind in signature.items() if name not in constexprs}
     divisible = [name for name in strides if name[-2] in "qkv" or (is_kda and name[-2] == "a")]
-    return compile_for(kernel, signature, constexprs, target, num_warps, divisible=divisible)
+    return compile_for(kernel, signature, constexprs, target, config.num_warps, divisible=divisible)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -62,9 +62,9 @@ def test_prologue_of_packed_and_padded_rows(is_kda):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("V", [128, 256])
 def test_gated_norm(target, V):
-    kernel = gated_norm._gated_norm_kernel
+    kernel, config = gated_norm._gated_norm_kernel, gated_norm.GATED_NORM_CONFIG
     strides = [name for name in kernel.arg_names if name.startswith("stride_")]
     signature = {name: "*bf16" for name in kernel.arg_names if name.startswith("p_")}
     signature |= dict.fromkeys(strides, "i32") | {"rows": "i32", "T": "i32", "eps": "fp32"}
-    constexprs = dict(HV=32, R=2, V=V, BR=gated_norm._TILE // V, BV=V, NORM_IN_FP32=False, GATE_IS_SILU=True)
-    check(compile_for(kernel, signature, constexprs, target, gated_norm._WARPS, divisible=strides))
+    constexprs = dict(HV=32, R=2, V=V, BR=config.elements // V, BV=V, NORM_IN_FP32=False, GATE_IS_SILU=True)
+    check(compile_for(kernel, signature, constexprs, target, config.num_warps, divisible=strides))

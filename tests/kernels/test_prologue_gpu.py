@@ -1,14 +1,16 @@
 """Prologue and gated norm on a GPU, at the shapes and dtypes of real layers, against their plain PyTorch in float64.
 
-That is held against the loop in tests/kernels/test_layer.py. Budgets as in `test_prologue_interpreted`.
+That is held against the loop in tests/kernels/test_eager_layer.py. Budgets as in `test_prologue_interpreted`.
 """
 
 import pytest
 import torch
 
-from hf_gdn.kernels import GATED_NORM, layer
-from hf_gdn.kernels import gated_norm as norm_module
-from hf_gdn.kernels import prologue as module
+from hf_gdn.kernels import GATED_NORM
+from hf_gdn.kernels.eager import gated_norm as eager_norm
+from hf_gdn.kernels.eager import prologue as eager_prologue
+from hf_gdn.kernels.triton import gated_norm as norm_module
+from hf_gdn.kernels.triton import prologue as module
 from tests.tiny import assert_close
 
 from .steps import FAMILIES, double
@@ -31,7 +33,7 @@ def check(call):
     exact = dict(call, raw=double(call["raw"]), weights=double(call["weights"]))
     exact["window"] = None if call["window"] is None else call["window"].double()
     made = module.prologue(**call)
-    for name, got, want in zip(NAMES, made, layer.prologue(**exact), strict=True):
+    for name, got, want in zip(NAMES, made, eager_prologue.prologue(**exact), strict=True):
         assert_close(name, got, want, BUDGET[call["raw"].q.dtype])
     return made
 
@@ -77,4 +79,4 @@ def test_norm(family, dtype):
     HK, HV, K, V = DIMS[family]
     call = GATED_NORM.make_inputs(B=3, T=100, HK=HK, HV=HV, K=K, V=V, dtype=dtype, device="cuda", **rule)
     exact = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in call.items()}
-    assert_close("y", norm_module.gated_norm(**call), layer.gated_norm(**exact), BUDGET[dtype])
+    assert_close("y", norm_module.gated_norm(**call), eager_norm.gated_norm(**exact), BUDGET[dtype])

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from hf_gdn.kernels import GATED_NORM, PROLOGUE_GDN, PROLOGUE_KDA, STEP_KDA, reference
-from hf_gdn.kernels import gated_norm as norm_module
-from hf_gdn.kernels import prologue as module
-from hf_gdn.kernels.launch import INTERPRET
+from hf_gdn.kernels.triton import gated_norm as norm_module
+from hf_gdn.kernels.triton import prologue as module
+from hf_gdn.kernels.triton.runtime import INTERPRET, NOT_MEASURED
 from tests.tiny import assert_close
 
 from .steps import FAMILIES, double
@@ -148,8 +148,9 @@ def test_split_anywhere_is_the_whole_to_the_bit(family, at):
 def test_bits_do_not_depend_on_the_tile(monkeypatch):
     inputs = make("qwen3_next", "a_token_more")
     results = []
-    for options in [(64, 4), (32, 4), (16, 2)]:
-        monkeypatch.setattr(module, "_LAUNCH", {256: options})
+    for BT, num_warps in [(64, 4), (32, 4), (16, 2)]:
+        config = module.PrologueConfig(max_dim=256, BT=BT, num_warps=num_warps, measured_on=NOT_MEASURED)
+        monkeypatch.setattr(module, "PROLOGUE_CONFIGS", (config,))
         results.append(check(**inputs))
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other))
@@ -233,7 +234,7 @@ def test_norm_rows_are_independent_to_the_bit():
 
 def test_norm_rounds_as_plain_pytorch_does(rounded_bf16):
     """In bf16 the eager norm, which keeps the families' roundings, gives the same bits in all but a few places."""
-    from hf_gdn.kernels.layer import gated_norm
+    from hf_gdn.kernels.eager.gated_norm import gated_norm
 
     for rule in ("qwen3_next", "kimi_linear"):
         inputs = make_norm("more_than_a_program", rule, dtype=torch.bfloat16)

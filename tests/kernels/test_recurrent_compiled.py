@@ -2,25 +2,26 @@
 
 import pytest
 
-from hf_gdn.kernels.launch import HAS_TRITON, INTERPRET
+from hf_gdn.kernels.triton.runtime import HAS_TRITON, INTERPRET
 
 if INTERPRET or not HAS_TRITON:
     pytest.skip("needs Triton's compiler: the package, and no TRITON_INTERPRET", allow_module_level=True)
 
 import triton
 
-from hf_gdn.kernels import recurrent as module
+from hf_gdn.kernels.triton import recurrent as module
+from hf_gdn.kernels.triton.tokens import FP_FUSION, TOKEN_CONFIGS, tile_config
 
 from .compiled import TARGETS, Compiled, check, compile_for
 
-ROWS = [heads for heads, _, _ in module._LAUNCH]
+ROWS = [config.max_heads for config in TOKEN_CONFIGS]
 GATES = pytest.mark.parametrize("is_kda", [False, True], ids=["gdn", "kda"])
 
 
 def compiled(target, is_kda, K=128, V=128, heads=ROWS[-1], given=("p_initial",), one_token=False) -> Compiled:
     """The kernel as launched on bf16 tensors, `heads` = N * HV, with l2norm; `given` are the optional tensors."""
     kernel = module._recurrent_kernel
-    BV, num_warps = module.launch_options(heads, K, V)
+    BV, num_warps = tile_config(heads, K, V)
     optional = {"p_initial": "*fp32", "p_tokens": "*fp32", "p_bounds": "*i64"}
     strides = [name for name in kernel.arg_names if name.startswith("stride_")]
     signature = dict.fromkeys(("p_q", "p_k", "p_v", "p_beta", "p_o"), "*bf16")
@@ -36,7 +37,7 @@ def compiled(target, is_kda, K=128, V=128, heads=ROWS[-1], given=("p_initial",),
         constexprs[name] = 1
     return compile_for(
         kernel, signature, constexprs, target, num_warps,
-        divisible=[name for name in strides if name in signature], enable_fp_fusion=module.FP_FUSION,
+        divisible=[name for name in strides if name in signature], enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
 
 

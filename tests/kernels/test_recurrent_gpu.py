@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_gdn.kernels import RECURRENT_GDN, RECURRENT_KDA
-from hf_gdn.kernels import recurrent as module
-from hf_gdn.kernels.recurrent import recurrent
+from hf_gdn.kernels.triton import tokens as tiles
+from hf_gdn.kernels.triton.recurrent import recurrent
 
 from .test_recurrent_interpreted import BUDGET, assert_same, check, make, tokens
 
@@ -55,8 +55,8 @@ def test_bits_do_not_depend_on_batch_or_split(op):
     inputs = {**cuda_inputs(op, "qwen3_next", 160, 4), "qk_l2norm": True}
     whole = recurrent(**inputs)
     assert_same(recurrent(**inputs), whole)
-    used = {module.launch_options(B * 32, 128, 128) for B in (1, 32, 160)}
-    assert len(used) == len(module._LAUNCH), "the batches below no longer reach every tile"
+    used = {tiles.tile_config(B * 32, 128, 128) for B in (1, 32, 160)}
+    assert len(used) == len(tiles.TOKEN_CONFIGS), "the batches below no longer reach every tile"
     for B in (1, 32):
         few = {name: x[:B] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         assert_same(recurrent(**few), [x[:B] for x in whole])

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from hf_gdn.kernels import RECURRENT_GDN, RECURRENT_KDA
-from hf_gdn.kernels import recurrent as module
-from hf_gdn.kernels.launch import INTERPRET
-from hf_gdn.kernels.recurrent import recurrent
 from hf_gdn.kernels.reference import delta_rule
+from hf_gdn.kernels.triton import recurrent as module
+from hf_gdn.kernels.triton.recurrent import recurrent
+from hf_gdn.kernels.triton.runtime import INTERPRET
+from hf_gdn.kernels.triton.tokens import TOKEN_CONFIGS
 from tests.tiny import assert_close
 
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")]
@@ -158,11 +159,11 @@ def test_batched_is_single_bit_for_bit(op):
         assert_same(recurrent(**one), (o[b : b + 1], final[b : b + 1]))
 
 
-@pytest.mark.parametrize("tile", [row[1:] for row in module._LAUNCH], ids=str)
+@pytest.mark.parametrize("tile", [(config.BV, config.num_warps) for config in TOKEN_CONFIGS], ids=str)
 def test_every_tile_gives_the_same_bits(op, tile, monkeypatch):
     inputs = {**make(op, (1, 2, 1, 1, 24, 80)), "qk_l2norm": True}
     result = recurrent(**inputs)
-    monkeypatch.setattr(module, "_LAUNCH", ((2**31, *tile),))
+    monkeypatch.setattr(module, "tile_config", lambda *_: tile)
     assert_same(check(inputs), result)
 
 

@@ -2,19 +2,19 @@
 
 import pytest
 
-from hf_gdn.kernels.launch import HAS_TRITON, INTERPRET
+from hf_gdn.kernels.triton.runtime import HAS_TRITON, INTERPRET
 
 if INTERPRET or not HAS_TRITON:
     pytest.skip("needs Triton's compiler: the package, and no TRITON_INTERPRET", allow_module_level=True)
 
 import triton
 
-from hf_gdn.kernels import step as module
-from hf_gdn.kernels.recurrent import _LAUNCH, launch_options
+from hf_gdn.kernels.triton import step as module
+from hf_gdn.kernels.triton.tokens import FP_FUSION, TOKEN_CONFIGS, tile_config
 
 from .compiled import TARGETS, Compiled, check, compile_for
 
-ROWS = [heads for heads, _, _ in _LAUNCH]
+ROWS = [config.max_heads for config in TOKEN_CONFIGS]
 RULES = pytest.mark.parametrize("is_kda", [False, True], ids=["gdn", "kda"])
 
 
@@ -33,19 +33,17 @@ def compiled(kernel, target, num_warps, constexprs, T=None, bias=False) -> Compi
     signature = {name: kind for name, kind in signature.items() if name not in constants}
     # Rows of q, k, v and z; those of a and b are short.
     divisible = [name for name in strides if name[-2] in "qkvz"]
-    return compile_for(
-        kernel, signature, constants, target, num_warps, divisible=divisible, enable_fp_fusion=module.FP_FUSION
-    )
+    return compile_for(kernel, signature, constants, target, num_warps, divisible=divisible, enable_fp_fusion=FP_FUSION)
 
 
 def both(target, is_kda, heads=ROWS[-1], K=128, V=128, T=None, width=4, bias=False):
-    BV, num_warps = launch_options(heads, K, V)
+    BV, num_warps = tile_config(heads, K, V)
     common = dict(HK=32 if is_kda else 16, HV=32, K=K, V=V, BK=triton.next_power_of_2(K), WIDTH=width)
     rule = dict(LOWER_BOUND=None, IS_KDA=is_kda, DECAY_IN_DTYPE=False)
     finish = dict(BV=triton.next_power_of_2(V), BW=triton.next_power_of_2(width))
     finish |= dict(NORM_IN_FP32=is_kda, GATE_IS_SILU=not is_kda)
     yield compiled(module._step_kernel, target, num_warps, {**common, **rule, "BV": BV}, T, bias)
-    yield compiled(module._finish_kernel, target, 1, {**common, **finish}, T)
+    yield compiled(module._finish_kernel, target, module.FINISH_CONFIG.num_warps, {**common, **finish}, T)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_gdn.kernels import step as module
+from hf_gdn.kernels.triton import step as module
 
 from .test_step_interpreted import BUDGET, FAMILIES, check, make
 

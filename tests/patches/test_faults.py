@@ -29,7 +29,8 @@ from transformers import DynamicCache
 
 import hf_gdn
 from hf_gdn import graphs, patches, registry
-from hf_gdn.kernels import layer as layer_kernels
+from hf_gdn.kernels import contract
+from hf_gdn.kernels.eager import step as eager_step
 from hf_gdn.patches import api, family_patch, in_force, inspect, mixer, packing, swap
 from tests import tiny
 
@@ -170,7 +171,7 @@ def _in_projections(patch, family, fault):
 
 
 def _in_norm(patch, family, fault):
-    patch.setattr(layer_kernels, "gated_norm", fault)
+    patch.setattr(eager_step, "gated_norm", fault)
     _in_kernels(patch, fault, "gated_norm")
 
 
@@ -190,8 +191,8 @@ def _in_kernels(patch, fault, *ops):
 
 def _in_convolution(patch, family, fault):
     # What the activation is: a product, an addition or a window may have been written by then.
-    patch.setattr(layer_kernels.F, "silu", fault)
-    patch.setitem(layer_kernels.ACTIVATIONS, "silu", fault)
+    patch.setattr(eager_step.F, "silu", fault)
+    patch.setitem(contract.ACTIVATIONS, "silu", fault)
 
 
 STEPS = {

@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache
 
 import hf_gdn
-from hf_gdn import ops, registry
-from hf_gdn.kernels.launch import INTERPRET
+from hf_gdn import operators, registry
+from hf_gdn.kernels.triton.runtime import INTERPRET
 from tests import tiny
 
 from .test_step_interpreted import PRODUCTS, Operators, states
@@ -152,7 +152,7 @@ def test_kernels_of_a_backend_go_together(family, layer, monkeypatch):
     """Prologue and norm are those of the delta rule's backend where it has them, the eager ones where it has not."""
     seen, op = [], hf_gdn.patches.all_families()[family].op
     for name in ("launch_prologue", "launch_norm"):
-        launch = getattr(ops, name)
+        launch = getattr(operators, name)
 
         def watched(kernel, *args, launch=launch, **kwargs):
             seen.append((kernel.op, kernel.backend))

@@ -10,8 +10,8 @@ from transformers import DynamicCache
 
 import hf_gdn
 from hf_gdn import registry
-from hf_gdn.kernels import step as module
-from hf_gdn.kernels.launch import INTERPRET
+from hf_gdn.kernels.triton import step as module
+from hf_gdn.kernels.triton.runtime import INTERPRET
 from tests import tiny
 
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")]

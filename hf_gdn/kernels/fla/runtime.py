@@ -1,19 +1,22 @@
-"""flash-linear-attention as a backend where it is installed, CUDA only; never imported when absent.
+"""What the adapters of flash-linear-attention share: calling its functions, and what is refused.
 
-Its functions, in `fla.ops.gated_delta_rule` and `fla.ops.kda`, follow the same contract but for the arguments' names.
+Its functions follow the same contract but for the arguments' names.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 from torch import Tensor
 
-from ..registry import Kernel, Request, register
+from ...registry import Request
 
 
-def _adapt(module: str, name: str, recurrent: bool):
+def adapt(module: str, name: str, recurrent: bool = False) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Wrap fla's function ``module.name`` as a kernel; it is imported when it is called."""
+
     def call(
         q: Tensor,
         k: Tensor,
@@ -29,10 +32,17 @@ def _adapt(module: str, name: str, recurrent: bool):
     ):
         function = getattr(importlib.import_module(module), name)
         o, state = function(
-            q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), g=g.contiguous(), beta=beta.contiguous(),
-            scale=scale, initial_state=initial_state, output_final_state=True,
-            use_qk_l2norm_in_kernel=qk_l2norm, cu_seqlens=cu_seqlens,
-        )  # fmt: skip
+            q=q.contiguous(),
+            k=k.contiguous(),
+            v=v.contiguous(),
+            g=g.contiguous(),
+            beta=beta.contiguous(),
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=qk_l2norm,
+            cu_seqlens=cu_seqlens,
+        )
         if recurrent and recurrent_only.get("token_states") is not None:
             raise ValueError(
                 "backend 'fla' does not return the state after every token; use backend 'triton' or 'eager'"
@@ -54,15 +64,3 @@ def why_not(request: Request) -> str | None:
     if request.head_k_dim > 256:
         return f"serves K up to 256; K is {request.head_k_dim}"
     return None
-
-
-for _op, _module, _name in (
-    ("chunk_gdn", "fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
-    ("recurrent_gdn", "fla.ops.gated_delta_rule", "fused_recurrent_gated_delta_rule"),
-    ("chunk_kda", "fla.ops.kda", "chunk_kda"),
-    ("recurrent_kda", "fla.ops.kda", "fused_recurrent_kda"),
-):
-    register(
-        Kernel(_op, "fla", _adapt(_module, _name, _op.startswith("recurrent")), why_not,
-               differentiable=_op.startswith("chunk"))
-    )  # fmt: skip

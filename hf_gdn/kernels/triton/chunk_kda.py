@@ -8,8 +8,8 @@ Per sequence and value head, G the running sum of g [., K] inside a chunk, S the
 
 The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives the form.
 
-`chunk_kda_prepare` makes A, P, and q and k with their decay from and to the ends of the chunk; `chunk_kda_scores`
-serves chunks that decay too much for it; the scan follows, with S in registers.
+`chunk_kda_prepare` computes A, P, and q and k with their decay from and to the ends of the chunk, and
+`chunk_kda_strong_decay` serves chunks that decay too much for it. The scan follows, with S in registers.
 """
 
 from __future__ import annotations
@@ -17,25 +17,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import Kernel, register
-from .chunk_common import (
-    CHUNK,
-    chunks_of,
-    dot,
-    input_precision,
-    padded,
-)
-from .chunk_inverse import OPERANDS
-from .chunk_kda_prepare import WIDEST, prepare_kernel
-from .chunk_kda_scores import inverse_kernel, scores_kernel
-from .launch import on_device, strides, tl, triton, why_not
-from .segments import load_state, locate_segment, scan, store_state
-
-BLOCK = 16
-# Channels per step, and warps, of each kernel: so that every target compiles without spills. Not yet timed.
-PREPARE_TILE, PREPARE_WARPS, PREPARE_STAGES = 32, 4, 3
-SCORES_TILE, SCORES_WARPS = 32, 2
-INVERSE_TILE, INVERSE_WARPS = 32, 4
+from ...registry import Kernel, register
+from .chunk_kda_prepare import PREPARE_CONFIG, WIDEST, prepare_kernel
+from .chunk_kda_strong_decay import INVERSE_CONFIG, SCORES_CONFIG, inverse_kernel, scores_kernel
+from .chunks import CHUNK, chunks_of, padded
+from .math import dot, input_precision
+from .runtime import on_device, strides, tl, triton, why_not
+from .segmented_scan import load_state, locate_segment, scan, store_state
+from .triangular_inverse import OPERANDS
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -69,7 +58,7 @@ def _scan_kernel(
 ):  # fmt: skip
     STATE_ONLY: tl.constexpr = p_o is None
     COLUMNS: tl.constexpr = V + K if STATE_ONLY else V
-    # One grid axis for everything: y and z end at 65,535. Tiles of a head are neighbours and share what they read.
+    # One grid axis, since y and z are limited to 65,535. Tiles of a head are neighbours and share what they read.
     i_program = tl.program_id(0)
     i_v = i_program % tl.cdiv(COLUMNS, BV)
     i_xh = (i_program // tl.cdiv(COLUMNS, BV)).to(tl.int64)
@@ -181,17 +170,17 @@ def chunk_kda(
                 **strides(q=q, k=k, g=g, b=beta),
                 HK=HK,
                 K=K,
-                BK=min(BK, PREPARE_TILE),
+                BK=min(BK, PREPARE_CONFIG.BK),
                 INSIDE=wide,
                 OPERANDS=OPERANDS[v.dtype],
                 WIDEST=WIDEST[v.dtype],
                 PRECISION=precision,
-                num_warps=PREPARE_WARPS,
-                num_stages=PREPARE_STAGES,
+                num_warps=PREPARE_CONFIG.num_warps,
+                num_stages=PREPARE_CONFIG.num_stages,
                 **chunks.arguments(),
                 **shape,
             )
-            scores_kernel[(chunks.programs * (CHUNK // BLOCK), HV)](
+            scores_kernel[(chunks.programs * (CHUNK // SCORES_CONFIG.BC), HV)](
                 p_q=q,
                 p_k=k,
                 p_g=g,
@@ -203,12 +192,12 @@ def chunk_kda(
                 **strides(q=q, k=k, g=g),
                 HK=HK,
                 K=K,
-                BC=BLOCK,
-                BK=min(BK, SCORES_TILE),
+                BC=SCORES_CONFIG.BC,
+                BK=min(BK, SCORES_CONFIG.BK),
                 INSIDE=wide,
                 WIDEST=WIDEST[v.dtype],
                 PRECISION=precision,
-                num_warps=SCORES_WARPS,
+                num_warps=SCORES_CONFIG.num_warps,
                 **chunks.arguments(),
                 **shape,
             )
@@ -224,10 +213,10 @@ def chunk_kda(
                 **strides(k=k, g=g, b=beta),
                 HK=HK,
                 K=K,
-                BK=min(BK, INVERSE_TILE),
+                BK=min(BK, INVERSE_CONFIG.BK),
                 OPERANDS=OPERANDS[v.dtype],
                 WIDEST=WIDEST[v.dtype],
-                num_warps=INVERSE_WARPS,
+                num_warps=INVERSE_CONFIG.num_warps,
                 **chunks.arguments(),
                 **shape,
             )

@@ -1,14 +1,15 @@
-"""What the Triton kernels share: importing Triton where it exists, and saying where they cannot run."""
+"""What every Triton kernel needs: Triton itself where it is installed, refusals, strides, and launch parameters."""
 
 from __future__ import annotations
 
 import functools
 import os
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 
-from ..registry import Request
+from ...registry import Request
 
 try:
     import triton
@@ -33,6 +34,20 @@ except ImportError:
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """Launch parameters of one kernel. A kernel that also has tiles to choose derives a class of its own.
+
+    Args:
+        measured_on: card and shapes at which these values were the fastest tried, or `NOT_MEASURED`.
+        num_warps: warps per program.
+    """
+
+    measured_on: str
+    num_warps: int
 
 
 def on_device(x: torch.Tensor):

@@ -5,11 +5,8 @@ Per sequence and value head, with S of shape [K, V] and beta, g in fp32:
     S <- diag(exp g_t) S ;  u = beta_t (v_t - S^T k_t) ;  S <- S + k_t u^T ;  o_t = scale * S^T q_t
 
 The oracle is `hf_gdn.kernels.reference.delta_rule`. g is one number per head (GDN) or one per channel (KDA). A program
-owns BV columns of S, which do not interact, and keeps them in registers over all tokens; the state is read once and
-written once, and that is what a decode step costs.
-
-Bits do not depend on the batch, the tile or how tokens are divided among calls: every sum over K is the same binary
-tree whichever threads hold the rows, and a product is fused into an addition only where the code says so.
+keeps some columns of S in registers over all tokens (`tokens`); the state is read once and written once, and that is
+what a decode step costs.
 """
 
 from __future__ import annotations
@@ -17,57 +14,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import Kernel, register
-from .launch import on_device, strides, tl, triton, why_not
-
-# (up to so many heads in the batch, BV, warps) at K = 128: few heads want many programs, many heads want wide rows.
-# Measured on one H200, with the sketch this kernel grew from, at T = 1, K = V = 128, 32 heads and batches of 1, 8, 32,
-# 128 and 256.
-_LAUNCH = (
-    (512, 16, 1),
-    (2048, 32, 2),
-    (2**31, 64, 4),
-)
-# Which products the compiler would fuse into additions depends on the tile, and with it the bits.
-FP_FUSION = False
+from ...registry import Kernel, register
+from .math import l2norm
+from .runtime import on_device, strides, tl, triton, why_not
+from .tokens import FP_FUSION, delta_rule_token, tile_config
 
 
-def launch_options(heads: int, K: int, V: int) -> tuple[int, int]:
-    """BV and the number of warps for `heads` = N * HV states of shape [K, V]."""
-    BV, num_warps = next(row[1:] for row in _LAUNCH if heads <= row[0])
-    if K > 128:  # as many state values per thread as at 128
-        BV //= 2
-    return min(BV, triton.next_power_of_2(V)), num_warps
-
-
-@triton.jit
-def _sum_rows(b_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sum over the first dimension, always in the same order; tl.sum's order depends on warps and tile."""
-    b_x = tl.reshape(b_x, [ROWS, COLUMNS])
-    for i in tl.static_range(8):  # up to 256 rows
-        if ROWS >> (i + 1) > 0:
-            # The far half first: those rows lie in the same thread, the last few in neighbouring ones.
-            b_x = tl.sum(tl.reshape(b_x, [2, ROWS >> (i + 1), COLUMNS]), 0)
-    return tl.reshape(b_x, [COLUMNS])
-
-
-@triton.jit
-def _l2norm(b_x, BK: tl.constexpr):
-    """A row of K numbers over its length."""
-    return b_x * tl.rsqrt(_sum_rows(b_x * b_x, BK, 1) + 1e-6)
-
-
-@triton.jit
-def _token(b_s, b_q, b_k, b_v, b_decay, b_beta, scale, BK: tl.constexpr, BV: tl.constexpr):
-    """The delta rule for one token: the state ``[BK, BV]`` and o ``[BV]``. The decay is a number or ``[BK, 1]``."""
-    b_s *= b_decay
-    b_u = b_beta * (b_v - _sum_rows(b_s * b_k[:, None], BK, BV))
-    # Fused by hand, in every tile: it saves registers, without which some tiles spill.
-    b_s = tl.fma(b_k[:, None], b_u[None, :], b_s)
-    return b_s, scale * _sum_rows(b_s * b_q[:, None], BK, BV)
-
-
-# A single token gets a kernel of its own, without a loop; other values of T share one.
+# T = 1 is compiled separately, without a loop; all other values of T share one kernel.
 @triton.jit(do_not_specialize_on_alignment=["T"])
 def _recurrent_kernel(
     p_q,  # [B, T, HK, K]
@@ -97,7 +50,7 @@ def _recurrent_kernel(
     IS_KDA: tl.constexpr,
     QK_L2NORM: tl.constexpr,
 ):  # fmt: skip
-    # One grid axis for everything: y and z end at 65,535. Tiles of a head are neighbours and share its q and k.
+    # One grid axis, since y and z are limited to 65,535. Tiles of a head are neighbours and share its q and k.
     i_program = tl.program_id(0)
     i_v = i_program % tl.cdiv(V, BV)
     i_nh = (i_program // tl.cdiv(V, BV)).to(tl.int64)
@@ -140,12 +93,12 @@ def _recurrent_kernel(
         b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)
         b_beta = tl.load(p_beta).to(tl.float32)
         if QK_L2NORM:
-            b_q, b_k = _l2norm(b_q, BK), _l2norm(b_k, BK)
+            b_q, b_k = l2norm(b_q, BK), l2norm(b_k, BK)
         if IS_KDA:
             b_decay = tl.exp(tl.load(p_g, mask=m_k, other=0.0).to(tl.float32))[:, None]
         else:
             b_decay = tl.exp(tl.load(p_g).to(tl.float32))
-        b_s, b_o = _token(b_s, b_q, b_k, b_v, b_decay, b_beta, scale, BK, BV)
+        b_s, b_o = delta_rule_token(b_s, b_q, b_k, b_v, b_decay, b_beta, scale, BK, BV)
         tl.store(p_o, b_o.to(p_o.dtype.element_ty), mask=m_v)
         if p_tokens is not None:
             tl.store(p_tokens + o_s, b_s, mask=m_s)
@@ -186,7 +139,7 @@ def recurrent(
         scale: factor on the output.
         initial_state: fp32 ``[N, HV, K, V]``; zeros when None.
         cu_seqlens: int32 or int64 ``[N + 1]``, boundaries of N sequences packed along T; then B is 1, else N is B.
-            A sequence without tokens hands its state through.
+            The state of a sequence without tokens is unchanged.
         qk_l2norm: normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
         inplace: write the final state into `initial_state` and return that very tensor.
         token_states: fp32 ``[B, T, HV, K, V]``, each ``[K, V]`` contiguous; receives the state after every token.
@@ -215,7 +168,7 @@ def recurrent(
     else:
         raise ValueError(f"token_states needs contiguous float32 [K, V] matrices; it is {_layout(token_states)}")
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=q.device)
-    BV, num_warps = launch_options(N * HV, K, V)
+    BV, num_warps = tile_config(N * HV, K, V)
     with on_device(q):
         _recurrent_kernel[(N * HV * triton.cdiv(V, BV),)](
             p_q=q,

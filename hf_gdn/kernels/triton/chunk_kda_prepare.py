@@ -9,7 +9,7 @@ With G the running sum of g [., K] inside a chunk of 64 tokens,
 The whole chunk goes through one product per tile of channels: e^(G_i - G_j) = e^(G_i - R) e^(R - G_j) with R in the
 middle of what the chunk's rows span in that channel. Both factors are finite as long as no channel decays by more than
 `WIDEST` from the first row to the last. What a wider chunk gets here for kout, A and P is not finite or not written,
-and `chunk_kda_scores` writes them; its qin, kin and decay are right whatever the gate.
+and `chunk_kda_strong_decay` writes them; its qin, kin and decay are right whatever the gate.
 
 Rows are taken in the order 0, 4, .. 60, 1, 5, .. 61, ..: a thread then holds four rows in succession, and most of a
 running sum is its own. Sums over channels do not care, and the two products are put in order once, at the end. Which
@@ -18,11 +18,14 @@ thread holds what is Triton's choice: the order is for speed, and right whatever
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from .chunk_common import LOG2E, dot, locate_chunk
-from .chunk_inverse import halves, invert_halves, store_halves
-from .launch import tl, triton
+from .chunks import locate_chunk
+from .math import LOG2E, dot
+from .runtime import NOT_MEASURED, LaunchConfig, tl, triton
+from .triangular_inverse import halves, invert_halves, store_halves
 
 # Widest log-decay that is split in the middle, by dtype of the inputs. At 120 factors reach e^60, which leaves 1e12 to
 # |k| in fp32 and bf16; their products can overflow above the diagonal only, where they are dropped. Each rounding of a
@@ -31,6 +34,23 @@ from .launch import tl, triton
 WIDEST = {torch.bfloat16: 120.0, torch.float16: 120.0, torch.float32: 8.0}
 RUN = tl.constexpr(4)  # rows in succession that a thread holds
 VECTOR = tl.constexpr(4)  # channels that it loads at once: with more it would hold fewer rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(LaunchConfig):
+    """Launch of the preparation.
+
+    Args:
+        BK: channels per step.
+        num_stages: steps whose loads are under way.
+    """
+
+    BK: int
+    num_stages: int
+
+
+# Every target compiles without spills.
+PREPARE_CONFIG = PrepareConfig(BK=32, num_warps=4, num_stages=3, measured_on=NOT_MEASURED)
 
 
 @triton.jit

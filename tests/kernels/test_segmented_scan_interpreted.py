@@ -13,12 +13,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from hf_gdn.kernels import launch
+from hf_gdn.kernels.triton.runtime import INTERPRET, NOT_MEASURED
 
-if not launch.INTERPRET:
+if not INTERPRET:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from hf_gdn.kernels import segments
+from hf_gdn.kernels.triton import segmented_scan
 
 from .test_chunk_interpreted import (
     BOUND,
@@ -49,11 +49,12 @@ counts = pytest.mark.parametrize("count", [2, 4, 8])
 
 @pytest.fixture
 def cut(monkeypatch):
-    """``cut(count, minimum)``: from now on sequences of `minimum` tokens are cut into `count` segments."""
+    """``cut(count, minimum)``: from now on sequences of `minimum` tokens are cut into `count` segmented_scan."""
 
     def cut(count: int, minimum: int = 128) -> None:
-        monkeypatch.setattr(segments, "_SEGMENTS", ((float("inf"), count),))
-        monkeypatch.setattr(segments, "MINIMUM", minimum)
+        config = segmented_scan.SegmentsConfig(max_columns=float("inf"), segments=count, measured_on=NOT_MEASURED)
+        monkeypatch.setattr(segmented_scan, "SEGMENTS_CONFIGS", (config,))
+        monkeypatch.setattr(segmented_scan, "MINIMUM", minimum)
 
     return cut
 
@@ -84,7 +85,7 @@ def test_matches_oracle(op, count, shape, cut):
 @both_ops
 @pytest.mark.parametrize("T", [1000, 4097])
 def test_uncut(op, T, monkeypatch):
-    monkeypatch.setattr(segments, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(segmented_scan, "MULTIPROCESSORS", 1)
     check(op, slow(make(op, Shape(T=T)), 0.1))
 
 
@@ -232,5 +233,5 @@ def test_split_anywhere_equals_whole(op, at, cut):
     ],
 )
 def test_segments_by_heads_and_card(multiprocessors, counts, monkeypatch):
-    monkeypatch.setattr(segments, "MULTIPROCESSORS", multiprocessors)
-    assert {HV: segments.segments_of(HV, 128, torch.device("cpu")) for HV in counts} == counts
+    monkeypatch.setattr(segmented_scan, "MULTIPROCESSORS", multiprocessors)
+    assert {HV: segmented_scan.segment_count(HV, 128, torch.device("cpu")) for HV in counts} == counts

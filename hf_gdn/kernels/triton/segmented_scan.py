@@ -4,35 +4,54 @@ A chunk maps the state before it to the state after it, affinely, and so does a 
 
     S_(s+1) = M_s S_s + C_s          M_s [K, K],  C_s [K, V]                            (docs/delta_rule.md)
 
-C_s is what the segment makes of zeros, and column j of M_s what it makes of column j of the identity when there are
-no values. A long sequence is cut into segments of whole chunks, and three launches do the work of one:
+C_s is the segment's final state from a zero state; column j of M_s is its final state from column j of the identity
+when all values are zero. A long sequence is cut into segments of whole chunks, and three launches replace one:
 
     states   every segment but the last at once, without outputs: V columns from zeros (the first segment's from the
              sequence's own state) and K columns from the identity with v = 0
     merge    S_1 = C_0 ;  S_(s+1) = M_s S_s + C_s, in fp32, where C_s stood
     scan     every segment at once as if it were a sequence that begins with S_s
 
-How a sequence is cut depends on the layer, the card and the sequence's own length, never on what is batched or packed
-with it, and neither do bits. Lengths are looked at on the device only.
+Where a sequence is cut, and with it the bits of its result, depends on the layer, the card and its own length, never on
+what is batched or packed with it. Lengths are read on the device only.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .chunk_common import CHUNK, Chunks, dot, input_precision, locate_sequence, padded, scan_options, shared_memory
-from .launch import on_device, tl, triton
+from .chunks import CHUNK, Chunks, locate_sequence, padded, scan_config, shared_memory
+from .math import dot, input_precision
+from .runtime import NOT_MEASURED, LaunchConfig, on_device, tl, triton
 
 # Tokens a sequence must have to be cut: four chunks a segment at least. Predicted, not measured: the scan of two heads
 # and 4096 tokens takes 106 us uncut; cut, 18 us for both passes, and perhaps 30 for 14 steps of the merge and launches.
 MINIMUM = 4096
-# (up to so many columns of states per multiprocessor, segments). Predicted, not measured: a program of the scan takes
-# 32 columns, and 1.66 us a chunk while there are no more programs than multiprocessors (one H200, the timed sketch;
-# 0.87 times that without outputs). One sequence of n chunks, K = V = 128, 132 multiprocessors, merge not counted:
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentsConfig:
+    """Into how many segments a long sequence is cut.
+
+    Args:
+        max_columns: columns of states (HV * V) per multiprocessor up to which this row serves.
+        segments: how many.
+        measured_on: as in `LaunchConfig`.
+    """
+
+    max_columns: float
+    segments: int
+    measured_on: str
+
+
+# A program of the scan takes 32 columns, and 1.66 us a chunk while there are no more programs than multiprocessors (one
+# H200, the timed sketch; 0.87 times that without outputs). Predictions for one sequence of n chunks, K = V = 128, 132
+# multiprocessors, merge not counted:
 #
 #     heads   segments   time in chunks             times as fast
 #     2       16         n/16 (1 + 0.87 * 2 waves)  5.8
@@ -41,15 +60,32 @@ MINIMUM = 4096
 #     16      2          n/2  (1 + 0.87)            1.07: not cut
 #
 # It pays while heads times long sequences are at most 8. Where a batch fills the card by itself, work counts and not
-# length: 2.6 times the scan's time at 16 segments, 2.4 at 8 and 2.1 at 4. The table does not look at the batch all the
-# same, because bits would change with it.
-_SEGMENTS = ((2, 16), (4, 8), (8, 4))
-# Multiprocessors where there is no card to ask: those of the H200.
+# length: 2.6 times the scan's time at 16 segments, 2.4 at 8 and 2.1 at 4. The table does not depend on the batch all
+# the same, because bits would change with it.
+SEGMENTS_CONFIGS = (
+    SegmentsConfig(max_columns=2, segments=16, measured_on=NOT_MEASURED),
+    SegmentsConfig(max_columns=4, segments=8, measured_on=NOT_MEASURED),
+    SegmentsConfig(max_columns=8, segments=4, measured_on=NOT_MEASURED),
+)
+# Multiprocessors assumed without a card: those of the H200.
 MULTIPROCESSORS = 132
-# Columns of V and warps of a program of the merge, and columns of M_s that it multiplies at a time: narrow, so that
-# programs are many, and such that every target compiles without spills. Not yet timed.
-MERGE_COLUMNS, MERGE_WARPS = 16, 8
-MERGE_TILE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(LaunchConfig):
+    """Launch of the merge.
+
+    Args:
+        BV: columns of V per program.
+        BI: columns of M_s that it multiplies at a time.
+    """
+
+    BV: int
+    BI: int
+
+
+# Narrow, so that there are many programs, and every target compiles without spills.
+MERGE_CONFIG = MergeConfig(BV=16, BI=32, num_warps=8, measured_on=NOT_MEASURED)
 
 
 @functools.cache
@@ -57,15 +93,16 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def segments_of(HV: int, V: int, device: torch.device) -> int:
+def segment_count(HV: int, V: int, device: torch.device) -> int:
     """Into how many segments a long sequence of a layer is cut on `device`."""
     multiprocessors = _multiprocessors(device) if device.type == "cuda" else MULTIPROCESSORS
-    return next((count for columns, count in _SEGMENTS if columns * multiprocessors >= HV * V), 1)
+    served = (c.segments for c in SEGMENTS_CONFIGS if c.max_columns * multiprocessors >= HV * V)
+    return next(served, 1)
 
 
 def merge_stages(BK: int, shared: int) -> int:
-    """How many tiles of M_s the merge has on their way, with `shared` bytes of shared memory per block."""
-    return min(3, shared // (4 * BK * MERGE_TILE))
+    """Tiles of M_s whose loads are under way during the merge, with `shared` bytes of shared memory per block."""
+    return min(3, shared // (4 * BK * MERGE_CONFIG.BI))
 
 
 @triton.jit
@@ -177,7 +214,7 @@ def _merge_kernel(
     o_k = tl.arange(0, BK)
     o_i = tl.arange(0, BI)
     o_v = i_v * BV + tl.arange(0, BV)
-    # Everything is transposed: as the left operand the narrow state stays in registers, whichever the card.
+    # Everything is transposed: as the left operand the narrow state stays in registers on every card.
     o_s = o_k[None, :] * (V + K) + o_v[:, None]
     m_s = (o_k < K)[None, :] & (o_v < V)[:, None]
     b_new = tl.load(p_states + o_s, mask=m_s, other=0.0)
@@ -223,7 +260,7 @@ def scan(
     """
     (T, HV, V), (N, _, K, _) = v.shape[1:], final_state.shape
     BK, precision = padded(K), input_precision(v.dtype)
-    segments = segments_of(HV, V, v.device) if T >= MINIMUM else 1
+    segments = segment_count(HV, V, v.device) if T >= MINIMUM else 1
     long, states, slots = None, None, 0
     if segments > 1:
         # Only so many packed sequences can be long, which bounds memory and programs by the number of tokens.
@@ -237,7 +274,7 @@ def scan(
 
     # Slots grow with the batch and bits must not depend on it: one tile, the narrowest, where anything is cut.
     heads = N * HV if segments == 1 else 1
-    BV, warps, stages = scan_options(heads, V, BK, v.element_size(), shared_memory(v.device), key_tiles)
+    BV, warps, stages = scan_config(heads, V, BK, v.element_size(), shared_memory(v.device), key_tiles)
     common = dict(
         inputs,
         p_initial=None if initial_state is None else initial_state.contiguous(),
@@ -255,14 +292,14 @@ def scan(
     with on_device(v):
         if segments > 1:
             kernel[(triton.cdiv(V + K, BV) * slots * HV,)](p_final=None, **dict.fromkeys(outputs), **common)
-            _merge_kernel[(triton.cdiv(V, MERGE_COLUMNS) * candidates * HV,)](
+            _merge_kernel[(triton.cdiv(V, MERGE_CONFIG.BV) * candidates * HV,)](
                 p_states=states,
                 minimum=MINIMUM,
-                BV=MERGE_COLUMNS,
-                BI=min(BK, MERGE_TILE),
+                BV=MERGE_CONFIG.BV,
+                BI=min(BK, MERGE_CONFIG.BI),
                 SEGMENTS=segments,
                 PRECISION="ieee" if precision == "ieee" or torch.version.hip else "tf32x3",
-                num_warps=MERGE_WARPS,
+                num_warps=MERGE_CONFIG.num_warps,
                 num_stages=merge_stages(BK, shared_memory(v.device)),
                 **tables,
                 **shape,

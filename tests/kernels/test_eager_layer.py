@@ -7,8 +7,12 @@ what they make together. The oracle shares nothing with it.
 import pytest
 import torch
 
-from hf_gdn import ops, registry
-from hf_gdn.kernels import GATED_NORM, PROLOGUE_GDN, PROLOGUE_KDA, STEP_KDA, layer, reference
+from hf_gdn import operators, registry
+from hf_gdn.kernels import GATED_NORM, PROLOGUE_GDN, PROLOGUE_KDA, STEP_KDA, reference
+from hf_gdn.kernels.contract import Prepared
+from hf_gdn.kernels.eager.gated_norm import gated_norm
+from hf_gdn.kernels.eager.prologue import prologue
+from hf_gdn.kernels.eager.step import step
 from tests.tiny import assert_close
 
 from .steps import FAMILIES, double
@@ -34,7 +38,7 @@ def test_the_eager_step_is_the_oracles(inputs, tokens, width):
     window = torch.randn(*window.shape[:2], width)
     wanted = reference.step(double(raw), double(weights), inputs["rule"], window.double(), inputs["state"].double())
     state = inputs["state"].clone()
-    y = layer.step(raw, weights, inputs["rule"], window, state)
+    y = step(raw, weights, inputs["rule"], window, state)
     for name, got, want in zip(("y", "window", "state"), (y, window, state), wanted):
         assert_close(name, got, want, BUDGET)
 
@@ -43,16 +47,16 @@ def test_the_operator_passes_opcheck(inputs):
     op = "step_kda" if inputs["raw"].a.dim() == 3 else "step_gdn"
     tensors = *inputs["raw"][:6], *inputs["weights"], inputs["window"], inputs["state"]
     tensors = [x if x is None else x.contiguous() for x in tensors]
-    torch.library.opcheck(ops.STEP_OPERATORS[op], (*tensors, *inputs["rule"], "eager"))
+    torch.library.opcheck(operators.STEP_OPERATORS[op], (*tensors, *inputs["rule"], "eager"))
 
 
 def test_compiles_as_an_operator_without_a_break(inputs):
     """As a kernel that torch.compile cannot look into is called; in place."""
     op = "step_kda" if inputs["raw"].a.dim() == 3 else "step_gdn"
-    kernel = registry.Kernel(op, "eager", layer.step, lambda request: None)
+    kernel = registry.Kernel(op, "eager", step, lambda request: None)
 
     def function(raw, window, state):
-        return ops.launch_step(kernel, raw, inputs["weights"], inputs["rule"], window, state) + 1
+        return operators.launch_step(kernel, raw, inputs["weights"], inputs["rule"], window, state) + 1
 
     results = []
     for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
@@ -64,11 +68,11 @@ def test_compiles_as_an_operator_without_a_break(inputs):
 
 def test_few_tokens_at_once_or_one_by_one(inputs):
     whole, parts = [inputs[name].clone() for name in ("window", "state")], []
-    at_once = layer.step(inputs["raw"], inputs["weights"], inputs["rule"], *whole)
+    at_once = step(inputs["raw"], inputs["weights"], inputs["rule"], *whole)
     window, state = inputs["window"].clone(), inputs["state"].clone()
     for t in range(3):
         raw = type(inputs["raw"])(*(x if x is None else x[:, t : t + 1] for x in inputs["raw"]))
-        parts.append(layer.step(raw, inputs["weights"], inputs["rule"], window, state))
+        parts.append(step(raw, inputs["weights"], inputs["rule"], window, state))
     for name, got, want in zip(("y", "window", "state"), (torch.cat(parts, 1), window, state), (at_once, *whole)):
         assert_close(name, got, want, BUDGET)
 
@@ -103,7 +107,7 @@ def test_the_eager_prologue_is_the_oracles(call, context):
     exact = dict(call, raw=double(call["raw"]), weights=double(call["weights"]))
     exact["window"] = None if call["window"] is None else call["window"].double()
     wanted = reference.prologue(**exact)
-    for name, got, want in zip(layer.Prepared._fields, layer.prologue(**call), wanted, strict=True):
+    for name, got, want in zip(Prepared._fields, prologue(**call), wanted, strict=True):
         if want is None:
             assert got is None
         else:
@@ -116,8 +120,8 @@ def test_the_prologue_rounds_once(call, dtype):
     raw, weights = (
         type(x)(*(y if y is None else y.to(dtype) for y in x)) for x in (call["raw"], call["weights"])
     )  # fmt: skip
-    made = layer.prologue(raw, weights, call["rule"])
-    wanted = layer.prologue(
+    made = prologue(raw, weights, call["rule"])
+    wanted = prologue(
         type(raw)(*(x if x is None else x.float() for x in raw)), weights, call["rule"]._replace(decay_in_dtype=False)
     )
     for name, got, want in zip("qkv", made, wanted):
@@ -126,9 +130,9 @@ def test_the_prologue_rounds_once(call, dtype):
 
 
 def test_autocast_leaves_the_prologue_alone(call):
-    plain = layer.prologue(**call)
+    plain = prologue(**call)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = layer.prologue(**call)
+        cast = prologue(**call)
     assert all(torch.equal(x, y) for x, y in zip(plain, cast))
 
 
@@ -137,30 +141,32 @@ def test_the_prologues_operator(call, keep):
     raw = [x if x is None else x.contiguous() for x in call["raw"][:6]]
     window = call["window"] if keep else None
     given = (*raw, *call["weights"][:4], *call["rule"][:3], window, keep, None, torch.tensor([9, 4]), "eager")
-    torch.library.opcheck(ops.PROLOGUE_OPERATORS[operator(call)], given)
+    torch.library.opcheck(operators.PROLOGUE_OPERATORS[operator(call)], given)
 
 
 def test_prologue_and_norm_compile_as_operators_without_a_break(call):
     """As kernels that torch.compile cannot look into are called."""
     weights, rule = call["weights"], call["rule"]
-    first = registry.Kernel(operator(call), "eager", layer.prologue, lambda request: None)
-    last = registry.Kernel("gated_norm", "eager", layer.gated_norm, lambda request: None)
+    first = registry.Kernel(operator(call), "eager", prologue, lambda request: None)
+    last = registry.Kernel("gated_norm", "eager", gated_norm, lambda request: None)
 
     def function(raw, window):
-        made = ops.launch_prologue(first, raw, weights, rule, window=window, keep=4, cu_seqlens=None, lengths=None)
-        return *made, ops.launch_norm(last, made.v, raw.z, weights.norm, rule) + 1
+        made = operators.launch_prologue(
+            first, raw, weights, rule, window=window, keep=4, cu_seqlens=None, lengths=None
+        )
+        return *made, operators.launch_norm(last, made.v, raw.z, weights.norm, rule) + 1
 
     results = [
         f(call["raw"], call["window"]) for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager"))
     ]
-    for name, got, want in zip((*layer.Prepared._fields, "y"), *results, strict=True):
+    for name, got, want in zip((*Prepared._fields, "y"), *results, strict=True):
         assert_close(name, got, want, 1e-6)
 
 
 def test_the_norms_operator(call):
     z, weight, rule = call["raw"].z.contiguous(), call["weights"].norm, call["rule"]
     o = torch.randn(2, 9, 4, 20)
-    torch.library.opcheck(ops.NORM_OPERATOR, (o, z, weight, *rule[4:], "eager"))
+    torch.library.opcheck(operators.NORM_OPERATOR, (o, z, weight, *rule[4:], "eager"))
 
 
 @pytest.mark.parametrize("gate", ["silu", "sigmoid"])
@@ -168,4 +174,4 @@ def test_the_norms_operator(call):
 def test_the_eager_norm_is_the_oracles(gate, norm_in_fp32):
     call = GATED_NORM.make_inputs(B=2, T=5, HK=2, HV=4, V=20, gate=gate, norm_in_fp32=norm_in_fp32)
     exact = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in call.items()}
-    assert_close("y", layer.gated_norm(**call), reference.gated_norm(**exact), BUDGET)
+    assert_close("y", gated_norm(**call), reference.gated_norm(**exact), BUDGET)

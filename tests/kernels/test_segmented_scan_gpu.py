@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_gdn.kernels import segments
+from hf_gdn.kernels.triton import segmented_scan
 
 from .test_chunk_gpu import OPS, PER_TOKEN, both_ops, check, dtypes, error, make
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 def few(op: str, HV: int = 2, decay: float = 0.01, **kwargs) -> dict:
     """So few heads that they are cut, and so little decay that what is before a segment matters in it."""
-    assert segments.segments_of(HV, 128, torch.device("cuda")) > 1, "this card does not cut so many heads"
+    assert segmented_scan.segment_count(HV, 128, torch.device("cuda")) > 1, "this card does not cut so many heads"
     return make(op, **{**dict(HK=1, HV=HV, decay=decay), **kwargs})
 
 
@@ -36,7 +36,7 @@ def test_error_like_uncut(op, dtype, monkeypatch):
         **{n: x.double() if n in (*PER_TOKEN, "initial_state") else x for n, x in call.items()}
     )
     cut = OPS[op][1](**call)
-    monkeypatch.setattr(segments, "_SEGMENTS", ())
+    monkeypatch.setattr(segmented_scan, "SEGMENTS_CONFIGS", ())
     for name, actual, x, e in zip(("o", "final_state"), cut, OPS[op][1](**call), expected, strict=True):
         # 1e-7: two ulp of fp32, since an error of zero cannot be doubled.
         assert error(actual, e) <= 2 * error(x, e) + 1e-7, f"{name}: {error(actual, e):.2e}, uncut {error(x, e):.2e}"

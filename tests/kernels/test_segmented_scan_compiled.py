@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
-from hf_gdn.kernels.launch import HAS_TRITON, INTERPRET
+from hf_gdn.kernels.triton.runtime import HAS_TRITON, INTERPRET
 
 if INTERPRET or not HAS_TRITON:
     pytest.skip("needs Triton's compiler: the package, and no TRITON_INTERPRET", allow_module_level=True)
 
-from hf_gdn.kernels import chunk_common, chunk_gdn, chunk_kda, segments
+from hf_gdn.kernels.triton import chunk_gdn, chunk_kda, chunks, segmented_scan
 
 from .compiled import SHARED_LIMIT, TARGETS, Compiled, compile_for
 
+MERGE = segmented_scan.MERGE_CONFIG
 # Kernel, its fp32 tensors, what only its outputs need, and [64, BK] tiles per chunk.
 SCANS = {
     "gdn": (chunk_gdn._scan_kernel, ("p_kin", "p_qin", "p_kout", "p_decay"), ("p_q", "p_p", "p_qin", "p_o"), 2),
@@ -30,7 +31,7 @@ SPILLS = {
 
 
 def compiled(kernel, name, target, K, V, fp32, constexprs, packed, **options) -> Compiled:
-    shape: dict[str, Any] = dict(HK=1, HV=2, K=K, V=V, BT=chunk_common.CHUNK, BK=chunk_common.padded(K), SEGMENTS=16)
+    shape: dict[str, Any] = dict(HK=1, HV=2, K=K, V=V, BT=chunks.CHUNK, BK=chunks.padded(K), SEGMENTS=16)
     constexprs = {**shape, **({} if packed else dict.fromkeys(TABLES)), **constexprs}
     constexprs = {n: value for n, value in constexprs.items() if n in kernel.arg_names}
     signature = {}
@@ -47,18 +48,21 @@ def compiled(kernel, name, target, K, V, fp32, constexprs, packed, **options) ->
 def check_scan(op: str, target: str, K: int = 128, V: int = 128, states=False, packed=False) -> Compiled:
     """Compile one of the two passes over segments as it is launched on bf16 tensors on `target`."""
     kernel, fp32, outputs, key_tiles = SCANS[op]
-    sizes = chunk_common.scan_options(1, V, chunk_common.padded(K), 2, SHARED_LIMIT[target], key_tiles)
+    sizes = chunks.scan_config(1, V, chunks.padded(K), 2, SHARED_LIMIT[target], key_tiles)
     options = dict(zip(("num_warps", "num_stages"), sizes[1:], strict=True))
     constexprs = {"BV": sizes[0], "PRECISION": None, **(dict.fromkeys((*outputs, "p_final")) if states else {})}
     return compiled(kernel, f"{op} {'states' if states else 'scan'}", target, K, V, fp32, constexprs, packed, **options)
 
 
 def check_merge(target: str, K: int = 128, V: int = 128, packed=False, precision: str | None = None) -> Compiled:
-    BK = chunk_common.padded(K)
+    BK = chunks.padded(K)
     precision = precision or ("ieee" if target.startswith("gfx") else "tf32x3")
-    constexprs = {"BV": segments.MERGE_COLUMNS, "BI": min(BK, segments.MERGE_TILE), "PRECISION": precision}
-    options = {"num_warps": segments.MERGE_WARPS, "num_stages": segments.merge_stages(BK, SHARED_LIMIT[target])}
-    return compiled(segments._merge_kernel, "merge", target, K, V, (), constexprs, packed, **options)
+    constexprs = {"BV": MERGE.BV, "BI": min(BK, MERGE.BI), "PRECISION": precision}
+    options = {
+        "num_warps": MERGE.num_warps,
+        "num_stages": segmented_scan.merge_stages(BK, SHARED_LIMIT[target]),
+    }
+    return compiled(segmented_scan._merge_kernel, "merge", target, K, V, (), constexprs, packed, **options)
 
 
 @pytest.mark.parametrize("target", TARGETS)

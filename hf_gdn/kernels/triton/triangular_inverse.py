@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import torch
 
-from .chunk_common import dot
-from .launch import tl, triton
+from .math import dot
+from .runtime import tl, triton
 
-# Operands of the products, by dtype of the inputs. fp16 inputs deserve more than eleven bits.
+# Operands of the products, by dtype of the inputs. fp16 inputs need more than eleven bits.
 OPERANDS = {torch.bfloat16: tl.float16, torch.float16: tl.float32, torch.float32: tl.float32}
 
 
@@ -72,7 +72,7 @@ def _invert_32(b_m, b_beta, DTYPE: tl.constexpr):
     m_same = (o_i[:, None] // 16) == (o_i[None, :] // 16)
     b_blocks = tl.sum(tl.reshape(tl.where(m_same, b_m, 0.0), [2, 16, 2, 16]), 2)
     b_blocks = _invert_16(b_blocks.to(tl.float32), tl.reshape(b_beta, [2, 16]), DTYPE)
-    # Reshaped, not indexed with None: so the layout of the accumulator is kept, and the expansion is free.
+    # Reshaped rather than indexed with None, which keeps the accumulator's layout and makes the expansion free.
     b_blocks = tl.reshape(b_blocks, [2, 16, 1, 16])
     b_a = tl.where(o_b[:, None, None, None] == o_b[None, None, :, None], b_blocks, 0.0)
     b_a = tl.reshape(b_a, [32, 32])

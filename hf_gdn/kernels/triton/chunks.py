@@ -1,33 +1,49 @@
-"""What the chunked kernels share: where a chunk lies, products, the shape of a launch.
+"""What the chunked kernels share: where a chunk lies, and how a scan over chunks is launched.
 
-A chunk is 64 tokens. In packed sequences every sequence starts a chunk of its own, and its last one may be short;
-which sequence a program serves is looked up on the device, so that no length ever has to come back to the host.
+A chunk is 64 tokens. Every packed sequence starts a new chunk, and its last chunk may be short. Which sequence a
+program serves is looked up on the device, so that lengths never cause a host sync.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .launch import INTERPRET, tl, triton
+from .runtime import NOT_MEASURED, LaunchConfig, tl, triton
 
 CHUNK = 64
-_INTERPRETED = tl.constexpr(INTERPRET)
 _CHUNK = tl.constexpr(CHUNK)
-LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp several
 
-# Scans by shared memory of a block in KiB, at least: (up to so many heads in the batch, BV, warps).
-_SCAN = {
-    # H200, MEASURED sketches at K = V = 128: BV 32 won at 32 heads, 64 at 256 heads; more than 4 warps never helped.
-    200: ((128, 32, 4), (2**31, 64, 4)),
-    # Not timed. Operands lie in registers on these cards (A100 and consumer cards); wider tiles or fewer warps spill.
-    80: ((2**31, 32, 8),),
-    # Not timed. MI300: 64 KiB, but twice the registers.
-    0: ((128, 32, 4), (2**31, 64, 4)),
-}
+
+@dataclass(frozen=True, kw_only=True)
+class ScanConfig(LaunchConfig):
+    """Launch of a scan over chunks, at K up to 128 and two bytes per element.
+
+    Args:
+        min_shared: KiB of shared memory per block that the card has at least.
+        max_heads: N * HV up to which this row serves.
+        BV: columns of a state per program.
+    """
+
+    min_shared: int
+    max_heads: int
+    BV: int
+
+
+_H200 = "H200, sketches at K = V = 128: BV 32 won at 32 heads, 64 at 256 heads; more than 4 warps never helped"
+SCAN_CONFIGS = (
+    ScanConfig(min_shared=200, max_heads=128, BV=32, num_warps=4, measured_on=_H200),
+    ScanConfig(min_shared=200, max_heads=2**31, BV=64, num_warps=4, measured_on=_H200),
+    # A100 and consumer cards hold operands in registers; wider tiles or fewer warps spill.
+    ScanConfig(min_shared=80, max_heads=2**31, BV=32, num_warps=8, measured_on=NOT_MEASURED),
+    # MI300: 64 KiB, but twice the registers.
+    ScanConfig(min_shared=0, max_heads=128, BV=32, num_warps=4, measured_on=NOT_MEASURED),
+    ScanConfig(min_shared=0, max_heads=2**31, BV=64, num_warps=4, measured_on=NOT_MEASURED),
+)
 
 
 class Chunks(NamedTuple):
@@ -59,27 +75,22 @@ def chunks_of(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
     counts = (cu_seqlens.diff() + (CHUNK - 1)) // CHUNK
     ends = counts.cumsum(0)
     numbers = torch.arange(programs, device=cu_seqlens.device)
-    # A program too many is given to the last sequence, finds itself past its end and leaves.
+    # Surplus programs are assigned to the last sequence; they start past its end and return.
     sequence = torch.searchsorted(ends, numbers, right=True).clamp_(max=sequences - 1)
     return Chunks(programs, cu_seqlens, ends - counts, sequence)
 
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    # Asked of Triton, since torch's properties do not name it on every platform.
+    # From Triton: torch's device properties lack it on some platforms.
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
     return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have on `device`; in the interpreter no limit matters."""
+    """Bytes of shared memory that a block may have on `device`; as good as unlimited in the interpreter."""
     return _shared_memory(device) if device.type == "cuda" else 2**20
-
-
-def input_precision(dtype: torch.dtype) -> str | None:
-    """How fp32 operands are multiplied: exactly for fp32 inputs, else as the target's tensor cores take them."""
-    return "ieee" if dtype == torch.float32 else None
 
 
 def padded(size: int) -> int:
@@ -87,7 +98,7 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def scan_options(heads: int, V: int, BK: int, itemsize: int, shared: int, key_tiles: int) -> tuple[int, int, int]:
+def scan_config(heads: int, V: int, BK: int, itemsize: int, shared: int, key_tiles: int) -> tuple[int, int, int]:
     """BV, warps and stages of a scan.
 
     Args:
@@ -97,8 +108,8 @@ def scan_options(heads: int, V: int, BK: int, itemsize: int, shared: int, key_ti
         shared: bytes of shared memory per block.
         key_tiles: ``[64, BK]`` tiles that the scan reads per chunk.
     """
-    table = next(table for limit, table in _SCAN.items() if shared >= limit * 1024)
-    BV, warps = next(row[1:] for row in table if heads <= row[0])
+    config = next(c for c in SCAN_CONFIGS if shared >= c.min_shared * 1024 and heads <= c.max_heads)
+    BV, warps = config.BV, config.num_warps
     if BK > 128 or itemsize > 2:  # twice the registers per column of the state
         BV, warps = 16, 8
     BV = min(BV, padded(V))
@@ -108,17 +119,8 @@ def scan_options(heads: int, V: int, BK: int, itemsize: int, shared: int, key_ti
 
 
 @triton.jit
-def dot(b_x, b_y, b_acc=None, PRECISION: tl.constexpr = None):
-    """b_acc + b_x @ b_y in fp32."""
-    if _INTERPRETED:  # the interpreter takes bf16 operands for integers
-        b_x = b_x.to(tl.float32)
-        b_y = b_y.to(tl.float32)
-    return tl.dot(b_x, b_y, b_acc, input_precision=PRECISION)
-
-
-@triton.jit
 def locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T):
-    """``(batch, first token, end of the sequence)`` of a chunk; at or past the end when the program is one too many."""
+    """``(batch, first token, end of the sequence)`` of a chunk; at or past the end for surplus programs."""
     if p_bounds is not None:
         i_n = tl.load(p_sequence + i_chunk)
         i_b = i_chunk * 0

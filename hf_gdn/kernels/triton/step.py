@@ -5,15 +5,16 @@
     S <- diag(exp g) S ;  u = beta (v - S^T k) ;  S <- S + k u^T ;  o = K^-1/2 S^T q          (delta rule)
     y <- norm(o) gate(z) ;  window <- the last tokens of (window | x)
 
-The oracle is `hf_gdn.kernels.reference.step`. Inputs are read where the projections left them, in the family's own
-layout: no split, cat, cast or copy.
+The oracle is `hf_gdn.kernels.reference.step`. Inputs are views of the projections' outputs in the family's own layout:
+nothing is split, concatenated, cast or copied.
 
-Why two: a key head's window is read by the programs of all its value heads and of all tiles of V, so none of them can
-move it on while another may still read it, and the norm needs the whole row o of a head, which tiles of V share. The
-first kernel therefore only reads the windows and leaves o as it is; the second, which runs when the first is done,
-norms and moves the windows on. That costs one small launch; no atomics, no counters, no memory that outlives the call.
+There are two kernels for two reasons. A key head's window is read by the programs of all its value heads and of all
+tiles of V, so none of them may shift it while another may still read it. And the norm needs a head's whole row o, which
+tiles of V share. The first kernel only reads the windows and stores o before the norm; the second runs after it,
+applies the norm and shifts the windows. This costs one small launch, but no atomics, counters or memory that outlives
+the call.
 
-Sums over K are those of `recurrent`: bits do not depend on the batch, the tile or how tokens are divided among calls.
+The delta rule is that of `tokens`: bits do not depend on the batch, the tile or how tokens are divided among calls.
 """
 
 from __future__ import annotations
@@ -21,67 +22,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import Kernel, register
-from .launch import on_device, strides, tl, triton, why_not
-from .layer import Raw, Rule, Weights
-from .recurrent import FP_FUSION, _l2norm, _sum_rows, _token, launch_options
+from ...registry import Kernel, register
+from ..contract import Raw, Rule, Weights
+from .math import conv_silu_token, l2norm, log_decay, norm_and_gate, sum_rows, writing_strength
+from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton, why_not
+from .tokens import FP_FUSION, delta_rule_token, tile_config
+
+# The second kernel: a program has a row of V numbers at a time, or a head's windows.
+FINISH_CONFIG = LaunchConfig(num_warps=1, measured_on=NOT_MEASURED)
 
 
-@triton.jit
-def _exp1p_log(b_x):
-    """softplus, as torch has it: x above 20; log(1 + e^x) without losing e^x beside 1."""
-    b_y = tl.exp(tl.minimum(b_x, 20.0))
-    b_1 = 1.0 + b_y
-    b_log = tl.where(b_1 == 1.0, b_y, tl.log(b_1) * (b_y / tl.where(b_1 == 1.0, 1.0, b_1 - 1.0)))
-    return tl.where(b_x > 20.0, b_x, b_log)
-
-
-@triton.jit
-def _log_decay(b_a, b_bias, b_rate, dtype: tl.constexpr, LOWER_BOUND: tl.constexpr, ROUNDED: tl.constexpr):
-    """g of what the projection gives, rounded to the model's dtype where the model does that."""
-    b_g = b_a.to(tl.float32) + b_bias
-    b_g = -b_rate * _exp1p_log(b_g) if LOWER_BOUND is None else LOWER_BOUND * tl.sigmoid(b_rate * b_g)
-    return b_g.to(dtype).to(tl.float32) if ROUNDED else b_g
-
-
-@triton.jit
-def _strength(b_b, beta_scale):
-    """beta of what the projection gives, its sigmoid rounded as the model does."""
-    return beta_scale * tl.sigmoid(b_b.to(tl.float32)).to(b_b.dtype).to(tl.float32)
-
-
-@triton.jit
-def _norm_gate(b_o, b_mean, b_w, b_z, eps, dtype: tl.constexpr, IN_FP32: tl.constexpr, IS_SILU: tl.constexpr):
-    """RMS norm of b_o, whose squares have the mean b_mean, times the gate of b_z, all in fp32 blocks of one shape."""
-    b_o *= tl.rsqrt(b_mean + eps)
-    if IN_FP32:
-        b_o *= b_w
-    else:  # rounded before the weight and after
-        b_o = b_o.to(dtype).to(tl.float32) * b_w
-        b_o = b_o.to(dtype).to(tl.float32)
-    b_gate = tl.sigmoid(b_z)
-    if IS_SILU:
-        b_gate *= b_z
-    return b_o * b_gate
-
-
-@triton.jit
-def _conv_silu(p_x, stride_t, p_window, p_weight, p_bias, m_c, i_t, WIDTH: tl.constexpr):
-    """silu of the convolution at token i_t, rounded as the model rounds it. Pointers are at the channels, p_x at token
-    0 of this call; what comes before it is in the window, whose last column is the token before token 0."""
-    b_sum = tl.zeros(m_c.shape, tl.float32)
-    for i in tl.static_range(WIDTH):
-        at = i_t - (WIDTH - 1 - i)
-        b_x = tl.load(p_x + at * stride_t, mask=m_c & (at >= 0), other=0.0).to(tl.float32)
-        if i < WIDTH - 1:
-            b_x += tl.load(p_window + (WIDTH + at), mask=m_c & (at < 0), other=0.0).to(tl.float32)
-        b_sum += b_x * tl.load(p_weight + i, mask=m_c, other=0.0).to(tl.float32)
-    if p_bias is not None:
-        b_sum += tl.load(p_bias, mask=m_c, other=0.0).to(tl.float32)
-    return (b_sum * tl.sigmoid(b_sum)).to(p_x.dtype.element_ty).to(tl.float32)
-
-
-# A single token gets a kernel of its own, without a loop; other values of T share one.
+# T = 1 is compiled separately, without a loop; all other values of T share one kernel.
 @triton.jit(do_not_specialize_on_alignment=["T"])
 def _step_kernel(
     p_q,  # [B, T, HK, K]
@@ -145,31 +96,31 @@ def _step_kernel(
         b_bias = tl.load(p_dt_bias + i_h).to(tl.float32)
 
     for i_t in range(T):
-        b_q = _conv_silu(
+        b_q = conv_silu_token(
             p_q, stride_qt, p_window + o_ck * WIDTH, p_weight + o_ck * WIDTH,
             None if p_bias is None else p_bias + o_ck, m_k, i_t, WIDTH,
         )  # fmt: skip
-        b_k = _conv_silu(
+        b_k = conv_silu_token(
             p_k, stride_kt, p_window + (HK * K + o_ck) * WIDTH, p_weight + (HK * K + o_ck) * WIDTH,
             None if p_bias is None else p_bias + HK * K + o_ck, m_k, i_t, WIDTH,
         )  # fmt: skip
-        b_v = _conv_silu(
+        b_v = conv_silu_token(
             p_v, stride_vt, p_window + o_cv * WIDTH, p_weight + o_cv * WIDTH,
             None if p_bias is None else p_bias + o_cv, m_v, i_t, WIDTH,
         )  # fmt: skip
         b_a = tl.load(p_a + i_t * stride_at, mask=m_k, other=0.0) if IS_KDA else tl.load(p_a + i_t * stride_at)
-        b_g = _log_decay(b_a, b_bias, b_rate, p_q.dtype.element_ty, LOWER_BOUND, DECAY_IN_DTYPE)
-        b_beta = _strength(tl.load(p_b + i_t * stride_bt), beta_scale)
+        b_g = log_decay(b_a, b_bias, b_rate, p_q.dtype.element_ty, LOWER_BOUND, DECAY_IN_DTYPE)
+        b_beta = writing_strength(tl.load(p_b + i_t * stride_bt), beta_scale)
         b_decay = tl.exp(b_g)[:, None] if IS_KDA else tl.exp(b_g)
-        b_s, b_o = _token(b_s, _l2norm(b_q, BK), _l2norm(b_k, BK), b_v, b_decay, b_beta, scale, BK, BV)
+        b_s, b_o = delta_rule_token(b_s, l2norm(b_q, BK), l2norm(b_k, BK), b_v, b_decay, b_beta, scale, BK, BV)
         tl.store(p_o, b_o.to(p_o.dtype.element_ty), mask=m_v)
         p_o += HV * V
     tl.store(p_s, b_s, mask=m_s)
 
 
 @triton.jit
-def _move_window(p_x, stride_t, p_window, m_c, T, WIDTH: tl.constexpr, BW: tl.constexpr):
-    """Let T new tokens into the window ``[channels, WIDTH]``, in place. Pointers are at the channels."""
+def _shift_window(p_x, stride_t, p_window, m_c, T, WIDTH: tl.constexpr, BW: tl.constexpr):
+    """Shift the convolution window ``[channels, WIDTH]`` by T tokens, in place. Pointers are at the channels."""
     o_w = tl.arange(0, BW)[None, :]
     m = m_c[:, None] & (o_w < WIDTH)
     o_from = o_w + T  # in (window | x)
@@ -207,37 +158,38 @@ def _finish_kernel(
     i_n = (tl.program_id(0) // (HV + HK)).to(tl.int64)
     i_h = tl.program_id(0) % (HV + HK)
     p_window += i_n * (2 * HK * K + HV * V) * WIDTH
-    if i_h >= HV:  # no name in both branches: their blocks differ in size
+    # Block sizes differ, so the branches must not share names (Triton would unify their types).
+    if i_h >= HV:
         i_key = i_h - HV
         o_k = tl.arange(0, BK)
         m_k = o_k < K
         o_ck = i_key * K + o_k
         p_new_q = p_q + i_n * stride_qb + i_key * stride_qh + o_k
-        _move_window(p_new_q, stride_qt, p_window + o_ck * WIDTH, m_k, T, WIDTH, BW)
+        _shift_window(p_new_q, stride_qt, p_window + o_ck * WIDTH, m_k, T, WIDTH, BW)
         p_new_k = p_k + i_n * stride_kb + i_key * stride_kh + o_k
-        _move_window(p_new_k, stride_kt, p_window + (HK * K + o_ck) * WIDTH, m_k, T, WIDTH, BW)
+        _shift_window(p_new_k, stride_kt, p_window + (HK * K + o_ck) * WIDTH, m_k, T, WIDTH, BW)
     else:
         i_hk, i_r = i_h // (HV // HK), i_h % (HV // HK)
         o_v = tl.arange(0, BV)
         m_v = o_v < V
         o_cv = 2 * HK * K + i_h * V + o_v
         p_new_v = p_v + i_n * stride_vb + i_hk * stride_vh + i_r * stride_vr + o_v
-        _move_window(p_new_v, stride_vt, p_window + o_cv * WIDTH, m_v, T, WIDTH, BW)
+        _shift_window(p_new_v, stride_vt, p_window + o_cv * WIDTH, m_v, T, WIDTH, BW)
         p_row = p_o + (i_n * T * HV + i_h) * V + o_v
         p_gate = p_z + i_n * stride_zb + i_hk * stride_zh + i_r * stride_zr + o_v
         b_w = tl.load(p_norm + o_v, mask=m_v, other=0.0).to(tl.float32)
         for _ in range(T):
             b_o = tl.load(p_row, mask=m_v, other=0.0).to(tl.float32)
             b_z = tl.load(p_gate, mask=m_v, other=0.0).to(tl.float32)
-            b_mean = _sum_rows(b_o * b_o, BV, 1) / V
-            b_y = _norm_gate(b_o, b_mean, b_w, b_z, eps, p_o.dtype.element_ty, NORM_IN_FP32, GATE_IS_SILU)
+            b_mean = sum_rows(b_o * b_o, BV, 1) / V
+            b_y = norm_and_gate(b_o, b_mean, b_w, b_z, eps, p_o.dtype.element_ty, NORM_IN_FP32, GATE_IS_SILU)
             tl.store(p_row, b_y.to(p_o.dtype.element_ty), mask=m_v)
             p_row += HV * V
             p_gate += stride_zt
 
 
 def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) -> Tensor:
-    """The next few tokens of a layer, window and state moved on in place; no gradients. All arithmetic is fp32.
+    """The next few tokens of a layer; window and state are updated in place. No gradients. All arithmetic is fp32.
 
     Args:
         raw: of tokens ``[B, T]``, T from 1 up, in fp16, bf16 or fp32; a is given.
@@ -262,7 +214,7 @@ def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) 
     if is_kda:
         a = a.unflatten(2, (HK, R, K))
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
-    BV, num_warps = launch_options(B * HV, K, V)
+    BV, num_warps = tile_config(B * HV, K, V)
     BK = triton.next_power_of_2(K)
     with on_device(q):
         _step_kernel[(B * HV * triton.cdiv(V, BV),)](
@@ -295,7 +247,7 @@ def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) 
             DECAY_IN_DTYPE=rule.decay_in_dtype,
             num_warps=num_warps,
             enable_fp_fusion=FP_FUSION,
-        )  # fmt: skip
+        )
         _finish_kernel[(B * (HV + HK),)](
             p_q=q,
             p_k=k,
@@ -318,7 +270,7 @@ def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) 
             BW=triton.next_power_of_2(WIDTH),
             NORM_IN_FP32=rule.norm_in_fp32,
             GATE_IS_SILU=rule.gate == "silu",
-            num_warps=1,
+            num_warps=FINISH_CONFIG.num_warps,
             enable_fp_fusion=FP_FUSION,
         )
     return o

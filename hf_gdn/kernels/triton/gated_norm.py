@@ -2,23 +2,33 @@
 
     y = norm(o) gate(z) ,  norm(o) = o / sqrt(mean o^2 + eps) * weight
 
-The oracle is `hf_gdn.kernels.reference.gated_norm`. z is read where the projection left it, in the family's own layout.
+The oracle is `hf_gdn.kernels.reference.gated_norm`. z is a view of the projection's output, in the family's layout.
 Where the weight is applied in the model's dtype (Qwen3-Next) the norm is rounded before and after it, else it stays in
 fp32 (Kimi-Linear).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..registry import Kernel, register
-from .launch import on_device, strides, tl, triton, why_not
-from .layer import Rule
-from .step import _norm_gate
+from ...registry import Kernel, register
+from ..contract import Rule
+from .math import norm_and_gate
+from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton, why_not
 
-# Elements a program, and warps: 32 rows of 128 as 32 numbers a thread. Bound by memory; not timed.
-_TILE, _WARPS = 4096, 4
+
+@dataclass(frozen=True, kw_only=True)
+class GatedNormConfig(LaunchConfig):
+    """Launch of the gated norm; `elements` is how many numbers a program has."""
+
+    elements: int
+
+
+# 32 rows of 128 as 32 numbers a thread. The kernel is bound by memory.
+GATED_NORM_CONFIG = GatedNormConfig(elements=4096, num_warps=4, measured_on=NOT_MEASURED)
 
 
 @triton.jit
@@ -48,12 +58,12 @@ def _gated_norm_kernel(
     b_z = tl.load(p_z + o_z[:, None] + o_v[None, :], mask=m, other=0.0).to(tl.float32)
     b_w = tl.load(p_w + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
     b_mean = tl.sum(b_o * b_o, 1)[:, None] / V
-    b_y = _norm_gate(b_o, b_mean, b_w, b_z, eps, p_y.dtype.element_ty, NORM_IN_FP32, GATE_IS_SILU)
+    b_y = norm_and_gate(b_o, b_mean, b_w, b_z, eps, p_y.dtype.element_ty, NORM_IN_FP32, GATE_IS_SILU)
     tl.store(p_y + o_r[:, None] * V + o_v[None, :], b_y.to(p_y.dtype.element_ty), mask=m)
 
 
 def gated_norm(o: Tensor, z: Tensor, weight: Tensor, rule: Rule) -> Tensor:
-    """RMS norm of o, gated by z; no gradients. All arithmetic is fp32 but for the roundings that are the model's.
+    """RMS norm of o, gated by z; no gradients. All arithmetic is fp32, except where the model rounds.
 
     Args:
         o: ``[B, T, HV, V]`` in fp16, bf16 or fp32, contiguous; V up to 256.
@@ -67,7 +77,7 @@ def gated_norm(o: Tensor, z: Tensor, weight: Tensor, rule: Rule) -> Tensor:
     y = torch.empty_like(o)
     rows, (HV, V) = o.shape[:3].numel(), o.shape[2:]
     BV = triton.next_power_of_2(V)
-    BR = _TILE // BV
+    BR = GATED_NORM_CONFIG.elements // BV
     if rows == 0:
         return y
     with on_device(o):
@@ -87,7 +97,7 @@ def gated_norm(o: Tensor, z: Tensor, weight: Tensor, rule: Rule) -> Tensor:
             BV=BV,
             NORM_IN_FP32=rule.norm_in_fp32,
             GATE_IS_SILU=rule.gate == "silu",
-            num_warps=_WARPS,
+            num_warps=GATED_NORM_CONFIG.num_warps,
         )
     return y
 

@@ -3,64 +3,55 @@
     x <- silu(conv(window | x)) for x = q, k, v ;  q, k <- x / sqrt(sum x^2 + 1e-6)
     g <- -exp(A_log) softplus(a + dt_bias), or lower_bound sigmoid(exp(A_log) (a + dt_bias)) ;  beta <- sigmoid(b)
 
-The oracle is `hf_gdn.kernels.reference.prologue`. Projections are read where they lie, in the family's own layout, and
-each activation is written once, as the chunk kernels read it: no split, cat, transpose or fp32 copy.
+The oracle is `hf_gdn.kernels.reference.prologue`. Inputs are views of the projections' outputs in the family's own
+layout. Each activation is written once, in the layout that the chunk kernels read: no split, cat, transpose or fp32
+copy.
 
 A program serves some tokens of a sequence and one head: q and k of a key head, or v, decay and beta of a value head.
-The taps of the convolution load the tile again, shifted; all but the first of those loads hit the nearest cache. What
-the window is to be goes to a tensor of its own: the cache moves when the rest of the call has run.
+Every tap of the convolution loads the tile again, shifted; all but the first load hit the nearest cache. The next
+window is written to a tensor of its own; the cache is updated after the rest of the call has run.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..registry import Kernel, register
-from .chunk_common import CHUNK, chunks_of, locate_chunk
-from .launch import on_device, strides, tl, triton, why_not
-from .layer import Prepared, Raw, Rule, Weights
-from .step import _log_decay, _strength
-
-# By the wider padded dimension of a head: (tokens a program, warps), 16 numbers a thread. At 32 some targets spill.
-# Bound by memory; not timed.
-_LAUNCH = {16: (64, 2), 32: (64, 4), 64: (64, 8), 128: (32, 8), 256: (16, 8)}
+from ...registry import Kernel, register
+from ..contract import Prepared, Raw, Rule, Weights
+from .chunks import CHUNK, chunks_of, locate_chunk
+from .math import conv_silu_tile, l2norm_rows, log_decay, writing_strength
+from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton, why_not
 
 
-@triton.jit
-def _conv_tile(
-    p_x, stride_t, p_window, p_weight, p_bias, i_t, start, end, m_c,
-    BT: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """silu of the convolution at BT tokens from i_t of a sequence from start to end, ``[BT, channels]`` in fp32.
-    Pointers are at the channels, p_x at token 0; the window, if there is one, ends before that."""
-    o_t = i_t + tl.arange(0, BT)
-    m_t = o_t < end
-    b_sum = tl.zeros([BT, m_c.shape[0]], tl.float32)
-    if (
-        p_window is not None and i_t == 0
-    ):  # the first tokens begin with what is in the window, row by row: there are few
-        for t in tl.static_range(WIDTH - 1):
-            b_row = tl.zeros(m_c.shape, tl.float32)
-            for i in tl.static_range(WIDTH - 1 - t):
-                if KEEP + t + i >= WIDTH - 1:
-                    b_x = tl.load(p_window + (KEEP + t + i - (WIDTH - 1)), mask=m_c, other=0.0).to(tl.float32)
-                    b_row += b_x * tl.load(p_weight + i, mask=m_c, other=0.0).to(tl.float32)
-            b_sum = tl.where((o_t == t)[:, None], b_row[None, :], b_sum)
-    for i in tl.static_range(WIDTH):
-        o_from = o_t - (WIDTH - 1 - i)
-        m = (m_t & (o_from >= start))[:, None] & m_c[None, :]
-        b_x = tl.load(p_x[None, :] + o_from[:, None] * stride_t, mask=m, other=0.0).to(tl.float32)
-        b_sum += b_x * tl.load(p_weight + i, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    if p_bias is not None:
-        b_sum += tl.load(p_bias, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    return b_sum * tl.sigmoid(b_sum)
+@dataclass(frozen=True, kw_only=True)
+class PrologueConfig(LaunchConfig):
+    """Launch of the prologue.
+
+    Args:
+        max_dim: the wider padded dimension of a head up to which this row serves.
+        BT: tokens per program.
+    """
+
+    max_dim: int
+    BT: int
 
 
-@triton.jit
-def _normed(b_x):
-    """Rows over their length."""
-    return b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) + 1e-6)[:, None]
+# 16 numbers a thread; at 32 some targets spill. The kernel is bound by memory.
+PROLOGUE_CONFIGS = (
+    PrologueConfig(max_dim=16, BT=64, num_warps=2, measured_on=NOT_MEASURED),
+    PrologueConfig(max_dim=32, BT=64, num_warps=4, measured_on=NOT_MEASURED),
+    PrologueConfig(max_dim=64, BT=64, num_warps=8, measured_on=NOT_MEASURED),
+    PrologueConfig(max_dim=128, BT=32, num_warps=8, measured_on=NOT_MEASURED),
+    PrologueConfig(max_dim=256, BT=16, num_warps=8, measured_on=NOT_MEASURED),
+)
+
+
+def prologue_config(BK: int, BV: int) -> PrologueConfig:
+    """The launch at heads of padded dimensions BK and BV."""
+    return next(config for config in PROLOGUE_CONFIGS if max(BK, BV) <= config.max_dim)
 
 
 @triton.jit
@@ -120,7 +111,7 @@ def _prologue_kernel(
     IS_KDA: tl.constexpr,
     DECAY_IN_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    # Heads of the same tokens are neighbours: they lie in the same rows.
+    # Neighbouring programs serve heads of the same tokens, which lie in the same rows.
     i_h = tl.program_id(0) % (HK + HV)
     i_tile = (tl.program_id(0) // (HK + HV)).to(tl.int64)
     i_chunk, i_sub = i_tile // (CHUNK // BT), i_tile % (CHUNK // BT)
@@ -144,7 +135,8 @@ def _prologue_kernel(
     m_t = o_t < end
     o_row = i_b * T + o_t
     i_channel = i_b * (2 * HK * K + HV * V)
-    if i_h < HK:  # no name in both branches: their blocks differ in size
+    # Block sizes differ, so the branches must not share names (Triton would unify their types).
+    if i_h < HK:
         o_k = tl.arange(0, BK)
         m_k = o_k < K
         m_tk = m_t[:, None] & m_k[None, :]
@@ -152,19 +144,19 @@ def _prologue_kernel(
         o_key = HK * K + o_q
         p_xq = p_q + i_b * stride_qb + i_h * stride_qh + o_k
         p_xk = p_k + i_b * stride_kb + i_h * stride_kh + o_k
-        b_q = _conv_tile(
+        b_q = conv_silu_tile(
             p_xq, stride_qt, None if p_context is None else p_context + (i_channel + o_q) * KEEP,
             p_weight + o_q * WIDTH, None if p_bias is None else p_bias + o_q, i_t, start, end, m_k,
             BT, WIDTH, KEEP,
         )  # fmt: skip
         o_out = (o_row * HK + i_h)[:, None] * K + o_k[None, :]
-        tl.store(p_oq + o_out, _normed(b_q).to(dtype), mask=m_tk)
-        b_k = _conv_tile(
+        tl.store(p_oq + o_out, l2norm_rows(b_q).to(dtype), mask=m_tk)
+        b_k = conv_silu_tile(
             p_xk, stride_kt, None if p_context is None else p_context + (i_channel + o_key) * KEEP,
             p_weight + o_key * WIDTH, None if p_bias is None else p_bias + o_key, i_t, start, end, m_k,
             BT, WIDTH, KEEP,
         )  # fmt: skip
-        tl.store(p_ok + o_out, _normed(b_k).to(dtype), mask=m_tk)
+        tl.store(p_ok + o_out, l2norm_rows(b_k).to(dtype), mask=m_tk)
         if p_recent is not None and is_first:
             _last_inputs(
                 p_xq, stride_qt, None if p_window is None else p_window + (i_channel + o_q) * KEEP,
@@ -181,7 +173,7 @@ def _prologue_kernel(
         m_v = o_v < V
         o_value = 2 * HK * K + i_value * V + o_v
         p_xv = p_v + i_b * stride_vb + i_hk * stride_vh + i_r * stride_vr + o_v
-        b_v = _conv_tile(
+        b_v = conv_silu_tile(
             p_xv, stride_vt, None if p_context is None else p_context + (i_channel + o_value) * KEEP,
             p_weight + o_value * WIDTH, None if p_bias is None else p_bias + o_value, i_t, start, end, m_v,
             BT, WIDTH, KEEP,
@@ -195,7 +187,7 @@ def _prologue_kernel(
             )  # fmt: skip
         m_real = o_t < length
         p_xb = p_b + i_b * stride_bb + i_hk * stride_bh + i_r * stride_br
-        b_beta = _strength(tl.load(p_xb + o_t * stride_bt, mask=m_t, other=0.0), beta_scale)
+        b_beta = writing_strength(tl.load(p_xb + o_t * stride_bt, mask=m_t, other=0.0), beta_scale)
         tl.store(p_obeta + o_head, tl.where(m_real, b_beta, 0.0), mask=m_t)
         p_xa = p_a + i_b * stride_ab + i_hk * stride_ah + i_r * stride_ar + o_t * stride_at
         b_rate = tl.exp(tl.load(p_A_log + i_value).to(tl.float32))
@@ -205,19 +197,25 @@ def _prologue_kernel(
             m_td = m_t[:, None] & m_d[None, :]
             b_bias = tl.load(p_dt_bias + i_value * K + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
             b_a = tl.load(p_xa[:, None] + o_d[None, :], mask=m_td, other=0.0)
-            b_g = _log_decay(b_a, b_bias, b_rate, dtype, LOWER_BOUND, DECAY_IN_DTYPE)
+            b_g = log_decay(b_a, b_bias, b_rate, dtype, LOWER_BOUND, DECAY_IN_DTYPE)
             tl.store(p_og + o_head[:, None] * K + o_d[None, :], tl.where(m_real[:, None], b_g, 0.0), mask=m_td)
         else:
             b_a = tl.load(p_xa, mask=m_t, other=0.0)
             b_bias = tl.load(p_dt_bias + i_value).to(tl.float32)
-            b_g = _log_decay(b_a, b_bias, b_rate, dtype, LOWER_BOUND, DECAY_IN_DTYPE)
+            b_g = log_decay(b_a, b_bias, b_rate, dtype, LOWER_BOUND, DECAY_IN_DTYPE)
             tl.store(p_og + o_head, tl.where(m_real, b_g, 0.0), mask=m_t)
 
 
 def prologue(
-    raw: Raw, weights: Weights, rule: Rule, *,
-    window: Tensor | None = None, keep: int = 0, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None,
-) -> Prepared:  # fmt: skip
+    raw: Raw,
+    weights: Weights,
+    rule: Rule,
+    *,
+    window: Tensor | None = None,
+    keep: int = 0,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Prepared:
     """Everything before the delta rule, in one launch; no gradients. All arithmetic is fp32.
 
     Args:
@@ -248,15 +246,18 @@ def prologue(
         return torch.empty(*shape, dtype=dtype, device=q.device)
 
     made = Prepared(
-        empty(B, T, HK, K, dtype=q.dtype), empty(B, T, HK, K, dtype=q.dtype), empty(B, T, HV, V, dtype=q.dtype),
-        empty(B, T, HV, K) if is_kda else empty(B, T, HV), empty(B, T, HV),
-        empty(B, C, keep, dtype=q.dtype) if keep else None,
-    )  # fmt: skip
+        q=empty(B, T, HK, K, dtype=q.dtype),
+        k=empty(B, T, HK, K, dtype=q.dtype),
+        v=empty(B, T, HV, V, dtype=q.dtype),
+        g=empty(B, T, HV, K) if is_kda else empty(B, T, HV),
+        beta=empty(B, T, HV),
+        window=empty(B, C, keep, dtype=q.dtype) if keep else None,
+    )
     chunks = chunks_of(B, T, cu_seqlens)
     BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
-    BT, num_warps = next(row for width, row in _LAUNCH.items() if max(BK, BV) <= width)
+    config = prologue_config(BK, BV)
     with on_device(q):
-        _prologue_kernel[(chunks.programs * (CHUNK // BT) * (HK + HV),)](
+        _prologue_kernel[(chunks.programs * (CHUNK // config.BT) * (HK + HV),)](
             p_q=q,
             p_k=k,
             p_v=v,
@@ -282,7 +283,7 @@ def prologue(
             HV=HV,
             K=K,
             V=V,
-            BT=BT,
+            BT=config.BT,
             BK=BK,
             BV=BV,
             WIDTH=weights.conv.shape[1],
@@ -292,7 +293,7 @@ def prologue(
             LOWER_BOUND=rule.lower_bound,
             IS_KDA=is_kda,
             DECAY_IN_DTYPE=rule.decay_in_dtype,
-            num_warps=num_warps,
+            num_warps=config.num_warps,
             **chunks.arguments(),
         )
     return made

@@ -1,6 +1,6 @@
 """Chunks of Kimi delta attention that decay by more than one product over the whole chunk can hold.
 
-For these, `chunk_kda_prepare` leaves open (G the running sum of g [., K] inside a chunk of 64 tokens)
+For these, `chunk_kda_prepare` leaves to this file (G the running sum of g [., K] inside a chunk of 64 tokens)
 
     N = tril(sum_d k_id k_jd e^(G_id - G_jd), -1) ;  A = (diag(1 / beta) + N)^-1
     P = scale * tril(sum_d q_id k_jd e^(G_id - G_jd)) ;   kout = e^(G_last - G) k
@@ -10,19 +10,42 @@ block and columns before it, the block's first row (both factors are at most 1, 
 middle of the block's range, as long as that range leaves both factors finite; where it does not, column by column
 without splitting. No exponent is the difference of two sums: each is summed from the gates between its two rows.
 
-Programs of other chunks read the chunk's range and leave.
+Programs of all other chunks read the chunk's range and return.
 """
 
 from __future__ import annotations
 
-from .chunk_common import LOG2E, dot, locate_chunk
-from .chunk_inverse import invert_halves, store_halves
+from dataclasses import dataclass
+
 from .chunk_kda_prepare import RUN, VECTOR, row_order, running_sum
-from .launch import tl, triton
+from .chunks import locate_chunk
+from .math import LOG2E, dot
+from .runtime import NOT_MEASURED, LaunchConfig, tl, triton
+from .triangular_inverse import invert_halves, store_halves
 
 # Widest log-decay of a 16-row block that goes through one product: its factors reach e^60, times k well inside fp32.
 # Their products can overflow above the diagonal only, where they are dropped.
 _WIDEST_BLOCK = tl.constexpr(120.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresConfig(LaunchConfig):
+    """Launch of the scores; BC rows of a chunk per program, BK channels per step."""
+
+    BC: int
+    BK: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseConfig(LaunchConfig):
+    """Launch of the inverse; BK channels per step."""
+
+    BK: int
+
+
+# Every target compiles without spills.
+SCORES_CONFIG = ScoresConfig(BC=16, BK=32, num_warps=2, measured_on=NOT_MEASURED)
+INVERSE_CONFIG = InverseConfig(BK=32, num_warps=4, measured_on=NOT_MEASURED)
 
 
 @triton.jit

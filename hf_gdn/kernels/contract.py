@@ -1,0 +1,112 @@
+"""What kernels and layers agree on: how a kernel is called, and the types of its arguments.
+
+A kernel of the delta rule is called with inputs that `hf_gdn.ops` has checked, as
+
+    fn(q, k, v, g, beta, *, scale, initial_state=None, cu_seqlens=None, qk_l2norm=False)  ->  (o, final_state)
+
+q, k ``[B, T, HK, K]``; v ``[B, T, HV, V]``; g in natural log, ``[B, T, HV]`` for the gated delta rule (GDN) and
+``[B, T, HV, K]`` for Kimi delta attention (KDA); beta ``[B, T, HV]``; states ``[N, HV, K, V]`` in fp32 (float64 for
+float64 inputs). N is the number of sequences: B, or ``len(cu_seqlens) - 1`` where B is 1 and sequences are packed along
+T. o is ``[B, T, HV, V]`` in v's dtype; the final state is always returned. Inputs may be strided in their outer
+dimensions; the last one is contiguous.
+
+The recurrent ops take two more arguments, for decoding:
+
+    inplace=False       write the final state into `initial_state` and return that very tensor
+    token_states=None   a tensor ``[B, T, HV, K, V]`` in fp32 that receives the state after every token
+
+The other ops surround the delta rule between a layer's projections:
+
+    prologue    fn(raw, weights, rule, *, window=None, keep=0, cu_seqlens=None, lengths=None)  ->  Prepared
+                q, k, v <- silu(conv(q | k | v)) ;  q, k <- l2norm ;  g, beta <- gates(a, b)
+    gated norm  fn(o, z, weight, rule)  ->  y ``[B, T, HV, V]``
+                y <- norm(o) gate(z)
+    step        fn(raw, weights, rule, window, state)  ->  y
+                all of a layer's work between its projections, for the next few tokens of a cache; `window` and `state`
+                are updated in place
+
+Their inputs are the projections' outputs, unchanged: `Raw` holds views with any strides. q, k, v and o are rounded to
+the model's dtype once each, and beta as transformers rounds it; the rest is fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Activations that a `Rule` can name.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the recurrent state for inputs of `dtype`: fp32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Raw(NamedTuple):
+    """Outputs of a layer's input projections for ``[B, T]`` tokens; R = HV / HK value heads share a key head.
+
+    The last dimension of q, k, v, z and of KDA's a is contiguous.
+    """
+
+    q: Tensor  # [B, T, HK, K], before the convolution
+    k: Tensor  # [B, T, HK, K]
+    v: Tensor  # [B, T, HK, R, V]
+    a: Tensor | None  # [B, T, HK, R] (GDN) or [B, T, HV K] (KDA), before bias and gate; None where g is given
+    b: Tensor  # [B, T, HK, R], before the sigmoid
+    z: Tensor  # [B, T, HK, R, V], gate of the output norm
+    qkv: Tensor | None = None  # [B, T, C], q | k | v, where one projection returns all three
+    g: Tensor | None = None  # [B, T, HV, K], from a forget gate that had to be called
+
+    def joined(self) -> Tensor:
+        """q | k | v side by side, ``[B, T, C]``."""
+        if self.qkv is not None:
+            return self.qkv
+        return torch.cat((self.q.flatten(2), self.k.flatten(2), self.v.flatten(2)), -1)
+
+
+class Weights(NamedTuple):
+    """A layer's parameters between its projections, in any float dtype."""
+
+    conv: Tensor  # [C, width]
+    conv_bias: Tensor | None  # [C]
+    A_log: Tensor  # [HV] elements
+    dt_bias: Tensor  # [HV] or, for KDA, [HV K] elements
+    norm: Tensor | None  # [V]; None where the norm module has to be called
+
+
+class Rule(NamedTuple):
+    """The options in which model families differ.
+
+    Args:
+        lower_bound: the decay is ``lower_bound sigmoid(exp(A_log) a)`` rather than ``-exp(A_log) softplus(a)``.
+        decay_in_dtype: the decay is rounded to the model's dtype.
+        beta_scale: factor on beta.
+        activation: activation of the convolution: a key of `ACTIVATIONS`, or a function for any other.
+        gate: activation of the norm's gate, likewise.
+        norm_in_fp32: the norm's weight is applied in fp32, else in the model's dtype, after rounding.
+        eps: epsilon of the norm.
+    """
+
+    lower_bound: float | None = None
+    decay_in_dtype: bool = False
+    beta_scale: float = 1.0
+    activation: str | Callable[[Tensor], Tensor] = "silu"
+    gate: str | Callable[[Tensor], Tensor] = "silu"
+    norm_in_fp32: bool = False
+    eps: float = 1e-6
+
+
+class Prepared(NamedTuple):
+    """Inputs of the delta rule, and the convolution's next window."""
+
+    q: Tensor  # [B, T, HK, K], normalised over K, in the model's dtype
+    k: Tensor  # [B, T, HK, K], likewise
+    v: Tensor  # [B, T, HV, V], in the model's dtype
+    g: Tensor  # [B, T, HV] (GDN) or [B, T, HV, K] (KDA), natural-log decay in fp32
+    beta: Tensor  # [B, T, HV], in fp32
+    window: Tensor | None  # [B, C, keep], contiguous: the convolution's last `keep` inputs; None where keep is 0

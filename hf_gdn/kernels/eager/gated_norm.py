@@ -1,0 +1,37 @@
+"""The output norm of a layer, gated, in plain PyTorch: y = norm(o) gate(z).
+
+The oracle is `hf_gdn.kernels.reference.gated_norm`.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...registry import Kernel, register
+from ..contract import Rule
+from .math import activation
+from .runtime import why_not
+
+
+def gated_norm(o: Tensor, z: Tensor, weight: Tensor, rule: Rule) -> Tensor:
+    """RMS norm of o, gated by z.
+
+    Args:
+        o: ``[B, T, HV, V]``, contiguous.
+        z: ``[B, T, HK, R, V]`` in o's dtype, strided in all but V.
+        weight: ``[V]``.
+        rule: its gate, eps, and where the weight is applied.
+
+    Returns:
+        ``[B, T, HV, V]`` in o's dtype.
+    """
+    z = z.reshape(o.shape)
+    if rule.norm_in_fp32:
+        y = F.rms_norm(o.float(), o.shape[-1:], weight.float(), rule.eps)
+    else:
+        y = weight * F.rms_norm(o.float(), o.shape[-1:], eps=rule.eps).to(o.dtype)
+    return (y * activation(rule.gate)(z.float())).to(z.dtype)
+
+
+register(Kernel("gated_norm", "eager", gated_norm, why_not, differentiable=True, traceable=True))

@@ -1,0 +1,78 @@
+"""What several eager kernels compute: norms, gates and the convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..contract import ACTIVATIONS, Raw, Rule, Weights
+
+
+def l2norm(x: Tensor) -> Tensor:
+    """x / sqrt(sum x^2 + 1e-6) over the last dimension."""
+    return x * torch.rsqrt(torch.linalg.vecdot(x, x) + 1e-6).unsqueeze(-1)
+
+
+def activation(function: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function that a `Rule` names, or the function itself."""
+    return ACTIVATIONS[function] if isinstance(function, str) else function
+
+
+def log_decay(rule: Rule, weights: Weights, raw: Raw) -> Tensor:
+    """Natural-log decay, ``[B, T, HV]`` or ``[B, T, HV, K]``, in fp32."""
+    if raw.g is not None:
+        return raw.g.float()
+    assert raw.a is not None
+    a, heads = raw.a, raw.v.shape[2] * raw.v.shape[3]
+    per_channel = a.dim() == 3
+    x = a.float() + weights.dt_bias.float().view(a.shape[2:])
+    A = weights.A_log.float().exp().view((heads, 1) if per_channel else a.shape[2:])
+    shape = (*a.shape[:2], heads, -1) if per_channel else (*a.shape[:2], heads)
+    if rule.lower_bound is not None:
+        g = rule.lower_bound * (A * x.view(shape)).sigmoid()
+    elif per_channel:
+        g = -A * F.softplus(x).view(shape)  # before the view: aot_autograd takes its gradient's strides for others
+    else:
+        g = (-A * F.softplus(x)).reshape(shape)
+    return g.to(raw.q.dtype).float() if rule.decay_in_dtype else g
+
+
+def writing_strength(rule: Rule, raw: Raw) -> Tensor:
+    """beta ``[B, T, HV]`` in the model's dtype."""
+    beta = raw.b.sigmoid().flatten(2)
+    return beta if rule.beta_scale == 1.0 else beta * rule.beta_scale
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, length: int, sequence: Tensor | None) -> Tensor:
+    """Depthwise causal convolution as shifted multiply-adds, in fp32.
+
+    Args:
+        x: ``[B, L, C]``, L >= `length`; what comes before its last `length` rows is left context.
+        weight: ``[C, width]``; its last tap meets the row itself.
+        bias: ``[C]`` or None.
+        length: rows wanted.
+        sequence: ``[L]``, which packed sequence a row belongs to: taps do not reach into another one. Or None.
+
+    Returns:
+        ``[B, length, C]`` in fp32 (or float64).
+    """
+    width = weight.shape[1]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, taps = x.to(dtype), weight.to(dtype).unbind(1)
+    x = F.pad(x, (0, 0, max(0, width - 1 + length - x.shape[1]), 0))
+    start = x.shape[1] - length
+    out = x[:, start:] * taps[-1]
+    for back in range(1, width):
+        earlier = x[:, start - back : x.shape[1] - back]
+        if sequence is not None:
+            own = F.pad(sequence, (back, 0), value=-1)[: len(sequence)] == sequence
+            earlier = earlier * own[-length:, None]
+        out = (
+            torch.addcmul(out, earlier, taps[-1 - back])
+            if torch.is_grad_enabled()
+            else out.addcmul_(earlier, taps[-1 - back])
+        )
+    return out if bias is None else out + bias.to(dtype)

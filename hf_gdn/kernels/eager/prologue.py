@@ -1,0 +1,69 @@
+"""Everything before the delta rule, in plain PyTorch: convolution, norms, gates, and the next convolution window.
+
+    q, k, v <- silu(conv(q | k | v)) ;  q, k <- l2norm ;  g, beta <- gates(a, b)
+
+The oracle is `hf_gdn.kernels.reference.prologue`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...registry import Kernel, register
+from ..contract import Prepared, Raw, Rule, Weights, state_dtype
+from .math import activation, causal_conv, l2norm, log_decay, writing_strength
+from .runtime import why_not, without_autocast
+
+
+@without_autocast
+def prologue(
+    raw: Raw,
+    weights: Weights,
+    rule: Rule,
+    *,
+    window: Tensor | None = None,
+    keep: int = 0,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Prepared:
+    """Everything before the delta rule.
+
+    Args:
+        raw: of tokens ``[B, T]``.
+        weights: the convolution's and the gates'.
+        rule: its gates and its activation.
+        window: left context, the last inputs of the convolution: ``[B, C, keep]`` in raw's dtype; zeros when None. It
+            is not written to. Packed sequences do not see it.
+        keep: columns of the window that is returned, which ends at each row's last token; 0 for none.
+        cu_seqlens: ``[N + 1]`` boundaries of sequences packed along T, B = 1: the convolution stays inside each.
+        lengths: ``[B]``, how many tokens a row has; those after them are padding, which neither decays nor writes.
+    """
+    qkv = raw.joined()
+    batch, length, k_heads, k_dim = raw.q.shape
+    group, v_dim = raw.v.shape[3:]
+    x, recent, sequence = qkv.transpose(1, 2), None, None
+    if keep:
+        x = F.pad(x, (keep, 0)) if window is None else torch.cat((window, x), -1)
+    g, beta = log_decay(rule, weights, raw), writing_strength(rule, raw).to(state_dtype(qkv.dtype))
+    if lengths is not None:
+        padding = torch.arange(length, device=qkv.device) >= lengths[:, None]
+        g = g.masked_fill(padding.view(batch, length, *[1] * (g.dim() - 2)), 0.0)
+        beta = beta.masked_fill(padding[..., None], 0.0)
+    if keep and lengths is not None:
+        columns = lengths[:, None] + torch.arange(keep, device=qkv.device)
+        recent = x.gather(2, columns[:, None].expand(-1, x.shape[1], -1))
+    elif keep:
+        recent = x[..., -keep:].contiguous()
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(length, device=qkv.device), right=True)
+    out = causal_conv(x.transpose(1, 2), weights.conv, weights.conv_bias, length, sequence)
+    sizes = (k_heads * k_dim, k_heads * k_dim, k_heads * group * v_dim)
+    q, k, v = activation(rule.activation)(out).split_with_sizes(sizes, -1)
+    q, k = (l2norm(x.unflatten(2, (k_heads, k_dim))).to(qkv.dtype) for x in (q, k))
+    return Prepared(q, k, v.to(qkv.dtype).unflatten(2, (k_heads * group, v_dim)), g, beta, recent)
+
+
+for _op in ("prologue_gdn", "prologue_kda"):
+    register(Kernel(_op, "eager", prologue, why_not, differentiable=True, traceable=True))

@@ -1,0 +1,33 @@
+"""What every eager kernel needs: what it refuses, and how it is kept out of autocast."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...registry import Request
+
+
+def why_not(request: Request) -> str | None:
+    if not request.dtype.is_floating_point:
+        return f"serves floating-point tensors; these are {str(request.dtype).removeprefix('torch.')}"
+    return None
+
+
+def without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep autocast from rounding the state's products to 16 bits. fn's first argument is q, or has a q."""
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()))
+        device = (first if isinstance(first, Tensor) else first.q).device.type
+        if not torch.is_autocast_enabled(device):
+            return fn(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return fn(*args, **kwargs)
+
+    return call

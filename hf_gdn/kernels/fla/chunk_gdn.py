@@ -1,0 +1,12 @@
+"""The gated delta rule in chunks, one decay per head (GDN), by flash-linear-attention."""
+
+from __future__ import annotations
+
+from ...registry import Kernel, register
+from .runtime import adapt, why_not
+
+register(
+    Kernel(
+        "chunk_gdn", "fla", adapt("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"), why_not, differentiable=True
+    )
+)

@@ -1,0 +1,8 @@
+"""The delta rule in chunks, one decay per channel (KDA), by flash-linear-attention."""
+
+from __future__ import annotations
+
+from ...registry import Kernel, register
+from .runtime import adapt, why_not
+
+register(Kernel("chunk_kda", "fla", adapt("fla.ops.kda", "chunk_kda"), why_not, differentiable=True))

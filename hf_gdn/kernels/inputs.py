@@ -1,0 +1,77 @@
+"""Random inputs of every op, for tests and benchmarks. What is random is drawn in float64 and then rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .contract import Raw, Rule, Weights, state_dtype
+
+
+def for_delta_rule(per_channel: bool) -> Callable[..., dict[str, Any]]:
+    """Make the `make_inputs` of a delta rule with one decay per channel (KDA) or per head (GDN)."""
+
+    def make_inputs(
+        *, B=1, T=64, HK=2, HV=2, K=64, V=64, dtype=torch.float32, device="cpu", seed=0, decay=0.5, state=True
+    ) -> dict[str, Any]:
+        """Random arguments of a call: unit keys, log-decay uniform in [-decay, 0], beta in (0, 1)."""
+        random = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+        gate = -decay * torch.rand(B, T, HV, *([K] if per_channel else []), generator=random, dtype=torch.float64)
+        tensors = dict(
+            q=F.normalize(normal(B, T, HK, K), dim=-1).to(dtype),
+            k=F.normalize(normal(B, T, HK, K), dim=-1).to(dtype),
+            v=normal(B, T, HV, V).to(dtype),
+            g=gate.to(state_dtype(dtype)),
+            beta=torch.rand(B, T, HV, generator=random, dtype=torch.float64).to(dtype),
+            initial_state=(0.1 * normal(B, HV, K, V)).to(state_dtype(dtype)) if state else None,
+        )
+        moved = {name: None if x is None else x.to(device) for name, x in tensors.items()}
+        return dict(moved, scale=K**-0.5, cu_seqlens=None, qk_l2norm=False)
+
+    return make_inputs
+
+
+def for_layer(per_channel: bool, state: bool) -> Callable[..., dict[str, Any]]:
+    """Make the `make_inputs` of a step (with a state) or of a prologue (without)."""
+
+    def make_inputs(
+        *, B=1, T=1, HK=2, HV=2, K=64, V=64, width=4, bias=False, dtype=torch.float32, device="cpu", seed=0, **rule
+    ) -> dict[str, Any]:
+        """Random arguments of a call; q, k, v and z are interleaved by key head in one tensor, as in Qwen3-Next."""
+        random, group = torch.Generator().manual_seed(seed), HV // HK
+        channels = 2 * HK * K + HV * V
+
+        def normal(*shape, dtype=dtype):
+            return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype).to(device)
+
+        q, k, v, z = normal(B, T, HK, 2 * K + 2 * group * V).split((K, K, group * V, group * V), -1)
+        v, z = (x.unflatten(3, (group, V)) for x in (v, z))
+        b, a = normal(B, T, HK, 2, group).unbind(3)
+        weights = Weights(
+            conv=0.5 * normal(channels, width),
+            conv_bias=0.1 * normal(channels) if bias else None,
+            A_log=normal(HV),
+            dt_bias=normal(HV * K if per_channel else HV),
+            norm=1 + 0.1 * normal(V),
+        )
+        raw = Raw(q, k, v, normal(B, T, HV * K) if per_channel else a, b, z)
+        inputs = dict(raw=raw, weights=weights, rule=Rule(**rule), window=normal(B, channels, width))
+        if state:
+            return dict(inputs, state=0.1 * normal(B, HV, K, V, dtype=state_dtype(dtype)))
+        return dict(inputs, keep=width)
+
+    return make_inputs
+
+
+def for_gated_norm(**sizes: Any) -> dict[str, Any]:
+    """Random arguments of a gated norm; z is a slice of a projection."""
+    inputs = for_layer(per_channel=False, state=False)(**sizes)
+    raw, weights, rule = inputs["raw"], inputs["weights"], inputs["rule"]
+    return dict(o=raw.v.flatten(2, 3).contiguous(), z=raw.z, weight=weights.norm, rule=rule)

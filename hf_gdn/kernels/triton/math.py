@@ -1,0 +1,140 @@
+"""What several Triton kernels compute: products, sums, norms, gates and the convolution."""
+
+from __future__ import annotations
+
+import torch
+
+from .runtime import INTERPRET, tl, triton
+
+_INTERPRETED = tl.constexpr(INTERPRET)
+LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp several
+
+
+def input_precision(dtype: torch.dtype) -> str | None:
+    """How fp32 operands are multiplied: exactly for fp32 inputs, else as the target's tensor cores take them."""
+    return "ieee" if dtype == torch.float32 else None
+
+
+@triton.jit
+def dot(b_x, b_y, b_acc=None, PRECISION: tl.constexpr = None):
+    """b_acc + b_x @ b_y in fp32."""
+    if _INTERPRETED:  # the interpreter takes bf16 operands for integers
+        b_x = b_x.to(tl.float32)
+        b_y = b_y.to(tl.float32)
+    return tl.dot(b_x, b_y, b_acc, input_precision=PRECISION)
+
+
+@triton.jit
+def sum_rows(b_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum over the first dimension, always in the same order; tl.sum's order depends on warps and tile."""
+    b_x = tl.reshape(b_x, [ROWS, COLUMNS])
+    for i in tl.static_range(8):  # up to 256 rows
+        if ROWS >> (i + 1) > 0:
+            # The far half first: those rows lie in the same thread, the last few in neighbouring ones.
+            b_x = tl.sum(tl.reshape(b_x, [2, ROWS >> (i + 1), COLUMNS]), 0)
+    return tl.reshape(b_x, [COLUMNS])
+
+
+@triton.jit
+def l2norm(b_x, BK: tl.constexpr):
+    """L2-normalise one row of BK numbers; the sum is that of `sum_rows`."""
+    return b_x * tl.rsqrt(sum_rows(b_x * b_x, BK, 1) + 1e-6)
+
+
+@triton.jit
+def l2norm_rows(b_x):
+    """L2-normalise rows."""
+    return b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) + 1e-6)[:, None]
+
+
+@triton.jit
+def softplus(b_x):
+    """log(1 + e^x) without losing e^x beside 1; x itself above 20, as in torch."""
+    b_y = tl.exp(tl.minimum(b_x, 20.0))
+    b_1 = 1.0 + b_y
+    b_log = tl.where(b_1 == 1.0, b_y, tl.log(b_1) * (b_y / tl.where(b_1 == 1.0, 1.0, b_1 - 1.0)))
+    return tl.where(b_x > 20.0, b_x, b_log)
+
+
+@triton.jit
+def log_decay(b_a, b_bias, b_rate, dtype: tl.constexpr, LOWER_BOUND: tl.constexpr, ROUNDED: tl.constexpr):
+    """g from the projection's output, rounded to the model's dtype where the model does that."""
+    b_g = b_a.to(tl.float32) + b_bias
+    b_g = -b_rate * softplus(b_g) if LOWER_BOUND is None else LOWER_BOUND * tl.sigmoid(b_rate * b_g)
+    return b_g.to(dtype).to(tl.float32) if ROUNDED else b_g
+
+
+@triton.jit
+def writing_strength(b_b, beta_scale):
+    """beta from the projection's output, its sigmoid rounded as in the model."""
+    return beta_scale * tl.sigmoid(b_b.to(tl.float32)).to(b_b.dtype).to(tl.float32)
+
+
+@triton.jit
+def norm_and_gate(b_o, b_mean, b_w, b_z, eps, dtype: tl.constexpr, IN_FP32: tl.constexpr, IS_SILU: tl.constexpr):
+    """RMS norm of b_o, whose squares have the mean b_mean, times the gate of b_z, all in fp32 blocks of one shape."""
+    b_o *= tl.rsqrt(b_mean + eps)
+    if IN_FP32:
+        b_o *= b_w
+    else:  # rounded before the weight and after
+        b_o = b_o.to(dtype).to(tl.float32) * b_w
+        b_o = b_o.to(dtype).to(tl.float32)
+    b_gate = tl.sigmoid(b_z)
+    if IS_SILU:
+        b_gate *= b_z
+    return b_o * b_gate
+
+
+@triton.jit
+def conv_silu_token(p_x, stride_t, p_window, p_weight, p_bias, m_c, i_t, WIDTH: tl.constexpr):
+    """silu of the convolution at token i_t, rounded as in the model. Pointers are at the channels, p_x at token 0 of
+    this call; the last column of the window is the token before it."""
+    b_sum = tl.zeros(m_c.shape, tl.float32)
+    for i in tl.static_range(WIDTH):
+        at = i_t - (WIDTH - 1 - i)
+        b_x = tl.load(p_x + at * stride_t, mask=m_c & (at >= 0), other=0.0).to(tl.float32)
+        if i < WIDTH - 1:
+            b_x += tl.load(p_window + (WIDTH + at), mask=m_c & (at < 0), other=0.0).to(tl.float32)
+        b_sum += b_x * tl.load(p_weight + i, mask=m_c, other=0.0).to(tl.float32)
+    if p_bias is not None:
+        b_sum += tl.load(p_bias, mask=m_c, other=0.0).to(tl.float32)
+    return (b_sum * tl.sigmoid(b_sum)).to(p_x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def conv_silu_tile(
+    p_x,
+    stride_t,
+    p_window,
+    p_weight,
+    p_bias,
+    i_t,
+    start,
+    end,
+    m_c,
+    BT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """silu of the convolution at BT tokens from i_t of a sequence from start to end, ``[BT, channels]`` in fp32.
+    Pointers are at the channels, p_x at token 0; the window, if there is one, ends before that."""
+    o_t = i_t + tl.arange(0, BT)
+    m_t = o_t < end
+    b_sum = tl.zeros([BT, m_c.shape[0]], tl.float32)
+    if p_window is not None and i_t == 0:
+        # The first tokens also read the window, row by row: there are few.
+        for t in tl.static_range(WIDTH - 1):
+            b_row = tl.zeros(m_c.shape, tl.float32)
+            for i in tl.static_range(WIDTH - 1 - t):
+                if KEEP + t + i >= WIDTH - 1:
+                    b_x = tl.load(p_window + (KEEP + t + i - (WIDTH - 1)), mask=m_c, other=0.0).to(tl.float32)
+                    b_row += b_x * tl.load(p_weight + i, mask=m_c, other=0.0).to(tl.float32)
+            b_sum = tl.where((o_t == t)[:, None], b_row[None, :], b_sum)
+    for i in tl.static_range(WIDTH):
+        o_from = o_t - (WIDTH - 1 - i)
+        m = (m_t & (o_from >= start))[:, None] & m_c[None, :]
+        b_x = tl.load(p_x[None, :] + o_from[:, None] * stride_t, mask=m, other=0.0).to(tl.float32)
+        b_sum += b_x * tl.load(p_weight + i, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    if p_bias is not None:
+        b_sum += tl.load(p_bias, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    return b_sum * tl.sigmoid(b_sum)
