@@ -98,6 +98,12 @@ def model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **chan
     return built.eval()
 
 
+def checkpointing_enable(model, options: dict | None = None) -> None:
+    """Turn on gradient checkpointing, by the name that the installed transformers gives it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+
+
 def skip_what_it_cannot(family: str, feature: str) -> None:
     """Skip a test of a feature that a family does not have, with or without hf_gdn."""
     assert feature in FEATURES

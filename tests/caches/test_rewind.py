@@ -70,6 +70,8 @@ def test_crop_and_read_again(model, sizes, refused):
 @pytest.mark.parametrize("seed", range(3))
 def test_crops_beyond_the_last_crop(model, seed):
     """A walk to and fro, as universal assistants go: states are those of reading what is left, logits as well."""
+    if any(getattr(layer, "is_sliding", False) for layer in recording(model).layers):
+        pytest.skip("transformers' sliding-window layers roll back to the last crop at most")
     dice, text, beyond = random.Random(seed), [], False
     with hf_gdn.patched(strict=True):
         cache = recording(model)

@@ -23,7 +23,7 @@ READ_DIRECTLY = ("norm", "o_norm", "forget_gate")
 def distributed(model, kind):
     """The model as its users wrap it."""
     if "checkpointing" in kind:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        tiny.checkpointing_enable(model, {"use_reentrant": False})
     if kind.startswith("ddp"):
         # Experts that no token of a process chose have no gradient there.
         return DistributedDataParallel(model, find_unused_parameters=True)

@@ -187,7 +187,7 @@ def test_gradients(family, checkpointing):
     def run():
         model = tiny.model(family).train()
         if checkpointing is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            tiny.checkpointing_enable(model, {"use_reentrant": checkpointing})
         model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

@@ -126,7 +126,7 @@ def test_training_on_packed_sequences_with_checkpointing(model, family):
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     alone = gradients([(ids[:, first:last], None) for first, last in pairwise(BOUNDS)])
-    model.gradient_checkpointing_enable()
+    tiny.checkpointing_enable(model)
     with hf_gdn.patched(strict=True):
         tiny.assert_close("gradients", gradients([(ids, restarting(BOUNDS))]), alone, 1e-4)
 
