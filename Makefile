@@ -3,11 +3,17 @@ PYTHON      ?= python3
 VENV        ?= .venv
 CONSTRAINTS ?= constraints.txt
 WORKERS     ?= 2
+# Of test-with; 5.23 is the last one before past_key_values and cache_params were renamed to cache.
+TRANSFORMERS ?= 5.23.0
+# Of test-newest: packages that keep the version of constraints.txt.
+PINNED      ?= torch triton
 BIN          = $(VENV)/bin
 PIP          = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+VERSIONS     = $(BIN)/python --version && $(BIN)/python -m pip list --disable-pip-version-check \
+               | grep -E '^(transformers|accelerate|torch|triton|kernels) '
 export HF_HUB_OFFLINE = 1
 
-.PHONY: report test test-oldest test-newest lint docs clean
+.PHONY: report versions test test-oldest test-with test-newest test-install lint docs clean
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -18,8 +24,12 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 report: $(VENV)/.installed
 	$(BIN)/hf-gdn report --output hf-gdn-report
 
+## Versions of the packages that results depend on.
+versions: $(VENV)/.installed
+	@$(VERSIONS)
+
 ## All tests. Triton decides at import whether it interprets, hence two processes.
-test: $(VENV)/.installed
+test: versions
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not interpret" $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m interpret $(ARGS)
 
@@ -31,11 +41,37 @@ test-oldest: .venv-oldest/constraints.txt
 	mkdir -p $(@D)
 	awk -F== '!/^#/ && !named[$$1]++' $^ >$@
 
-## The same tests on the newest 5.x of today, hence a new venv each time; only torch and triton keep their versions.
+## The same tests on any other transformers 5.x: make test-with TRANSFORMERS=5.23.0
+test-with: .venv-$(TRANSFORMERS)/constraints.txt
+	$(MAKE) test VENV=.venv-$(TRANSFORMERS) CONSTRAINTS=$<
+
+.venv-5.%/constraints.txt: constraints.txt
+	mkdir -p $(@D)
+	sed 's/^transformers==.*/transformers==5.$*/' $< >$@
+
+## The same tests on the newest 5.x of today, hence a new venv each time; `make test-newest PINNED=` pins nothing at all.
 test-newest:
 	rm -rf .venv-newest && mkdir .venv-newest
-	grep -E '^(torch|triton)==' constraints.txt >.venv-newest/constraints.txt
+	awk -F== 'index(" $(PINNED) ", " " $$1 " ")' constraints.txt >.venv-newest/constraints.txt
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=.venv-newest/constraints.txt
+
+## As a user installs it: into an empty venv, from a copy of the sources, nothing pinned but torch (whose newest build for
+## CUDA is gigabytes). Then a short report, from a folder in which the checkout cannot be imported.
+test-install: VENV = .venv-install
+test-install: CONSTRAINTS = $(VENV)/torch.txt
+test-install:
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	mkdir $(VENV)/source
+	cp -r pyproject.toml README.md LICENSE hf_gdn $(VENV)/source
+	grep ^torch== constraints.txt >$(CONSTRAINTS)
+	$(PIP) --no-compile torch
+	$(PIP) --no-compile ./$(VENV)/source
+	@$(VERSIONS)
+	@cd $(VENV) && bin/python -c "from importlib.util import find_spec; print(find_spec('hf_gdn').origin)" | grep site-packages
+	cd $(VENV) && OMP_NUM_THREADS=1 bin/hf-gdn report --quiet --output report \
+		--windows 2 --context 128 --batch 1 --prompt 32 --new-tokens 8 --rounds 1
+	cd $(VENV) && bin/python -c "import json; assert json.load(open('report/report.json'))['passed'] is True"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -48,4 +84,4 @@ docs: $(VENV)/.installed
 	$(BIN)/python scripts/models_table.py
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest hf-gdn-report
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-install .venv-5.* hf-gdn-report
