@@ -103,6 +103,7 @@ class Kernel:
 _ops: dict[str, Op] = {}
 _kernels: dict[str, list[Kernel]] = {}
 _table: dict[tuple[str, str], Kernel] = {}  # by op and backend
+generation = 0  # grows with every kernel that is added or removed: what was decided before has to be decided again
 _chosen: dict[tuple, str] = {}  # backends that `select` found, by request
 _waiting: list[tuple[Kernel, str | None]] = []  # registered before the built-in kernels were loaded
 _loaded = False
@@ -161,6 +162,12 @@ def _add(kernel: Kernel, before: str | None) -> None:
         before = next((b for b in _ORDER[_ORDER.index(kernel.backend) + 1 :] if b in backends), None)
     row.insert(len(row) if before is None else backends.index(before), kernel)
     _table[kernel.op, kernel.backend] = kernel
+    _changed()
+
+
+def _changed() -> None:
+    global generation
+    generation += 1
     _chosen.clear()
 
 
@@ -168,7 +175,7 @@ def unregister(op: str, backend: str) -> None:
     """Take a kernel out again. Raises ValueError when there is none."""
     _kernels[op].remove(get(op, backend))
     del _table[op, backend]
-    _chosen.clear()
+    _changed()
 
 
 def _submodules(package: str) -> list[pkgutil.ModuleInfo]:

@@ -140,7 +140,7 @@ def test_first_versions_are_true():
 
 def _no_class(monkeypatch, family, cls, model):
     monkeypatch.delattr(importlib.import_module(family.module), family.class_name)
-    return f"has no class {family.class_name}"
+    return f"has no {family.class_name}"
 
 
 def _other_forward(monkeypatch, family, cls, model):
@@ -155,7 +155,7 @@ def _no_module(monkeypatch, family, cls, model):
 
 def _no_text_model(monkeypatch, family, cls, model):
     monkeypatch.delattr(importlib.import_module(family.module), family.model_name)
-    return f"has no class {family.model_name}"
+    return f"has no {family.model_name}"
 
 
 def _other_text_model(monkeypatch, family, cls, model):
@@ -200,7 +200,7 @@ def _no_mask_function(monkeypatch):
 
 def _no_mixin(monkeypatch):
     monkeypatch.delattr(cache_utils, "LinearAttentionCacheLayerMixin")
-    return "has no class LinearAttentionCacheLayerMixin"
+    return "has no LinearAttentionCacheLayerMixin"
 
 
 ALL = [_no_cache_attribute, _other_previous_state, _other_update, _no_mask_function, _no_mixin]
@@ -270,7 +270,7 @@ def _no_croppable(monkeypatch):
 def _no_lookup(monkeypatch):
     module = importlib.import_module("transformers.generation.candidate_generator")
     monkeypatch.delattr(module, "PromptLookupCandidateGenerator")
-    return "has no class PromptLookupCandidateGenerator"
+    return "has no PromptLookupCandidateGenerator"
 
 
 @pytest.mark.parametrize("breaks", [_no_generator, _other_crop, _no_croppable, _no_lookup], ids=lambda f: f.__name__)

@@ -18,10 +18,11 @@ from ..errors import PatchError
 from ..registry import warn_once
 from ..upstream import seams, versions
 from . import family_patch, in_force
-from .family import Family, all_families
+from .families import all_families
+from .families.base import Family
 from .in_force import Table
 from .inspect import Status, status
-from .mixer import Settings
+from .plan import Settings
 from .self_check import SelfCheck
 from .swap import Swap, own
 

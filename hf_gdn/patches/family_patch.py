@@ -14,13 +14,14 @@ from functools import partial
 from typing import Any
 
 from ..caches import batch, rewind
+from ..drafting.prompt_lookup import make_get_candidate_generator
 from ..errors import PatchError
 from ..upstream import cache_names, indexer_positions, seams
-from .drafts import make_get_candidate_generator
-from .family import Family
-from .mixer import Settings, make_forward
-from .packing import FirstRun, make_generate, make_model_forward
+from .families.base import Family
+from .forward import make_forward
+from .plan import Settings
 from .swap import Swap, own
+from .text_model import FirstRun, make_generate, make_model_forward
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import transformers
 from .. import registry
 from ..upstream import seams
 from . import in_force
-from .family import all_families
+from .families import all_families
 from .family_patch import FamilyPatch, layer_class, rollback_missing
 from .swap import describe, foreign_forward, own
 

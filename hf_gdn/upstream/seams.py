@@ -37,13 +37,13 @@ def has_module(module: str) -> bool:
 
 
 def class_of(module: str, name: str) -> Any:
-    """A class of a module of transformers."""
+    """A class, or a function, of a module of transformers."""
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         raise PatchError(f"{versions.installed()} has no module {module}") from error
     if found is None:
-        raise PatchError(f"{module} of {versions.installed()} has no class {name}")
+        raise PatchError(f"{module} of {versions.installed()} has no {name}")
     return found
 
 
@@ -53,6 +53,14 @@ def _arguments(function: Callable[..., Any]) -> list[str]:
 
 def _misfit(what: str, found: Iterable[str], expected: Iterable[str]) -> PatchError:
     return PatchError(f"{what} of {versions.installed()} takes ({', '.join(found)}), expected ({', '.join(expected)})")
+
+
+def force_accelerate_hooks(children: Iterable[str]) -> Callable[[Any], Any]:
+    """A decorator for a forward that reads parameters of children without calling them.
+
+    Accelerate's offloading loads the weights of a module when it is called; transformers' own layers use this too.
+    """
+    return class_of("transformers.integrations.accelerate", "force_accelerate_hooks")(list(children))
 
 
 def layer_class(module: str, name: str) -> Any:
