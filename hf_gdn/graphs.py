@@ -23,16 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks_of_all
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from transformers import Cache, PreTrainedConfig
 
 from .caches import static
 from .registry import warn_once
-from .upstream import cache_names
+from .upstream import cache_names, modules
+from .upstream.tensors import free_cublas_workspaces, is_wrapper, tree_flatten, tree_map, tree_map_only
 
-_INTERNAL = set(vars(nn.Module())) - {"training", "_parameters", "_buffers"}
+_INTERNAL = modules.internal_attributes()
 _PATIENCE = 4  # steps of one generate() that run as ever because they are unlike those before; then they always are
 
 
@@ -68,7 +66,7 @@ class CudaCapture:
                         self.graph.capture_end()
                     raise
                 self.graph.capture_end()
-            torch._C._cuda_clearCublasWorkspaces()  # the graph's own is freed with it, and no other graph writes there
+            free_cublas_workspaces()  # the graph's own is freed with it, and no other graph writes there
 
     def replay(self) -> None:
         """Run what was recorded, on the current stream."""
@@ -93,7 +91,7 @@ class _Graph:
 
     def __init__(self, model: nn.Module, arguments: dict[str, Any], cache: Cache, key: Any, died: Any) -> None:
         self.key, self.died = key, died
-        self.own = not getattr(cache, "_is_user_defined", False)  # generate() made it
+        self.own = not modules.is_users_cache(cache)  # generate() made it
         self.inputs: list[Tensor] = []
 
         def buffer(given: Tensor) -> Tensor:
@@ -171,7 +169,7 @@ def _look(model: nn.Module) -> tuple[tuple[Any, ...], str | None]:
 
     def describe(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return id(value) if is_traceable_wrapper_subclass(value) else value.data_ptr()
+            return id(value) if is_wrapper(value) else value.data_ptr()
         if isinstance(value, dict):
             return tuple(
                 (name if isinstance(name, static.PLAIN) else None, describe(part)) for name, part in value.items()
@@ -186,19 +184,19 @@ def _look(model: nn.Module) -> tuple[tuple[Any, ...], str | None]:
     found: list[Any] = []
     reason, devices = None, set()
     for name, module in model.named_modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if "_hf_hook" in vars(module):
+        hooks = modules.forward_hooks(module)
+        if modules.accelerate_hook(module) is not None:
             reason = f"{name or 'the model'} has one of accelerate's hooks, which moves weights or inputs"
         elif any(not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks):
             reason = f"{name or 'the model'} has a forward hook, which would run once and never again"
         found.append(type(module).forward)
         found += [describe(value) for name, value in vars(module).items() if name not in _INTERNAL]
-        devices |= {x.device for x in (*module._parameters.values(), *module._buffers.values()) if x is not None}
+        devices |= {x.device for x in modules.own_tensors(module)}
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
         reason = "its weights are split over processes"
     elif len(devices) > 1:
         reason = f"its weights are on several devices: {', '.join(sorted(map(str, devices)))}"
-    elif hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
+    elif modules.has_hooks_of_all_modules():
         reason = "there are forward hooks for all modules"
     elif model.training:
         reason = "it is in training mode"
@@ -231,7 +229,7 @@ class _Graphs:
     def make(self, model: nn.Module, arguments: dict[str, Any], cache: Cache, key: Any) -> _Graph:
         """A graph for a cache that has none: that of one that is gone, or a new one."""
         graph = next((graph for graph in self.graphs if graph.key == key and graph.own and graph.free), None)
-        if graph is not None and not getattr(cache, "_is_user_defined", False):
+        if graph is not None and not modules.is_users_cache(cache):
             graph.adopt(cache)
             return graph
         self.graphs = [graph for graph in self.graphs if graph.cache() is not cache or graph.holds(cache)]

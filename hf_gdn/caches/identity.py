@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..upstream import modules, tensors
+
 SAMPLES = 32  # values read of every parameter
 # What a config says about loading, generating and training; the cache's numbers do not depend on it.
 _IGNORED = {
@@ -75,7 +77,7 @@ def _decoder(model: Any) -> Any:
 
 def _runs_on(module: nn.Module) -> torch.device | None:
     for part in module.modules():
-        offloaded = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        offloaded = getattr(modules.accelerate_hook(part), "execution_device", None)
         if offloaded is not None:
             return torch.device(offloaded)
     return next((parameter.device for parameter in module.parameters() if parameter.device.type != "meta"), None)
@@ -86,9 +88,9 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
     local = getattr(tensor, "to_local", None)
     if local is not None:
         yield from _plain(local())
-    elif hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
+    elif tensors.parts(tensor):
+        for part in tensors.parts(tensor):
+            yield from _plain(part)
     else:
         yield tensor
 

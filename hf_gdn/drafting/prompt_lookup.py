@@ -53,8 +53,8 @@ class AdaptivePromptLookup:
 def make_get_candidate_generator(_: Any) -> Callable[..., Any]:
     """The method that stands before GenerationMixin's in a patched family."""
 
-    def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = seams.generation_class()._get_candidate_generator(self, *args, **kwargs)
+    def get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = getattr(seams.generation_class(), seams.CANDIDATES)(self, *args, **kwargs)
         return AdaptivePromptLookup(found) if type(found) is seams.prompt_lookup_class() else found
 
-    return _get_candidate_generator
+    return get_candidate_generator

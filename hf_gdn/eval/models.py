@@ -12,6 +12,7 @@ import torch
 
 from ..errors import UserError, reason
 from ..patches import all_families, families_in
+from ..upstream.configs import has_causal_model
 from .ranks import Ranks
 
 ASSETS = Path(__file__).parent / "assets"
@@ -146,8 +147,9 @@ def load(source: Source, device: torch.device, dtype: torch.dtype) -> Loaded:
     if source.tensor_parallel and source.device_map is not None:
         raise UserError("--tp and --device-map were both given; expected one of them")
     name = str(dtype).removeprefix("torch.")
-    causal = type(config) in AutoModelForCausalLM._model_mapping
-    auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText  # which has the multimodal ones
+    auto: Any = (
+        AutoModelForCausalLM if has_causal_model(config) else AutoModelForImageTextToText
+    )  # which has the multimodal ones
     options: dict[str, Any] = {} if source.attention is None else {"attn_implementation": source.attention}
     if source.random:
 

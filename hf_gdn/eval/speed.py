@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 from .. import graphs
 from ..errors import UserError, reason
 from ..patches import patched, unpatched
+from ..upstream import configs, modules, tensors
 from .journal import Row, Work
 from .models import Loaded, check_length
 from .progress import Step
@@ -68,9 +68,7 @@ class Cell:
 
 
 def _compiled() -> dict[str, Any]:
-    config = CompileConfig()
-    config._compile_all_devices = True  # type: ignore[assignment]  # transformers would compile on CUDA alone
-    return {"cache_implementation": "static", "compile_config": config}
+    return {"cache_implementation": "static", "compile_config": configs.compile_on_all_devices()}
 
 
 # Arguments of `generate` that make a variant, and how many untimed calls it takes to be warm.
@@ -265,13 +263,13 @@ def _measure(loaded: Loaded, cell: Cell, prompt: Tensor, backend: str, rounds: i
     # Every cell compiles anew: its first call is cold, and the compiler's limit of variants a function is not met.
     torch.compiler.reset()
     graphs.release()
-    loaded.model.__dict__.pop("_compiled_call", None)
+    modules.forget_compiled_call(loaded.model)
     row: Row = {"batch": cell.batch, "prompt": cell.prompt, "new_tokens": cell.new_tokens, "variant": cell.variant}
     try:
         # Around all turns, so that a graph is kept from one to the next.
         with SIDES["patched"](loaded.families, backend, cell.variant):
             calls = in_turns({side: runner(side) for side in SIDES}, warmups, rounds, step)
-    except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
+    except (torch.OutOfMemoryError, tensors.compiler_error()) as error:
         return {**row, "counts": False, "failed": f"{type(error).__name__}: {reason(error)}"}
     made = {side: calls[side][-1].tokens for side in SIDES}
     steady = all(torch.equal(call.tokens, made[side]) for side in SIDES for call in calls[side])

@@ -84,8 +84,8 @@ def build(
     others = [_swap(model, "forward", partial(make_model_forward, first_run=first_run(layer)), current)]
     if stateful is not None:
         others += [
-            _swap(stateful, "_is_stateful", lambda _: False, current),
-            _swap(stateful, "_get_candidate_generator", make_get_candidate_generator, current),
+            _swap(stateful, seams.STATEFUL, lambda _: False, current),
+            _swap(stateful, seams.CANDIDATES, make_get_candidate_generator, current),
         ]
     return FamilyPatch(family, settings, layer, tuple(others))
 

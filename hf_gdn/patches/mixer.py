@@ -27,7 +27,7 @@ class LayerCall:
 
     def __init__(self, plans: Plans, layer: Any, cache: Any) -> None:
         self._plans, self.family, self.layer, self.cache = plans, plans.family, layer, cache
-        self.states = None if cache is None else cache.layers[layer.layer_idx]
+        self.states: Any = None if cache is None else cache.layers[layer.layer_idx]
 
     @property
     def continues(self) -> bool:
@@ -96,7 +96,7 @@ def mix(call: LayerCall, raw: Raw, cu_seqlens: Tensor | None = None, real: Tenso
     )
     if recent is not None:
         _store(call, recent, None if inplace else final)
-    if norm is None:
+    if norm is None or weights.norm is None:
         module, z = getattr(call.layer, call.family.norm_name), raw.z.reshape(o.shape)
         return module(o.flatten(0, -2), z.flatten(0, -2)).view(batch, length, -1)
     return launch_norm(norm, o, raw.z, weights.norm, plan.rule).flatten(2)

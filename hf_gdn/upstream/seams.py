@@ -28,6 +28,8 @@ _LAYER_ATTRIBUTES = (
     "number_of_states",
     "record_past",
 )
+STATEFUL = "_is_stateful"  # whether recurrent states cannot be rolled back, for which generate() refuses assistants
+CANDIDATES = "_get_candidate_generator"  # the method of generate() that makes what drafts tokens
 _MASK_FUNCTION = "create_recurrent_attention_mask"
 
 
@@ -135,9 +137,9 @@ def check_masks() -> None:
 
 def stateful_class(model_class: Any) -> Any:
     """The base of a model class that says whether states can be rolled back; ``generate`` refuses assistants by it."""
-    found = next(base for base in model_class.__mro__ if "_is_stateful" in vars(base) or base is object)
+    found = next(base for base in model_class.__mro__ if STATEFUL in vars(base) or base is object)
     if found in (object, class_of("transformers", "PreTrainedModel")):
-        raise PatchError(f"{model_class.__name__} of {versions.installed()} has no base with _is_stateful of its own")
+        raise PatchError(f"{model_class.__name__} of {versions.installed()} has no base with {STATEFUL} of its own")
     return found
 
 
@@ -151,8 +153,8 @@ def check_rollback() -> None:
         raise _misfit("LinearAttentionCacheLayerMixin.crop", _arguments(mixin.crop), ["self", "tokens_to_remove"])
     if not isinstance(getattr(mixin, "is_croppable", None), property):
         raise PatchError(f"LinearAttentionCacheLayerMixin of {versions.installed()} has no property is_croppable")
-    if not hasattr(generation_class(), "_get_candidate_generator"):
-        raise PatchError(f"GenerationMixin of {versions.installed()} has no _get_candidate_generator")
+    if not hasattr(generation_class(), CANDIDATES):
+        raise PatchError(f"GenerationMixin of {versions.installed()} has no {CANDIDATES}")
     lookup = prompt_lookup_class()
     for name in ("get_candidates", "update_candidate_strategy"):
         if not hasattr(lookup, name):
