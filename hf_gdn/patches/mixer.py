@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kernels.contract import Raw, Weights
 from ..operators import launch, launch_norm, launch_prologue, launch_step
+from ..registry import Kernel
 from .plan import KernelPlan, Plans
 
 
@@ -67,8 +68,9 @@ def mix(call: LayerCall, raw: Raw, cu_seqlens: Tensor | None = None, real: Tenso
     state = states.recurrent_states[0] if call.continues else None
     if state is not None:
         _check_cache(call, plan, raw.q, weights, batch if cu_seqlens is None else len(cu_seqlens) - 1)
-        if cu_seqlens is None and real is None and can_step(plan, length, states):
-            return launch_step(plan.step, raw, weights, plan.rule, states.conv_states[0], state).flatten(2)
+        step = step_kernel(plan, length, states) if cu_seqlens is None and real is None else None
+        if step is not None:
+            return launch_step(step, raw, weights, plan.rule, states.conv_states[0], state).flatten(2)
     kernel, prologue, norm = plan.route(length)
     window, keep = None, 0
     if states is not None:
@@ -102,14 +104,10 @@ def mix(call: LayerCall, raw: Raw, cu_seqlens: Tensor | None = None, real: Tenso
     return launch_norm(norm, o, raw.z, weights.norm, plan.rule).flatten(2)
 
 
-def can_step(plan: KernelPlan, length: int, states: Any) -> bool:
-    """Whether the plan's step kernel serves the next `length` tokens of a cache layer."""
-    return (
-        plan.step is not None
-        and length <= plan.few.delta_rule.max_tokens
-        and states.conv_states[0].is_contiguous()
-        and states.recurrent_states[0].is_contiguous()
-    )
+def step_kernel(plan: KernelPlan, length: int, states: Any) -> Kernel | None:
+    """The kernel that does all of a layer's work for the next `length` tokens of a cache layer; None if none serves."""
+    serves = length <= plan.few.delta_rule.max_tokens and states.conv_states[0].is_contiguous()
+    return plan.step if serves and states.recurrent_states[0].is_contiguous() else None
 
 
 def _store(call: LayerCall, recent: Tensor, state: Tensor | None) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..caches import rewind
 from ..kernels.contract import Raw, state_dtype
-from .mixer import LayerCall, can_step, mix
+from .mixer import LayerCall, mix, step_kernel
 from .padding import run_padded
 
 
@@ -52,7 +52,5 @@ def _mix_recorded(call: LayerCall, x: Tensor, places: Tensor | None) -> Tensor:
 def _replay(call: LayerCall, raw: Raw) -> rewind.Step | None:
     """What replays tokens like these into a convolution state and a recurrent state; None without a step kernel."""
     plan, weights = call.prepare(raw)
-    if plan.step is None or not can_step(plan, 1, call.states):
-        return None
-    kernel, rule = plan.step, plan.rule
-    return lambda raw, *states: kernel.fn(raw, weights, rule, *states)
+    kernel, rule = step_kernel(plan, 1, call.states), plan.rule
+    return None if kernel is None else lambda raw, *states: kernel.fn(raw, weights, rule, *states)
