@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from .errors import UserError
+from .errors import BackendError, PatchError, RankFailure, UserError
 
 if TYPE_CHECKING:
     from .eval.report import Job
@@ -295,21 +295,13 @@ def main() -> None:
     import huggingface_hub
     import transformers
 
-    from .errors import PatchError
     from .upstream import versions
-
-    try:
-        versions.check()
-    except PatchError as error:
-        _stop(str(error), 2)
-
-    from .eval.ranks import RankFailure
-    from .registry import BackendError
 
     transformers.logging.set_verbosity_error()  # that its own functions are slow is what the report is about
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()  # not a line for every attempt to reach a hub that is not there
     try:
+        versions.check()
         app()
     except (UserError, BackendError, PatchError) as error:
         _stop(str(error), 2)

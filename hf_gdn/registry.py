@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from .errors import BackendError
+
 logger = logging.getLogger("hf_gdn")
 
 ENTRY_POINT_GROUP = "hf_gdn.kernels"
@@ -28,10 +30,6 @@ DEFAULT_BACKEND = os.environ.get("HF_GDN_BACKEND") or "auto"
 # with `before`.
 _ORDER = ("triton", "fla", "eager")
 _BUILTIN = "hf_gdn.kernels"  # a folder for each backend; all its modules are imported
-
-
-class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot serve the call, or no backend can."""
 
 
 @dataclass(frozen=True)

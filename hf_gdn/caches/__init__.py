@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..errors import SnapshotError
     from .identity import fingerprint
     from .prefix import PrefixCache
     from .sinks import SinkCache
     from .snapshot_files import load, save
-    from .snapshot_layers import SnapshotError
     from .snapshots import Snapshot, fork, restore, snapshot
 
 _HOMES = {

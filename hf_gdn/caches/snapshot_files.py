@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..errors import SnapshotError
 from ..files import write_whole
-from .snapshot_layers import Parts, SnapshotError
+from .snapshot_layers import Parts
 from .snapshots import Snapshot, check, check_model
 
 FORMAT = "hf_gdn.snapshot"

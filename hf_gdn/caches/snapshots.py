@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from ..errors import SnapshotError
 from ..upstream import indexer_positions as positions
 from . import identity
 from .snapshot_kinds import BY_NAME, kind_of
-from .snapshot_layers import Kind, Parts, SnapshotError, check_parts, row_dimension
+from .snapshot_layers import Kind, Parts, check_parts, row_dimension
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..caches import rewind
-from ..registry import BackendError, warn_once
+from ..errors import BackendError
+from ..registry import warn_once
 from ..upstream import cache_names, seams
 from . import packing
 from .families.base import Family
