@@ -140,6 +140,16 @@ def chunk_gated_delta_rule(
         BackendError: the backend asked for cannot serve the call.
 
     Source: Gated Delta Networks (arXiv 2412.06464), section 3.3.
+
+    Example:
+        >>> from hf_gdn.ops import chunk_gated_delta_rule
+        >>> q = k = torch.randn(1, 100, 2, 16)
+        >>> v, g, beta = torch.randn(1, 100, 4, 32), -torch.rand(1, 100, 4), torch.rand(1, 100, 4)
+        >>> o, state = chunk_gated_delta_rule(
+        ...     q, k, v, g, beta, output_final_state=True, use_qk_l2norm_in_kernel=True
+        ... )
+        >>> o.shape, state.shape
+        (torch.Size([1, 100, 4, 32]), torch.Size([1, 4, 16, 32]))
     """
     activations = _Activations(use_gate_in_kernel, A_log, dt_bias, None, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     return _call(
@@ -158,6 +168,14 @@ def fused_recurrent_gated_delta_rule(
     """Gated delta rule (GDN) token by token, for decoding. Arguments and results as in `chunk_gated_delta_rule`.
 
     g None means no decay, beta None means ones; `gk` and `gv` (fla's further decays) are not supported.
+
+    Example:
+        >>> from hf_gdn.ops import fused_recurrent_gated_delta_rule
+        >>> q = k = torch.randn(1, 1, 2, 16)
+        >>> v, state = torch.randn(1, 1, 4, 32), torch.zeros(1, 4, 16, 32)
+        >>> o, state = fused_recurrent_gated_delta_rule(q, k, v, initial_state=state, output_final_state=True)
+        >>> o.shape
+        torch.Size([1, 1, 4, 32])
     """
     activations = _Activations(use_gate_in_kernel, A_log, dt_bias, None, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     return _call(
@@ -179,6 +197,13 @@ def chunk_kda(
     dt_bias is ``[HV * K]``, and with `lower_bound` the gate is ``lower_bound * sigmoid(exp(A_log) * (g + dt_bias))``.
 
     Source: Kimi Linear (arXiv 2510.26692), section 3.
+
+    Example:
+        >>> from hf_gdn.ops import chunk_kda
+        >>> q = k = v = torch.randn(1, 100, 2, 16)
+        >>> g, beta = -torch.rand(1, 100, 2, 16), torch.rand(1, 100, 2)
+        >>> chunk_kda(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)[0].shape
+        torch.Size([1, 100, 2, 16])
     """
     activations = _Activations(
         use_gate_in_kernel, A_log, dt_bias, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval
@@ -196,7 +221,15 @@ def fused_recurrent_kda(
     use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False, lower_bound: float | None = None,
     *, cu_seqlens: Tensor | None = None, backend: str = "auto", **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Kimi delta attention (KDA) token by token, for decoding. Arguments and results as in `chunk_kda`."""
+    """Kimi delta attention (KDA) token by token, for decoding. Arguments and results as in `chunk_kda`.
+
+    Example:
+        >>> from hf_gdn.ops import fused_recurrent_kda
+        >>> q = k = v = torch.randn(1, 1, 2, 16)
+        >>> g, beta, state = -torch.rand(1, 1, 2, 16), torch.rand(1, 1, 2), torch.zeros(1, 2, 16, 16)
+        >>> fused_recurrent_kda(q, k, v, g, beta, initial_state=state, output_final_state=True)[1].shape
+        torch.Size([1, 2, 16, 16])
+    """
     activations = _Activations(
         use_gate_in_kernel, A_log, dt_bias, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval
     )

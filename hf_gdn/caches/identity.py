@@ -34,6 +34,11 @@ def fingerprint(model: nn.Module) -> str:
 
     Args:
         model: a transformers model, bare or wrapped (PEFT, `torch.compile`).
+
+    Example:
+        >>> from hf_gdn.caches import fingerprint
+        >>> fingerprint(model).partition(":")[0]
+        'qwen3_next'
     """
     decoder = _decoder(model)
     config = decoder.config.get_text_config(decoder=True)

@@ -155,6 +155,14 @@ class SinkCache(Cache):
 
     Raises:
         TypeError, ValueError: sizes that are no integers, or too small; a model type or rotary type without sinks.
+
+    Example:
+        >>> from hf_gdn.caches import SinkCache
+        >>> cache = SinkCache(model.config, sink_tokens=2, window=6)
+        >>> with hf_gdn.patched():
+        ...     out = model.generate(**inputs, cache=cache, max_new_tokens=30)
+        >>> int(cache.seen()), cache.layers[3].keys.shape[2]
+        (37, 8)
     """
 
     least_sinks = 1  # `hf_gdn.eval.stream` compares with none

@@ -67,7 +67,13 @@ class Status:
 
 
 def status() -> Status:
-    """What is patched, family by family, on which backend."""
+    """What is patched, family by family, on which backend.
+
+    Example:
+        >>> _ = hf_gdn.patch("kimi_linear")
+        >>> [family.name for family in hf_gdn.status().families if family.state == "patched"]
+        ['kimi_linear']
+    """
     rows, table = [], in_force.current()
     for name, family in all_families().items():
         change = table.patches.get(name)
@@ -111,6 +117,12 @@ def layer_kernels(model: torch.nn.Module) -> dict[str, str]:
     Returns:
         Layer's name in the model -> ``"chunk_gdn: triton, step_gdn: triton"``, or ``"original"`` when its class is
         not patched, or ``"replaced by ..."`` when the layer was given another forward of its own.
+
+    Example:
+        >>> from hf_gdn.patches import layer_kernels
+        >>> with hf_gdn.patched(backend="eager"):
+        ...     print(layer_kernels(model)["model.layers.0.linear_attn"])
+        chunk_gdn: eager, step_gdn: eager
     """
     names = {family.class_name for family in all_families().values()}
     patches = in_force.current().patches.values()
