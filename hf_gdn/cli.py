@@ -115,9 +115,12 @@ def _job(kind: str, given: dict[str, Any]) -> Job:
         )
     if kind != "ppl":
         job["speed"] = speed.Options(
-            _sizes("--batch", given.pop("batch")), _sizes("--prompt", given.pop("prompt")), given.pop("new_tokens"),
-            given.pop("rounds"), _names(given.pop("variant")),
-        )  # fmt: skip
+            _sizes("--batch", given.pop("batch")),
+            _sizes("--prompt", given.pop("prompt")),
+            given.pop("new_tokens"),
+            given.pop("rounds"),
+            _names(given.pop("variant")),
+        )
     return Job(kind=kind, sources=sources, text=tuple(given.pop("text") or ()), **job, **given)
 
 
@@ -152,47 +155,97 @@ def _root() -> None:
 
 @app.command()
 def report(
-    model: Models = None, config: Config = None, layers: Layers = None, set: Settings = None, revision: Revision = None,
-    attn: Attention = None, device_map: DeviceMap = None, tp: TensorParallel = False,
-    text: Texts = None, field: Field = "text", dataset: Dataset = None, split: Split = "test",
-    device: Device = None, dtype: Dtype = None, backend: Backend = "auto",
-    context: Context = 512, stride: Stride = None, windows: Windows = 16, batch_size: BatchSize = None,
-    mode: Mode = "prefill,decode,mixed", tolerance: Tolerance = None,
-    batch: Batch = "", prompt: Prompt = "", new_tokens: NewTokens = None, rounds: Rounds = 5,
+    model: Models = None,
+    config: Config = None,
+    layers: Layers = None,
+    set: Settings = None,
+    revision: Revision = None,
+    attn: Attention = None,
+    device_map: DeviceMap = None,
+    tp: TensorParallel = False,
+    text: Texts = None,
+    field: Field = "text",
+    dataset: Dataset = None,
+    split: Split = "test",
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    context: Context = 512,
+    stride: Stride = None,
+    windows: Windows = 16,
+    batch_size: BatchSize = None,
+    mode: Mode = "prefill,decode,mixed",
+    tolerance: Tolerance = None,
+    batch: Batch = "",
+    prompt: Prompt = "",
+    new_tokens: NewTokens = None,
+    rounds: Rounds = 5,
     variant: Variant = "eager",
     output: Annotated[str, OUTPUT] = "hf-gdn-report",
-    resume: Resume = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
     """Is the patched model still the same, and how much faster does it generate? Exits 1 when it is not the same."""
     _run("report", dict(locals()))
 
 
 @app.command()
 def ppl(
-    model: Models = None, config: Config = None, layers: Layers = None, set: Settings = None, revision: Revision = None,
-    attn: Attention = None, device_map: DeviceMap = None, tp: TensorParallel = False,
-    text: Texts = None, field: Field = "text", dataset: Dataset = None, split: Split = "test",
-    device: Device = None, dtype: Dtype = None, backend: Backend = "auto",
-    context: Context = 512, stride: Stride = None, windows: Windows = 16, batch_size: BatchSize = None,
-    mode: Mode = "prefill", tolerance: Tolerance = None,
+    model: Models = None,
+    config: Config = None,
+    layers: Layers = None,
+    set: Settings = None,
+    revision: Revision = None,
+    attn: Attention = None,
+    device_map: DeviceMap = None,
+    tp: TensorParallel = False,
+    text: Texts = None,
+    field: Field = "text",
+    dataset: Dataset = None,
+    split: Split = "test",
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    context: Context = 512,
+    stride: Stride = None,
+    windows: Windows = 16,
+    batch_size: BatchSize = None,
+    mode: Mode = "prefill",
+    tolerance: Tolerance = None,
     output: Annotated[str, OUTPUT] = "hf-gdn-ppl",
-    resume: Resume = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
     """Perplexity, KL divergence and other distances of the patched model from the original. Exits 1 when too large."""
     _run("ppl", dict(locals()))
 
 
 @app.command()
 def speed(
-    model: Models = None, config: Config = None, layers: Layers = None, set: Settings = None, revision: Revision = None,
-    attn: Attention = None, device_map: DeviceMap = None, tp: TensorParallel = False,
-    text: Texts = None, field: Field = "text", dataset: Dataset = None, split: Split = "test",
-    device: Device = None, dtype: Dtype = None, backend: Backend = "auto",
-    batch: Batch = "", prompt: Prompt = "", new_tokens: NewTokens = None, rounds: Rounds = 5,
+    model: Models = None,
+    config: Config = None,
+    layers: Layers = None,
+    set: Settings = None,
+    revision: Revision = None,
+    attn: Attention = None,
+    device_map: DeviceMap = None,
+    tp: TensorParallel = False,
+    text: Texts = None,
+    field: Field = "text",
+    dataset: Dataset = None,
+    split: Split = "test",
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    batch: Batch = "",
+    prompt: Prompt = "",
+    new_tokens: NewTokens = None,
+    rounds: Rounds = 5,
     variant: Variant = "eager",
     output: Annotated[str, OUTPUT] = "hf-gdn-speed",
-    resume: Resume = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
     """Time to first token, time per token and memory of generate, original and patched in turns."""
     _run("speed", dict(locals()))
 
@@ -205,31 +258,46 @@ def kernels(
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "",
     tokens: Annotated[str, typer.Option(help="Tokens of chunk ops, with commas.")] = "",
     direction: Annotated[str, typer.Option(help="forward, backward (the two together), or both.")] = "forward",
-    device: Device = None, dtype: Dtype = None,
+    device: Device = None,
+    dtype: Dtype = None,
     gpu_graph: Annotated[bool, typer.Option("--gpu-graph", help="Time replays of a CUDA graph.")] = False,
     seconds: Annotated[float, typer.Option(help="Budget of one measurement.")] = 1.0,
-    output: Annotated[str, OUTPUT] = "hf-gdn-kernels", resume: Resume = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    output: Annotated[str, OUTPUT] = "hf-gdn-kernels",
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
     """Time every op on every backend that serves it, error checked, against this machine's own ceilings."""
     from .eval import report
     from .eval.microbench import Options
 
     options = Options(
-        _names(shape), _names(op), _names(backend), _sizes("--batch", batch), _sizes("--tokens", tokens),
-        _names(direction), dtype, device, gpu_graph, seconds,
-    )  # fmt: skip
+        _names(shape),
+        _names(op),
+        _names(backend),
+        _sizes("--batch", batch),
+        _sizes("--tokens", tokens),
+        _names(direction),
+        dtype,
+        device,
+        gpu_graph,
+        seconds,
+    )
     _finish(output, lambda: report.main_kernels(options, output, resume, quiet, _command()))
 
 
 @app.command()
 def stream(
-    model: Models = None, text: Texts = None, field: Field = "text", device: Device = None, dtype: Dtype = None,
+    model: Models = None,
+    text: Texts = None,
+    field: Field = "text",
+    device: Device = None,
+    dtype: Dtype = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the stream at most.")] = 50_000,
     context: Annotated[int, typer.Option(min=2, help="Tokens kept: the length the model was trained on.")] = 512,
     sinks: Annotated[int, typer.Option(min=1, help="First tokens among them that are kept for good.")] = 4,
     output: Annotated[str, typer.Option(help="Folder for stream.json and stream.svg.")] = "hf-gdn-stream",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Perplexity along one long stream: attention sinks, a plain window, everything kept, the window read anew."""
     from .eval import stream as job
     from .eval.models import Source
@@ -256,9 +324,11 @@ def chat(
     top_p: Annotated[
         float | None, typer.Option(help="Share of probability to sample from; as generation_config by default.")
     ] = None,
-    device: Device = None, dtype: Dtype = None, backend: Backend = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = "auto",
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
-) -> None:  # fmt: skip
+) -> None:
     """Talk to a model in the terminal, for as long as you like, in fixed memory (attention sinks)."""
     from . import chat as job
 

@@ -21,10 +21,20 @@ __all__ = ["chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_gated_delta_r
 
 # Arguments of fla's functions that are served in their default meaning only.
 _FLA_DEFAULTS: dict[str, Any] = {
-    "gk": None, "gv": None, "state_v_first": False, "safe_gate": False, "disable_recompute": False,
-    "return_intermediate_states": False, "use_graph": False, "max_num_seqs": None, "cp_context": None,
-    "cu_seqlens_cpu": None, "chunk_indices": None, "head_first": False, "transpose_state_layout": False,
-}  # fmt: skip
+    "gk": None,
+    "gv": None,
+    "state_v_first": False,
+    "safe_gate": False,
+    "disable_recompute": False,
+    "return_intermediate_states": False,
+    "use_graph": False,
+    "max_num_seqs": None,
+    "cp_context": None,
+    "cu_seqlens_cpu": None,
+    "chunk_indices": None,
+    "head_first": False,
+    "transpose_state_layout": False,
+}
 
 
 class _Activations(NamedTuple):
@@ -70,10 +80,22 @@ class _Activations(NamedTuple):
 
 
 def _call(
-    name: str, op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, scale: float | None,
-    initial_state: Tensor | None, output_final_state: bool, qk_l2norm: bool, cu_seqlens: Tensor | None,
-    activations: _Activations, backend: str, others: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    name: str,
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    qk_l2norm: bool,
+    cu_seqlens: Tensor | None,
+    activations: _Activations,
+    backend: str,
+    others: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
     for argument, value in others.items():
         if argument not in _FLA_DEFAULTS:
             raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
@@ -108,12 +130,25 @@ def _call(
 
 
 def chunk_gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None = None,
-    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
-    use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False, cu_seqlens: Tensor | None = None,
-    *, use_gate_in_kernel: bool = False, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
-    backend: str = "auto", **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    backend: str = "auto",
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule (GDN, one decay per head) over whole sequences, chunk by chunk.
 
     Args:
@@ -153,18 +188,46 @@ def chunk_gated_delta_rule(
     """
     activations = _Activations(use_gate_in_kernel, A_log, dt_bias, None, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     return _call(
-        "chunk_gated_delta_rule", "chunk_gdn", q, k, v, g, beta, scale, initial_state,
-        output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, activations, backend, kwargs,
-    )  # fmt: skip
+        "chunk_gated_delta_rule",
+        "chunk_gdn",
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        activations,
+        backend,
+        kwargs,
+    )
 
 
 def fused_recurrent_gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, gk: None = None, gv: None = None,
-    beta: Tensor | None = None, scale: float | None = None, initial_state: Tensor | None = None,
-    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, use_gate_in_kernel: bool = False,
-    A_log: Tensor | None = None, dt_bias: Tensor | None = None, use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False, *, cu_seqlens: Tensor | None = None, backend: str = "auto", **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: None = None,
+    gv: None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule (GDN) token by token, for decoding. Arguments and results as in `chunk_gated_delta_rule`.
 
     g None means no decay, beta None means ones; `gk` and `gv` (fla's further decays) are not supported.
@@ -179,18 +242,45 @@ def fused_recurrent_gated_delta_rule(
     """
     activations = _Activations(use_gate_in_kernel, A_log, dt_bias, None, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     return _call(
-        "fused_recurrent_gated_delta_rule", "recurrent_gdn", q, k, v, g, beta, scale, initial_state,
-        output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, activations, backend, dict(kwargs, gk=gk, gv=gv),
-    )  # fmt: skip
+        "fused_recurrent_gated_delta_rule",
+        "recurrent_gdn",
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        activations,
+        backend,
+        dict(kwargs, gk=gk, gv=gv),
+    )
 
 
 def chunk_kda(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None = None,
-    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False, use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False,
-    *, lower_bound: float | None = None, cu_seqlens: Tensor | None = None, A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None, backend: str = "auto", **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    *,
+    lower_bound: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    backend: str = "auto",
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Kimi delta attention (KDA, one decay per channel) over whole sequences, chunk by chunk.
 
     Arguments and results as in `chunk_gated_delta_rule`, but g is ``[B, T, HV, K]`` and may be as low as it likes,
@@ -209,18 +299,45 @@ def chunk_kda(
         use_gate_in_kernel, A_log, dt_bias, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval
     )
     return _call(
-        "chunk_kda", "chunk_kda", q, k, v, g, beta, scale, initial_state,
-        output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, activations, backend, kwargs,
-    )  # fmt: skip
+        "chunk_kda",
+        "chunk_kda",
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        activations,
+        backend,
+        kwargs,
+    )
 
 
 def fused_recurrent_kda(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None, scale: float | None = None, initial_state: Tensor | None = None,
-    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, use_gate_in_kernel: bool = False,
-    use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False, lower_bound: float | None = None,
-    *, cu_seqlens: Tensor | None = None, backend: str = "auto", **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Kimi delta attention (KDA) token by token, for decoding. Arguments and results as in `chunk_kda`.
 
     Example:
@@ -234,6 +351,19 @@ def fused_recurrent_kda(
         use_gate_in_kernel, A_log, dt_bias, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval
     )
     return _call(
-        "fused_recurrent_kda", "recurrent_kda", q, k, v, g, beta, scale, initial_state,
-        output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, activations, backend, kwargs,
-    )  # fmt: skip
+        "fused_recurrent_kda",
+        "recurrent_kda",
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        activations,
+        backend,
+        kwargs,
+    )

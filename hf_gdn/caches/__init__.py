@@ -18,14 +18,29 @@ if TYPE_CHECKING:
     from .snapshots import Snapshot, fork, restore, snapshot
 
 _HOMES = {
-    "SinkCache": "sinks", "snapshot": "snapshots", "restore": "snapshots", "fork": "snapshots",
-    "save": "snapshot_files", "load": "snapshot_files", "PrefixCache": "prefix", "fingerprint": "identity",
-    "Snapshot": "snapshots", "SnapshotError": "snapshot_layers",
-}  # fmt: skip
+    "SinkCache": "sinks",
+    "snapshot": "snapshots",
+    "restore": "snapshots",
+    "fork": "snapshots",
+    "save": "snapshot_files",
+    "load": "snapshot_files",
+    "PrefixCache": "prefix",
+    "fingerprint": "identity",
+    "Snapshot": "snapshots",
+    "SnapshotError": "snapshot_layers",
+}
 __all__ = [
-    "SinkCache", "snapshot", "restore", "fork", "save", "load", "PrefixCache", "fingerprint", "Snapshot",
+    "SinkCache",
+    "snapshot",
+    "restore",
+    "fork",
+    "save",
+    "load",
+    "PrefixCache",
+    "fingerprint",
+    "Snapshot",
     "SnapshotError",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,11 +15,27 @@ from ..upstream import modules, tensors
 SAMPLES = 32  # values read of every parameter
 # What a config says about loading, generating and training; the cache's numbers do not depend on it.
 _IGNORED = {
-    "_name_or_path", "architectures", "attn_implementation", "bos_token_id", "chunk_size_feed_forward", "dtype",
-    "id2label", "initializer_range", "label2id", "output_attentions", "output_hidden_states", "output_router_logits",
-    "pad_token_id", "problem_type", "return_dict", "router_aux_loss_coef", "tie_word_embeddings", "torch_dtype",
-    "transformers_version", "use_cache",
-}  # fmt: skip
+    "_name_or_path",
+    "architectures",
+    "attn_implementation",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "router_aux_loss_coef",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -24,15 +24,21 @@ T = TypeVar("T")
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next-80b": (
         "qwen3_next",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
-         "max_position_embeddings": 262144, "intermediate_size": 5120},
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+            "max_position_embeddings": 262144,
+            "intermediate_size": 5120,
+        },
     ),
     "kimi_linear-48b": (
         "kimi_linear",
-        {"layer_types": ["full_attention" if i in (4, 8, 12, 16, 20, 24, 27) else "linear_attention"
-                         for i in range(1, 28)]},
+        {
+            "layer_types": [
+                "full_attention" if i in (4, 8, 12, 16, 20, 24, 27) else "linear_attention" for i in range(1, 28)
+            ]
+        },
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -138,9 +138,14 @@ def generate(model: Any, prompt: Tensor, new_tokens: int, **arguments: Any) -> C
     _wait(model.device)
     start = time.perf_counter()
     out = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens, streamer=clock, **arguments,
-    )  # fmt: skip
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        streamer=clock,
+        **arguments,
+    )
     _wait(model.device)
     end = time.perf_counter()
     times = clock.times[1:]  # the first is the prompt's
@@ -208,7 +213,7 @@ def summarize(cell: Cell, calls: list[Call], warmups: int) -> dict[str, Any]:
         "generate_tokens_s": spread([call.tokens.numel() / call.seconds for call in timed]),
         "peak_mib": max(peaks) if peaks else None,
         "first_call_s": calls[0].seconds,
-    }  # fmt: skip
+    }
 
 
 def _ratios(original: list[Call], patched: list[Call]) -> dict[str, dict[str, float]]:

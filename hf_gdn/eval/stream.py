@@ -209,19 +209,31 @@ def table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]
     )
     rows: list[tuple[str, ...]] = []
     for name, way in result["ways"].items():
-        rows.append((
-            f"{name}: {ABOUT[name]}", f"{way['scored']:,}", number(way["perplexity"]), f"{way['ratio']:.3f}",
-            "" if way["worst"] is None else f"{way['worst']:.3f}",
-            "" if way["bytes"] is None else f"{way['bytes'] / 1024:,.0f}",
-            "" if way["tokens_s"] is None else number(way["tokens_s"], 3),
-        ))  # fmt: skip
+        rows.append(
+            (
+                f"{name}: {ABOUT[name]}",
+                f"{way['scored']:,}",
+                number(way["perplexity"]),
+                f"{way['ratio']:.3f}",
+                "" if way["worst"] is None else f"{way['worst']:.3f}",
+                "" if way["bytes"] is None else f"{way['bytes'] / 1024:,.0f}",
+                "" if way["tokens_s"] is None else number(way["tokens_s"], 3),
+            )
+        )
     return header, rows
 
 
 def main(
-    sources: tuple[Source, ...], paths: tuple[str, ...], field: str, options: Options, device: str | None,
-    dtype: str | None, output: str, quiet: bool, command: str,
-) -> int:  # fmt: skip
+    sources: tuple[Source, ...],
+    paths: tuple[str, ...],
+    field: str,
+    options: Options,
+    device: str | None,
+    dtype: str | None,
+    output: str,
+    quiet: bool,
+    command: str,
+) -> int:
     """Read the stream with every model; print tables, write stream.json and stream.svg. Returns 0, the exit code."""
     check(options)
     place = models.pick_device(device)

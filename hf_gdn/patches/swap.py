@@ -71,8 +71,10 @@ def move(old: Iterable[Swap], new: Iterable[Swap]) -> None:
         elif come is None and gone is not None and here is not gone.original:
             logger.warning(
                 "%s.%s was replaced by %s after hf_gdn patched it; that one is left in place",
-                cls.__name__, name, describe(here),
-            )  # fmt: skip
+                cls.__name__,
+                name,
+                describe(here),
+            )
     _tell_instances({cls: pair for (cls, name), pair in changes.items() if name == "forward"})
 
 
