@@ -104,8 +104,8 @@ def _sizes(option: str, text: str) -> tuple[int, ...]:
 def _job(kind: str, given: dict[str, Any]) -> Job:
     """A job from a command's options, as they are called in Python."""
     from .eval import ppl, speed
-    from .eval.models import Source
     from .eval.report import Job
+    from .loading.models import Source
 
     names, config = given.pop("model") or (), given.pop("config")
     layers, settings = given.pop("layers"), tuple(given.pop("set") or ())
@@ -330,7 +330,7 @@ def stream(
 ) -> None:
     """Perplexity along one long stream: attention sinks, a plain window, everything kept, the window read anew."""
     from .eval import stream as job
-    from .eval.models import Source
+    from .loading.models import Source
 
     sources = tuple(Source(name) for name in model or ())
     options = job.Options(tokens, context, sinks)

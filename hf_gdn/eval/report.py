@@ -16,13 +16,14 @@ from torch import Tensor
 
 from .. import __version__, registry
 from ..errors import PatchError, UserError
+from ..loading import models, texts
+from ..loading.models import Loaded, Source
 from ..patches import layer_kernels, patched
 from ..upstream import configs
 from . import journal as journals
-from . import machine, microbench, models, page, ppl, progress, sheets, speed, texts
+from . import machine, microbench, page, ppl, progress, sheets, speed
 from . import output as formats
 from .journal import Journal, Work, put
-from .models import Loaded, Source
 from .ranks import Ranks
 
 # Version of the layout of report.json (docs/report.md).

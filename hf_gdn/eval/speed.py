@@ -22,10 +22,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from .. import graphs
 from ..errors import UserError, reason
+from ..loading.models import Loaded, check_length
 from ..patches import patched, unpatched
 from ..upstream import configs, modules, tensors
 from .journal import Row, Work
-from .models import Loaded, check_length
 from .progress import Step
 
 # Two tokens whose logits are so close that rounding decides between them: this many units of the dtype's epsilon times

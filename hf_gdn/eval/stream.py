@@ -29,10 +29,11 @@ from transformers import DynamicCache
 
 from ..caches import SinkCache, snapshots
 from ..errors import UserError
+from ..loading import models, texts
+from ..loading.models import Loaded, Source
 from ..patches import patch, patched
 from ..upstream import cache_names
-from . import journal, machine, models, perplexity, plots, progress, texts
-from .models import Loaded, Source
+from . import journal, machine, perplexity, plots, progress
 from .sheets import number
 
 BINS, PIECE = 50, 256

@@ -14,7 +14,7 @@ from transformers.cache_utils import StaticLayer
 import hf_gdn
 import hf_gdn.caches
 from hf_gdn.caches import rewind
-from hf_gdn.eval.models import ASSETS
+from hf_gdn.loading.models import ASSETS
 from tests import tiny
 
 BUDGET = 1e-5

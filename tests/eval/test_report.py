@@ -16,7 +16,8 @@ import transformers
 from typer.testing import CliRunner
 
 from hf_gdn import cli, patches, registry
-from hf_gdn.eval import data, models, output, report
+from hf_gdn.eval import output, report
+from hf_gdn.loading import data, models
 from tests import tiny
 
 PARITY = ("--context", "64", "--windows", "4")

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from hf_gdn import graphs, registry
 from hf_gdn.errors import UserError
-from hf_gdn.eval import models, speed
+from hf_gdn.eval import speed
 from hf_gdn.eval.journal import Journal, Work
 from hf_gdn.eval.ranks import Ranks
+from hf_gdn.loading import models
 from tests import tiny
 from tests.tape import Tape
 

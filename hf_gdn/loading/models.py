@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ..errors import UserError, reason
 from ..patches import all_families, families_in
 from ..upstream.configs import has_causal_model
-from .ranks import Ranks
+
+if TYPE_CHECKING:
+    from ..eval.ranks import Ranks
 
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
