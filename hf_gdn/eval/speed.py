@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from .. import graphs
+from .. import cuda_graphs
 from ..errors import UserError, reason
 from ..loading.models import Loaded, check_length
 from ..patches import patched, unpatched
@@ -92,7 +92,7 @@ def plan(options: Options, device: torch.device) -> list[Cell]:
     unknown = [name for name in options.variants if name not in VARIANTS]
     if unknown or not options.variants:
         raise UserError(f"--variant {','.join(unknown)} is not known; variants: {', '.join(VARIANTS)}")
-    if "graph" in options.variants and device.type not in graphs.captures:
+    if "graph" in options.variants and device.type not in cuda_graphs.CAPTURES:
         raise UserError(f"--variant graph needs a CUDA device; the model is on {device.type}")
     fast = device.type != "cpu"
     batch = options.batch or ((1, 8) if fast else (1, 4))
@@ -267,7 +267,7 @@ def _measure(loaded: Loaded, cell: Cell, prompt: Tensor, backend: str, rounds: i
 
     # Every cell compiles anew: its first call is cold, and the compiler's limit of variants a function is not met.
     torch.compiler.reset()
-    graphs.release()
+    cuda_graphs.release()
     modules.forget_compiled_call(loaded.model)
     row: Row = {"batch": cell.batch, "prompt": cell.prompt, "new_tokens": cell.new_tokens, "variant": cell.variant}
     try:

@@ -32,14 +32,14 @@ class FamilyPatch:
         family, settings: what was patched, and how it runs.
         layer: of the layers' ``forward``.
         others: of everything else that the family swaps.
-        graphs: of ``get_compiled_call``, the same for all families that have CUDA graphs; None without.
+        decode_swap: of ``get_compiled_call``, the same for all families that have CUDA graphs; None without.
     """
 
     family: Family
     settings: Settings
     layer: Swap
     others: tuple[Swap, ...]
-    graphs: Swap | None = None
+    decode_swap: Swap | None = None
 
 
 def _swap(cls: type, name: str, make: Callable[[Any], Any], current: FamilyPatch | None) -> Swap:

@@ -84,7 +84,7 @@ def status() -> Status:
         else:
             current = own(change.layer.cls, "forward")
             state = "patched" if current is change.layer.replacement else f"replaced by {describe(current)}"
-        seam = change.graphs if change is not None else None
+        seam = change.decode_swap if change is not None else None
         replays = seam is not None and own(seam.cls, seam.name) is seam.replacement
         rows.append(FamilyStatus(name, family.class_name, state, replays, table.misfits.get(name)))
     backend = ", ".join(dict.fromkeys(change.settings.backend for change in table.patches.values())) or "none"
