@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..upstream import cache_names
+from ..upstream import cache_names, versions
 
 # Called with a text model each time it runs eagerly; False leaves the call to the original.
 FirstRun = Callable[[Any], bool]
@@ -41,6 +41,23 @@ def _restarts(given: dict[str, Any]) -> Tensor | None:
     return restarts.cumsum(1, dtype=torch.int32) if restarts.any() else None
 
 
+def _check_recording(cache: Any) -> None:
+    """Raise ValueError for a static cache of a hybrid model that records its past, where transformers masks it wrongly.
+
+    Where a recording cache counts as not compileable, decode steps get no mask: queries attend to slots that hold no
+    token yet, in the original models too.
+    """
+    layers = getattr(cache, "layers", ())
+    recording = next((layer for layer in layers if hasattr(layer, "record_past")), None)
+    if recording is None or not recording.record_past or cache.is_compileable:
+        return
+    if any(layer.is_compileable for layer in layers):
+        raise ValueError(
+            f"a {type(cache).__name__} of a hybrid model that records its past, as assisted decoding makes it, is "
+            f"masked wrongly by {versions.installed()}: decode steps attend to empty slots; expected a DynamicCache"
+        )
+
+
 def make_model_forward(original: Callable[..., Any], first_run: FirstRun | None = None) -> Callable[..., Any]:
     """The forward that replaces a text model's: the same, but it passes restarting position_ids on as ``seq_idx``.
 
@@ -59,6 +76,7 @@ def make_model_forward(original: Callable[..., Any], first_run: FirstRun | None 
         cache = cache_names.take(given)
         if cache is not None:
             given[cache_name or cache_names.name()] = cache
+            _check_recording(cache)
         if getattr(cache, "plans_forwards", False):
             out = original(self, **{**given, **cache.begin(self, given)})
             cache.commit()
