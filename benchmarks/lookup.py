@@ -26,8 +26,8 @@ from rich.table import Table
 from transformers.generation import PromptLookupCandidateGenerator
 
 import hf_gdn
-from hf_gdn.eval import models, texts
 from hf_gdn.eval.speed import compare_tokens
+from hf_gdn.loading import models, texts
 
 NEW, ROUNDS = 256, 7
 

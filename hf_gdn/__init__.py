@@ -59,8 +59,11 @@ def __getattr__(name: str) -> Any:
     if name == "PatchError":
         return importlib.import_module(".errors", __name__).PatchError
     if name in __all__:
-        importlib.import_module(".upstream.versions", __name__).check()  # older versions lack what patches imports
-        return getattr(importlib.import_module(".patches", __name__), name)
+        try:
+            return getattr(importlib.import_module(".patches", __name__), name)
+        except ImportError:
+            importlib.import_module(".upstream.versions", __name__).check()  # older versions lack what patches imports
+            raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

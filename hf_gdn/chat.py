@@ -12,7 +12,7 @@ from rich.console import Console
 from .caches import SinkCache
 from .conversation import Conversation, Interrupt, Options, window
 from .errors import UserError, reason
-from .eval import models
+from .loading import models
 from .patches import layer_kernels, patch, patched
 from .registry import check_backend
 

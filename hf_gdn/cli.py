@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from .errors import UserError
+from . import __version__
+from .errors import BackendError, PatchError, RankFailure, UserError
 
 if TYPE_CHECKING:
     from .eval.report import Job
@@ -34,45 +35,59 @@ Config = Annotated[
         help="Random weights at this config: qwen3_next-80b, kimi_linear-48b, an embedded model's, or a path."
     ),
 ]
-Layers = Annotated[int | None, typer.Option(min=1, help="Layers to keep of --config.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="Field of --config to change, e.g. num_experts=16.")]
+Layers = Annotated[int | None, typer.Option(min=1, help="Keep only the first N layers of --config.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Change a field of --config, e.g. num_experts=16.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 Attention = Annotated[
     str | None, typer.Option("--attn", help="Attention implementation; transformers' choice by default.")
 ]
 DeviceMap = Annotated[str | None, typer.Option(help="Spread a model over devices: auto, balanced, ...")]
-TensorParallel = Annotated[bool, typer.Option("--tp", help="Split a model over the processes by its own plan.")]
+TensorParallel = Annotated[
+    bool, typer.Option("--tp", help="Split a model over the processes by its tensor-parallel plan.")
+]
 Texts = Annotated[
     list[str] | None,
     typer.Option("--text", help=".txt, .jsonl or .parquet, repeatable; held-out standard library modules by default."),
 ]
-Field = Annotated[str, typer.Option(help="Field of .jsonl and .parquet files and data sets that holds the text.")]
-Dataset = Annotated[str | None, typer.Option(help="NAME or NAME:CONFIG of a data set to score.")]
+Field = Annotated[str, typer.Option(help="Name of the text field in .jsonl and .parquet files and data sets.")]
+Dataset = Annotated[str | None, typer.Option(help="Data set to score: NAME or NAME:CONFIG.")]
 Split = Annotated[str, typer.Option(help="Split of --dataset.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the best there is by default.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the first GPU if there is one by default.")]
 Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16 or float16; float32 on a CPU and for the embedded models by default."),
 ]
-Backend = Annotated[str, typer.Option(help="Backend to run on: auto, or the name of one that then has to serve.")]
-Context = Annotated[int, typer.Option(min=2, help="Tokens a window.")]
-Stride = Annotated[int | None, typer.Option(min=1, help="Tokens between two windows; --context by default.")]
-Windows = Annotated[int, typer.Option(min=0, help="Windows to score, evenly spread; 0 for all.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows a forward; by the size of the logits by default.")]
-Mode = Annotated[str, typer.Option(help="How the text is read: prefill, decode, mixed; several with commas.")]
-Tolerance = Annotated[
-    list[str] | None, typer.Option(help="Bound to change, repeatable: ppl_ratio=, kl_mean=, same_top=.")
+Backend = Annotated[str, typer.Option(help="Backend: auto, or a name; a named backend serves every call or raises.")]
+Context = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
+Stride = Annotated[
+    int | None, typer.Option(min=1, help="Tokens from one window's start to the next; --context by default.")
 ]
-Batch = Annotated[str, typer.Option(help="Batch sizes, with commas; 1,8 on a GPU and 1,4 elsewhere by default.")]
+Windows = Annotated[
+    int, typer.Option(min=0, help="Number of windows to score, evenly spread over the text; 0 for all.")
+]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Windows per forward; chosen by the size of the logits by default.")
+]
+Mode = Annotated[
+    str, typer.Option(help="How the text is processed: prefill, decode, mixed; separate several with commas.")
+]
+Tolerance = Annotated[
+    list[str] | None,
+    typer.Option(help="Change a bound of the verdict, repeatable: ppl_ratio=VALUE, kl_mean=VALUE, same_top=VALUE."),
+]
+Batch = Annotated[str, typer.Option(help="Batch sizes, separated by commas; 1,8 on a GPU, 1,4 elsewhere by default.")]
 Prompt = Annotated[
-    str, typer.Option(help="Prompt lengths, with commas; 512,4096 on a GPU, 128,512 elsewhere by default.")
+    str, typer.Option(help="Prompt lengths, separated by commas; 512,4096 on a GPU, 128,512 elsewhere by default.")
 ]
 NewTokens = Annotated[int | None, typer.Option(min=2, help="Tokens to generate; 128, or 64 on a CPU, by default.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Timed turns of each.")]
-Variant = Annotated[str, typer.Option(help="How generate runs: eager, static, compile; several with commas.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Number of timed calls of each side, after the warm-up.")]
+Variant = Annotated[
+    str,
+    typer.Option(help="How generate runs: eager, static, compile, graph (a CUDA graph); separate several with commas."),
+]
 OUTPUT = typer.Option(help="Folder for report.json, .md, .csv and .html.")
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was interrupted in the output folder.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars and no tables, the verdict alone.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in the output folder.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the verdict: no progress bars, no tables.")]
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -89,8 +104,8 @@ def _sizes(option: str, text: str) -> tuple[int, ...]:
 def _job(kind: str, given: dict[str, Any]) -> Job:
     """A job from a command's options, as they are called in Python."""
     from .eval import ppl, speed
-    from .eval.models import Source
     from .eval.report import Job
+    from .loading.models import Source
 
     names, config = given.pop("model") or (), given.pop("config")
     layers, settings = given.pop("layers"), tuple(given.pop("set") or ())
@@ -115,9 +130,12 @@ def _job(kind: str, given: dict[str, Any]) -> Job:
         )
     if kind != "ppl":
         job["speed"] = speed.Options(
-            _sizes("--batch", given.pop("batch")), _sizes("--prompt", given.pop("prompt")), given.pop("new_tokens"),
-            given.pop("rounds"), _names(given.pop("variant")),
-        )  # fmt: skip
+            _sizes("--batch", given.pop("batch")),
+            _sizes("--prompt", given.pop("prompt")),
+            given.pop("new_tokens"),
+            given.pop("rounds"),
+            _names(given.pop("variant")),
+        )
     return Job(kind=kind, sources=sources, text=tuple(given.pop("text") or ()), **job, **given)
 
 
@@ -145,94 +163,174 @@ def _finish(output: str, run: Callable[[], int]) -> None:
 # ------------------------------------------------------------------------------------------------------------- commands
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hf-gdn {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
+
+
 @app.callback()
-def _root() -> None:
+def _root(version: Version = False) -> None:
     """Fused kernels for the Gated DeltaNet and Kimi Delta Attention layers of Hugging Face transformers."""
 
 
 @app.command()
 def report(
-    model: Models = None, config: Config = None, layers: Layers = None, set: Settings = None, revision: Revision = None,
-    attn: Attention = None, device_map: DeviceMap = None, tp: TensorParallel = False,
-    text: Texts = None, field: Field = "text", dataset: Dataset = None, split: Split = "test",
-    device: Device = None, dtype: Dtype = None, backend: Backend = "auto",
-    context: Context = 512, stride: Stride = None, windows: Windows = 16, batch_size: BatchSize = None,
-    mode: Mode = "prefill,decode,mixed", tolerance: Tolerance = None,
-    batch: Batch = "", prompt: Prompt = "", new_tokens: NewTokens = None, rounds: Rounds = 5,
+    model: Models = None,
+    config: Config = None,
+    layers: Layers = None,
+    set: Settings = None,
+    revision: Revision = None,
+    attn: Attention = None,
+    device_map: DeviceMap = None,
+    tp: TensorParallel = False,
+    text: Texts = None,
+    field: Field = "text",
+    dataset: Dataset = None,
+    split: Split = "test",
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    context: Context = 512,
+    stride: Stride = None,
+    windows: Windows = 16,
+    batch_size: BatchSize = None,
+    mode: Mode = "prefill,decode,mixed",
+    tolerance: Tolerance = None,
+    batch: Batch = "",
+    prompt: Prompt = "",
+    new_tokens: NewTokens = None,
+    rounds: Rounds = 5,
     variant: Variant = "eager",
     output: Annotated[str, OUTPUT] = "hf-gdn-report",
-    resume: Resume = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
     """Is the patched model still the same, and how much faster does it generate? Exits 1 when it is not the same."""
     _run("report", dict(locals()))
 
 
 @app.command()
 def ppl(
-    model: Models = None, config: Config = None, layers: Layers = None, set: Settings = None, revision: Revision = None,
-    attn: Attention = None, device_map: DeviceMap = None, tp: TensorParallel = False,
-    text: Texts = None, field: Field = "text", dataset: Dataset = None, split: Split = "test",
-    device: Device = None, dtype: Dtype = None, backend: Backend = "auto",
-    context: Context = 512, stride: Stride = None, windows: Windows = 16, batch_size: BatchSize = None,
-    mode: Mode = "prefill", tolerance: Tolerance = None,
+    model: Models = None,
+    config: Config = None,
+    layers: Layers = None,
+    set: Settings = None,
+    revision: Revision = None,
+    attn: Attention = None,
+    device_map: DeviceMap = None,
+    tp: TensorParallel = False,
+    text: Texts = None,
+    field: Field = "text",
+    dataset: Dataset = None,
+    split: Split = "test",
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    context: Context = 512,
+    stride: Stride = None,
+    windows: Windows = 16,
+    batch_size: BatchSize = None,
+    mode: Mode = "prefill",
+    tolerance: Tolerance = None,
     output: Annotated[str, OUTPUT] = "hf-gdn-ppl",
-    resume: Resume = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
     """Perplexity, KL divergence and other distances of the patched model from the original. Exits 1 when too large."""
     _run("ppl", dict(locals()))
 
 
 @app.command()
 def speed(
-    model: Models = None, config: Config = None, layers: Layers = None, set: Settings = None, revision: Revision = None,
-    attn: Attention = None, device_map: DeviceMap = None, tp: TensorParallel = False,
-    text: Texts = None, field: Field = "text", dataset: Dataset = None, split: Split = "test",
-    device: Device = None, dtype: Dtype = None, backend: Backend = "auto",
-    batch: Batch = "", prompt: Prompt = "", new_tokens: NewTokens = None, rounds: Rounds = 5,
+    model: Models = None,
+    config: Config = None,
+    layers: Layers = None,
+    set: Settings = None,
+    revision: Revision = None,
+    attn: Attention = None,
+    device_map: DeviceMap = None,
+    tp: TensorParallel = False,
+    text: Texts = None,
+    field: Field = "text",
+    dataset: Dataset = None,
+    split: Split = "test",
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    batch: Batch = "",
+    prompt: Prompt = "",
+    new_tokens: NewTokens = None,
+    rounds: Rounds = 5,
     variant: Variant = "eager",
     output: Annotated[str, OUTPUT] = "hf-gdn-speed",
-    resume: Resume = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
     """Time to first token, time per token and memory of generate, original and patched in turns."""
     _run("speed", dict(locals()))
 
 
 @app.command()
 def kernels(
-    shape: Annotated[str, typer.Option(help="Named shapes, with commas: qwen3_next-80b, kimi_linear-48b, ...")] = "",
-    op: Annotated[str, typer.Option(help="Ops, with commas; all of the shapes by default.")] = "",
-    backend: Annotated[str, typer.Option(help="Backends, with commas; every one that can serve by default.")] = "",
-    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "",
-    tokens: Annotated[str, typer.Option(help="Tokens of chunk ops, with commas.")] = "",
+    shape: Annotated[
+        str, typer.Option(help="Named shapes, separated by commas: qwen3_next-80b, kimi_linear-48b, ...")
+    ] = "",
+    op: Annotated[str, typer.Option(help="Ops, separated by commas; all ops of the shapes by default.")] = "",
+    backend: Annotated[
+        str, typer.Option(help="Backends, separated by commas; every backend that serves by default.")
+    ] = "",
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "",
+    tokens: Annotated[str, typer.Option(help="Sequence lengths for chunk ops, separated by commas.")] = "",
     direction: Annotated[str, typer.Option(help="forward, backward (the two together), or both.")] = "forward",
-    device: Device = None, dtype: Dtype = None,
+    device: Device = None,
+    dtype: Dtype = None,
     gpu_graph: Annotated[bool, typer.Option("--gpu-graph", help="Time replays of a CUDA graph.")] = False,
-    seconds: Annotated[float, typer.Option(help="Budget of one measurement.")] = 1.0,
-    output: Annotated[str, OUTPUT] = "hf-gdn-kernels", resume: Resume = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    seconds: Annotated[float, typer.Option(help="Seconds to spend on one measurement.")] = 1.0,
+    output: Annotated[str, OUTPUT] = "hf-gdn-kernels",
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
     """Time every op on every backend that serves it, error checked, against this machine's own ceilings."""
     from .eval import report
     from .eval.microbench import Options
 
     options = Options(
-        _names(shape), _names(op), _names(backend), _sizes("--batch", batch), _sizes("--tokens", tokens),
-        _names(direction), dtype, device, gpu_graph, seconds,
-    )  # fmt: skip
+        _names(shape),
+        _names(op),
+        _names(backend),
+        _sizes("--batch", batch),
+        _sizes("--tokens", tokens),
+        _names(direction),
+        dtype,
+        device,
+        gpu_graph,
+        seconds,
+    )
     _finish(output, lambda: report.main_kernels(options, output, resume, quiet, _command()))
 
 
 @app.command()
 def stream(
-    model: Models = None, text: Texts = None, field: Field = "text", device: Device = None, dtype: Dtype = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the stream at most.")] = 50_000,
-    context: Annotated[int, typer.Option(min=2, help="Tokens kept: the length the model was trained on.")] = 512,
-    sinks: Annotated[int, typer.Option(min=1, help="First tokens among them that are kept for good.")] = 4,
+    model: Models = None,
+    text: Texts = None,
+    field: Field = "text",
+    device: Device = None,
+    dtype: Dtype = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Maximum number of tokens of the stream.")] = 50_000,
+    context: Annotated[
+        int, typer.Option(min=2, help="Number of tokens kept; use the length the model was trained on.")
+    ] = 512,
+    sinks: Annotated[int, typer.Option(min=1, help="How many of them are the first tokens (attention sinks).")] = 4,
     output: Annotated[str, typer.Option(help="Folder for stream.json and stream.svg.")] = "hf-gdn-stream",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Perplexity along one long stream: attention sinks, a plain window, everything kept, the window read anew."""
     from .eval import stream as job
-    from .eval.models import Source
+    from .loading.models import Source
 
     sources = tuple(Source(name) for name in model or ())
     options = job.Options(tokens, context, sinks)
@@ -245,20 +343,27 @@ def stream(
 @app.command()
 def chat(
     model: Annotated[str | None, typer.Argument(help="Folder or hub name; an embedded model by default.")] = None,
-    sink_tokens: Annotated[int, typer.Option(min=1, help="First tokens that are kept for good.")] = 4,
+    sink_tokens: Annotated[int, typer.Option(min=1, help="Number of first tokens to keep (attention sinks).")] = 4,
     window: Annotated[
-        int | None, typer.Option(min=1, help="Last tokens that are kept; 4092, or 508 for embedded models, by default.")
+        int | None,
+        typer.Option(min=1, help="Number of last tokens to keep; 4092, or 508 for embedded models, by default."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")] = 512,
     temperature: Annotated[
-        float | None, typer.Option(help="Of sampling, 0 for greedy; as the model's generation_config by default.")
+        float | None,
+        typer.Option(help="Sampling temperature, 0 for greedy; the model's generation_config decides by default."),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Share of probability to sample from; as generation_config by default.")
+        float | None,
+        typer.Option(
+            help="Nucleus sampling: cumulative probability to sample from; generation_config decides by default."
+        ),
     ] = None,
-    device: Device = None, dtype: Dtype = None, backend: Backend = "auto",
-    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
-) -> None:  # fmt: skip
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    seed: Annotated[int | None, typer.Option(help="Seed of the random number generator for sampling.")] = None,
+) -> None:
     """Talk to a model in the terminal, for as long as you like, in fixed memory (attention sinks)."""
     from . import chat as job
 
@@ -272,8 +377,10 @@ def chat(
 @app.command()
 def compare(
     before: Annotated[str, typer.Argument(help="A report.json.")],
-    after: Annotated[str, typer.Argument(help="Another one of the same kind.")],
-    tolerance: Annotated[float, typer.Option(min=0.0, help="Slow-down that is no regression, as a share.")] = 0.05,
+    after: Annotated[str, typer.Argument(help="Another report.json of the same kind.")],
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Relative slow-down that does not count as a regression.")
+    ] = 0.05,
 ) -> None:
     """Two reports side by side. Exits 1 when the second is a regression."""
     from .eval import compare as job
@@ -295,21 +402,13 @@ def main() -> None:
     import huggingface_hub
     import transformers
 
-    from .errors import PatchError
     from .upstream import versions
-
-    try:
-        versions.check()
-    except PatchError as error:
-        _stop(str(error), 2)
-
-    from .eval.ranks import RankFailure
-    from .registry import BackendError
 
     transformers.logging.set_verbosity_error()  # that its own functions are slow is what the report is about
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()  # not a line for every attempt to reach a hub that is not there
     try:
+        versions.check()
         app()
     except (UserError, BackendError, PatchError) as error:
         _stop(str(error), 2)

@@ -23,8 +23,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from .caches import SinkCache
 from .errors import UserError, reason
-from .eval import models
 from .files import write_whole
+from .loading import models
 from .upstream import cache_names
 
 FORMAT, VERSION = "hf_gdn.chat", 1

@@ -11,6 +11,18 @@ class PatchError(HfGdnError, RuntimeError):
     """The installed transformers does not look as hf_gdn expects: a version, a class, an argument or an attribute."""
 
 
+class BackendError(HfGdnError, RuntimeError):
+    """A backend was asked for by name and cannot serve the call, or no backend can."""
+
+
+class SnapshotError(HfGdnError, ValueError):
+    """A snapshot, or a file said to hold one, cannot be used here; the text says what was expected and what came."""
+
+
+class RankFailure(HfGdnError, RuntimeError):
+    """A process of several failed; the text is its traceback."""
+
+
 class UserError(HfGdnError):
     """Something the user gave cannot be used; the text says what was expected and what came."""
 

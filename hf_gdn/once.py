@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .upstream import tensors
+
 T = TypeVar("T")
 
 
@@ -24,7 +26,7 @@ def read_once(function: Callable[..., T]) -> Callable[..., T]:
     def call(tensor: Tensor, *rest: Any) -> T:
         if tensor.is_inference():
             return function(tensor, *rest)
-        key = (tensor._version, *rest)
+        key = (tensors.version(tensor), *rest)
         found = known.get(tensor)
         if found is None or found[0] != key:
             found = known[tensor] = (key, function(tensor, *rest))

@@ -21,10 +21,20 @@ __all__ = ["chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_gated_delta_r
 
 # Arguments of fla's functions that are served in their default meaning only.
 _FLA_DEFAULTS: dict[str, Any] = {
-    "gk": None, "gv": None, "state_v_first": False, "safe_gate": False, "disable_recompute": False,
-    "return_intermediate_states": False, "use_graph": False, "max_num_seqs": None, "cp_context": None,
-    "cu_seqlens_cpu": None, "chunk_indices": None, "head_first": False, "transpose_state_layout": False,
-}  # fmt: skip
+    "gk": None,
+    "gv": None,
+    "state_v_first": False,
+    "safe_gate": False,
+    "disable_recompute": False,
+    "return_intermediate_states": False,
+    "use_graph": False,
+    "max_num_seqs": None,
+    "cp_context": None,
+    "cu_seqlens_cpu": None,
+    "chunk_indices": None,
+    "head_first": False,
+    "transpose_state_layout": False,
+}
 
 
 class _Activations(NamedTuple):
@@ -70,10 +80,22 @@ class _Activations(NamedTuple):
 
 
 def _call(
-    name: str, op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, scale: float | None,
-    initial_state: Tensor | None, output_final_state: bool, qk_l2norm: bool, cu_seqlens: Tensor | None,
-    activations: _Activations, backend: str, others: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    name: str,
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    qk_l2norm: bool,
+    cu_seqlens: Tensor | None,
+    activations: _Activations,
+    backend: str,
+    others: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
     for argument, value in others.items():
         if argument not in _FLA_DEFAULTS:
             raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
@@ -108,12 +130,25 @@ def _call(
 
 
 def chunk_gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None = None,
-    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
-    use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False, cu_seqlens: Tensor | None = None,
-    *, use_gate_in_kernel: bool = False, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
-    backend: str = "auto", **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    backend: str = "auto",
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule (GDN, one decay per head) over whole sequences, chunk by chunk.
 
     Args:
@@ -140,67 +175,195 @@ def chunk_gated_delta_rule(
         BackendError: the backend asked for cannot serve the call.
 
     Source: Gated Delta Networks (arXiv 2412.06464), section 3.3.
+
+    Example:
+        >>> from hf_gdn.ops import chunk_gated_delta_rule
+        >>> q = k = torch.randn(1, 100, 2, 16)
+        >>> v, g, beta = torch.randn(1, 100, 4, 32), -torch.rand(1, 100, 4), torch.rand(1, 100, 4)
+        >>> o, state = chunk_gated_delta_rule(
+        ...     q, k, v, g, beta, output_final_state=True, use_qk_l2norm_in_kernel=True
+        ... )
+        >>> o.shape, state.shape
+        (torch.Size([1, 100, 4, 32]), torch.Size([1, 4, 16, 32]))
     """
     activations = _Activations(use_gate_in_kernel, A_log, dt_bias, None, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     return _call(
-        "chunk_gated_delta_rule", "chunk_gdn", q, k, v, g, beta, scale, initial_state,
-        output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, activations, backend, kwargs,
-    )  # fmt: skip
+        "chunk_gated_delta_rule",
+        "chunk_gdn",
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        activations,
+        backend,
+        kwargs,
+    )
 
 
 def fused_recurrent_gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, gk: None = None, gv: None = None,
-    beta: Tensor | None = None, scale: float | None = None, initial_state: Tensor | None = None,
-    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, use_gate_in_kernel: bool = False,
-    A_log: Tensor | None = None, dt_bias: Tensor | None = None, use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False, *, cu_seqlens: Tensor | None = None, backend: str = "auto", **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: None = None,
+    gv: None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule (GDN) token by token, for decoding. Arguments and results as in `chunk_gated_delta_rule`.
 
     g None means no decay, beta None means ones; `gk` and `gv` (fla's further decays) are not supported.
+
+    Example:
+        >>> from hf_gdn.ops import fused_recurrent_gated_delta_rule
+        >>> q = k = torch.randn(1, 1, 2, 16)
+        >>> v, state = torch.randn(1, 1, 4, 32), torch.zeros(1, 4, 16, 32)
+        >>> o, state = fused_recurrent_gated_delta_rule(q, k, v, initial_state=state, output_final_state=True)
+        >>> o.shape
+        torch.Size([1, 1, 4, 32])
     """
     activations = _Activations(use_gate_in_kernel, A_log, dt_bias, None, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     return _call(
-        "fused_recurrent_gated_delta_rule", "recurrent_gdn", q, k, v, g, beta, scale, initial_state,
-        output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, activations, backend, dict(kwargs, gk=gk, gv=gv),
-    )  # fmt: skip
+        "fused_recurrent_gated_delta_rule",
+        "recurrent_gdn",
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        activations,
+        backend,
+        dict(kwargs, gk=gk, gv=gv),
+    )
 
 
 def chunk_kda(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None = None,
-    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False, use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False,
-    *, lower_bound: float | None = None, cu_seqlens: Tensor | None = None, A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None, backend: str = "auto", **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    *,
+    lower_bound: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    backend: str = "auto",
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Kimi delta attention (KDA, one decay per channel) over whole sequences, chunk by chunk.
 
     Arguments and results as in `chunk_gated_delta_rule`, but g is ``[B, T, HV, K]`` and may be as low as it likes,
     dt_bias is ``[HV * K]``, and with `lower_bound` the gate is ``lower_bound * sigmoid(exp(A_log) * (g + dt_bias))``.
 
     Source: Kimi Linear (arXiv 2510.26692), section 3.
+
+    Example:
+        >>> from hf_gdn.ops import chunk_kda
+        >>> q = k = v = torch.randn(1, 100, 2, 16)
+        >>> g, beta = -torch.rand(1, 100, 2, 16), torch.rand(1, 100, 2)
+        >>> chunk_kda(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)[0].shape
+        torch.Size([1, 100, 2, 16])
     """
     activations = _Activations(
         use_gate_in_kernel, A_log, dt_bias, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval
     )
     return _call(
-        "chunk_kda", "chunk_kda", q, k, v, g, beta, scale, initial_state,
-        output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, activations, backend, kwargs,
-    )  # fmt: skip
+        "chunk_kda",
+        "chunk_kda",
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        activations,
+        backend,
+        kwargs,
+    )
 
 
 def fused_recurrent_kda(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None, scale: float | None = None, initial_state: Tensor | None = None,
-    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, use_gate_in_kernel: bool = False,
-    use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False, lower_bound: float | None = None,
-    *, cu_seqlens: Tensor | None = None, backend: str = "auto", **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Kimi delta attention (KDA) token by token, for decoding. Arguments and results as in `chunk_kda`."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Kimi delta attention (KDA) token by token, for decoding. Arguments and results as in `chunk_kda`.
+
+    Example:
+        >>> from hf_gdn.ops import fused_recurrent_kda
+        >>> q = k = v = torch.randn(1, 1, 2, 16)
+        >>> g, beta, state = -torch.rand(1, 1, 2, 16), torch.rand(1, 1, 2), torch.zeros(1, 2, 16, 16)
+        >>> fused_recurrent_kda(q, k, v, g, beta, initial_state=state, output_final_state=True)[1].shape
+        torch.Size([1, 2, 16, 16])
+    """
     activations = _Activations(
         use_gate_in_kernel, A_log, dt_bias, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval
     )
     return _call(
-        "fused_recurrent_kda", "recurrent_kda", q, k, v, g, beta, scale, initial_state,
-        output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, activations, backend, kwargs,
-    )  # fmt: skip
+        "fused_recurrent_kda",
+        "recurrent_kda",
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        activations,
+        backend,
+        kwargs,
+    )

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from .errors import BackendError
+
 logger = logging.getLogger("hf_gdn")
 
 ENTRY_POINT_GROUP = "hf_gdn.kernels"
@@ -28,10 +30,6 @@ DEFAULT_BACKEND = os.environ.get("HF_GDN_BACKEND") or "auto"
 # with `before`.
 _ORDER = ("triton", "fla", "eager")
 _BUILTIN = "hf_gdn.kernels"  # a folder for each backend; all its modules are imported
-
-
-class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot serve the call, or no backend can."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,7 @@ class Kernel:
 _ops: dict[str, Op] = {}
 _kernels: dict[str, list[Kernel]] = {}
 _table: dict[tuple[str, str], Kernel] = {}  # by op and backend
+generation = 0  # grows with every kernel that is added or removed: what was decided before has to be decided again
 _chosen: dict[tuple, str] = {}  # backends that `select` found, by request
 _waiting: list[tuple[Kernel, str | None]] = []  # registered before the built-in kernels were loaded
 _loaded = False
@@ -161,6 +160,12 @@ def _add(kernel: Kernel, before: str | None) -> None:
         before = next((b for b in _ORDER[_ORDER.index(kernel.backend) + 1 :] if b in backends), None)
     row.insert(len(row) if before is None else backends.index(before), kernel)
     _table[kernel.op, kernel.backend] = kernel
+    _changed()
+
+
+def _changed() -> None:
+    global generation
+    generation += 1
     _chosen.clear()
 
 
@@ -168,7 +173,7 @@ def unregister(op: str, backend: str) -> None:
     """Take a kernel out again. Raises ValueError when there is none."""
     _kernels[op].remove(get(op, backend))
     del _table[op, backend]
-    _chosen.clear()
+    _changed()
 
 
 def _submodules(package: str) -> list[pkgutil.ModuleInfo]:

@@ -15,7 +15,7 @@ import torch
 
 from hf_gdn import patches, registry
 from hf_gdn.kernels.triton.runtime import MAX_HEAD_DIM
-from hf_gdn.patches.family import FEATURES
+from hf_gdn.patches.families.base import FEATURES
 from hf_gdn.upstream import versions
 
 ROOT = Path(__file__).parent.parent

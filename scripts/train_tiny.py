@@ -1,4 +1,4 @@
-"""Train the two tiny language models shipped in ``hf_gdn/eval/assets``.
+"""Train the two tiny language models shipped in ``hf_gdn/loading/assets``.
 
 A Qwen3-Next and a Kimi-Linear model learn the standard library's source code, so
 that perplexity on its held-out modules reacts when a replaced kernel is wrong.
@@ -32,7 +32,7 @@ from transformers import PreTrainedModel as Model
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hf_gdn.eval.data import held_out_text, stdlib_files  # noqa: E402
+from hf_gdn.loading.data import held_out_text, stdlib_files  # noqa: E402
 
 END, END_ID, VOCABULARY = "<|endoftext|>", 0, 1024
 WINDOW, BATCH, LEARNING_RATE, EVAL_WINDOWS, CUT = 512, 3, 3e-3, 64, 64

@@ -68,7 +68,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class Tape:
-    """Takes the place of `hf_gdn.graphs.CudaCapture`."""
+    """Takes the place of `hf_gdn.cuda_graphs.CudaCapture`."""
 
     recording = False
     recorded = 0

@@ -18,7 +18,7 @@ import hf_gdn
 from hf_gdn import cli
 from hf_gdn.conversation import Conversation, Interrupt, Options
 from hf_gdn.errors import UserError
-from hf_gdn.eval import models
+from hf_gdn.loading import models
 from tests import tiny
 
 EMBEDDED = "qwen3_next-tiny"

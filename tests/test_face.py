@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import hf_gdn
-from hf_gdn import errors
+from hf_gdn import caches, errors, registry
 
 
 def test_every_public_name_is_there_and_listed():
@@ -22,6 +22,9 @@ def test_every_public_name_is_there_and_listed():
 def test_exceptions_have_one_base():
     assert issubclass(hf_gdn.PatchError, errors.HfGdnError) and issubclass(errors.UserError, errors.HfGdnError)
     assert hf_gdn.PatchError is errors.PatchError
+    found = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    assert len(found) == 6 and all(issubclass(error, errors.HfGdnError) for error in found)
+    assert registry.BackendError is errors.BackendError and caches.SnapshotError is errors.SnapshotError
 
 
 def run(code: str, **env) -> subprocess.CompletedProcess:

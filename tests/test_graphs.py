@@ -19,8 +19,8 @@ from torch import nn
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 import hf_gdn
-from hf_gdn import graphs, registry
-from hf_gdn.caches import static
+from hf_gdn import cuda_graphs, registry
+from hf_gdn.cuda_graphs import cache_state
 from hf_gdn.upstream import cache_names
 from tests import tiny
 from tests.tape import Tape
@@ -33,10 +33,10 @@ def taped(monkeypatch):
     """CPU models have graphs: tapes."""
     for name, value in {"recorded": 0, "replayed": 0, "free": 1 << 40, "raises": None}.items():
         monkeypatch.setattr(Tape, name, value)
-    monkeypatch.setitem(graphs.captures, "cpu", Tape)
+    monkeypatch.setitem(cuda_graphs.CAPTURES, "cpu", Tape)
     monkeypatch.setattr(registry, "_warned", set())
     yield
-    graphs.release()
+    cuda_graphs.release()
 
 
 def build(family: str = "qwen3_next", **kwargs):
@@ -72,8 +72,8 @@ def counts() -> tuple[int, int]:
 
 
 def graphs_of(model) -> list:
-    known = graphs._models.get(model)
-    return [] if known is None else known.graphs
+    known = cuda_graphs.known_graphs(model)
+    return [] if known is None else known.steps
 
 
 def check_reads(model) -> None:
@@ -279,16 +279,16 @@ def test_a_model_that_changed_is_captured_again(change, taped):
 
 def test_what_counts_as_a_change_of_a_model():
     model = build()
-    looks = [graphs._look(model)[0], graphs._look(model)[0]]
+    looks = [cuda_graphs.model_state(model)[0], cuda_graphs.model_state(model)[0]]
     assert looks[0] == looks[1]
     model.config.something = 1
-    looks.append(graphs._look(model)[0])
+    looks.append(cuda_graphs.model_state(model)[0])
     model.model.layers[1].flags = {"adapters": ["one"]}
-    looks.append(graphs._look(model)[0])
+    looks.append(cuda_graphs.model_state(model)[0])
     model.model.layers[1].flags["adapters"].append("two")
-    looks.append(graphs._look(model)[0])
+    looks.append(cuda_graphs.model_state(model)[0])
     model.model.layers[1].offset = torch.zeros(1)
-    looks.append(graphs._look(model)[0])
+    looks.append(cuda_graphs.model_state(model)[0])
     assert len(set(looks)) == 5
 
 
@@ -351,7 +351,7 @@ def test_memory_is_freed(taped, monkeypatch):
             assert graph() is None and state() is None, "the graph of another batch size has been kept"
             super().__init__(function, device)
 
-    monkeypatch.setitem(graphs.captures, "cpu", Late)
+    monkeypatch.setitem(cuda_graphs.CAPTURES, "cpu", Late)
     generate(model, ids[:1], mask[:1])
     (graph,) = map(weakref.ref, graphs_of(model))
     Tape.free = 8 * graph().bytes - 1
@@ -378,7 +378,7 @@ def test_all_memory_is_freed(how, taped):
         elif how == "patch":
             hf_gdn.patch()
         elif how == "release":
-            graphs.release()
+            cuda_graphs.release()
         if how != "block":
             assert graph() is None
     assert graph() is None
@@ -503,7 +503,7 @@ def test_an_interrupted_capture_leaves_the_cache_as_it_was(taped):
         Tape.raises = KeyboardInterrupt()
         with pytest.raises(KeyboardInterrupt):
             decode(input_ids=ids[:, 5:6], position_ids=torch.tensor([[5]]), **tiny.given(cache))
-        for part, other in zip(static.attributes(cache), static.attributes(again)):
+        for part, other in zip(cache_state.attributes(cache), cache_state.attributes(again)):
             for name, value in part.items():
                 if isinstance(value, torch.Tensor):
                     assert torch.equal(value, other[name]), name
@@ -577,7 +577,7 @@ def test_caches_whose_tensors_are_replaced_every_step_are_not_captured_every_ste
 def test_several_devices(taped):
     model = build()
     model.model.norm.to("meta")
-    assert "on several devices: cpu, meta" in graphs._look(model)[1]
+    assert "on several devices: cpu, meta" in cuda_graphs.model_state(model)[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ patching
@@ -607,8 +607,8 @@ def test_other_models_and_devices_compile_as_ever(taped, monkeypatch):
     hf_gdn.patch("kimi_linear", cuda_graphs=True)
     build().get_compiled_call("one")
     model = build("kimi_linear")
-    assert isinstance(model.get_compiled_call("two"), graphs.Decoder)
-    monkeypatch.delitem(graphs.captures, "cpu")
+    assert isinstance(model.get_compiled_call("two"), cuda_graphs.DecodeSession)
+    monkeypatch.delitem(cuda_graphs.CAPTURES, "cpu")
     model.get_compiled_call("three")
     assert asked == ["one", "three"]
     hf_gdn.unpatch()
@@ -624,8 +624,8 @@ def test_tokens_on_a_gpu(family, dtype, caplog, monkeypatch):
     tiny.skip_what_it_cannot(family, "CUDA graphs")
     monkeypatch.setattr(registry, "_warned", set())
     made = []
-    real = graphs.CudaCapture.replay
-    monkeypatch.setattr(graphs.CudaCapture, "replay", lambda self: (made.append(1), real(self))[1])
+    real = cuda_graphs.CudaCapture.replay
+    monkeypatch.setattr(cuda_graphs.CudaCapture, "replay", lambda self: (made.append(1), real(self))[1])
     model = tiny.model(family, dtype=dtype).cuda()
     ids, mask = (x.cuda() for x in tiny.batch())
     calls = [(ids, mask), (ids[:1, -20:], None), (ids, mask), (ids.repeat(1, 2), mask.repeat(1, 2)), (ids, mask)]
@@ -692,9 +692,9 @@ def test_the_capture_alone():
     x = torch.randn(8, 8, device="cuda")
     module = Patterned()
     module(x)
-    capture = graphs.CudaCapture(lambda: module(x), x.device)
+    capture = cuda_graphs.CudaCapture(lambda: module(x), x.device)
     for seed in range(3):
         x.copy_(torch.randn(8, 8, generator=torch.Generator().manual_seed(seed)))
         capture.replay()
         assert torch.equal(capture.outputs, module(x))
-    assert graphs.CudaCapture.room(x.device) > 0
+    assert cuda_graphs.CudaCapture.room(x.device) > 0

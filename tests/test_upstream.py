@@ -1,5 +1,6 @@
 """The fence around transformers' changing names, and what happens where a version does not fit."""
 
+import ast
 import importlib
 import inspect
 import logging
@@ -140,7 +141,7 @@ def test_first_versions_are_true():
 
 def _no_class(monkeypatch, family, cls, model):
     monkeypatch.delattr(importlib.import_module(family.module), family.class_name)
-    return f"has no class {family.class_name}"
+    return f"has no {family.class_name}"
 
 
 def _other_forward(monkeypatch, family, cls, model):
@@ -155,7 +156,7 @@ def _no_module(monkeypatch, family, cls, model):
 
 def _no_text_model(monkeypatch, family, cls, model):
     monkeypatch.delattr(importlib.import_module(family.module), family.model_name)
-    return f"has no class {family.model_name}"
+    return f"has no {family.model_name}"
 
 
 def _other_text_model(monkeypatch, family, cls, model):
@@ -200,7 +201,7 @@ def _no_mask_function(monkeypatch):
 
 def _no_mixin(monkeypatch):
     monkeypatch.delattr(cache_utils, "LinearAttentionCacheLayerMixin")
-    return "has no class LinearAttentionCacheLayerMixin"
+    return "has no LinearAttentionCacheLayerMixin"
 
 
 ALL = [_no_cache_attribute, _other_previous_state, _other_update, _no_mask_function, _no_mixin]
@@ -270,7 +271,7 @@ def _no_croppable(monkeypatch):
 def _no_lookup(monkeypatch):
     module = importlib.import_module("transformers.generation.candidate_generator")
     monkeypatch.delattr(module, "PromptLookupCandidateGenerator")
-    return "has no class PromptLookupCandidateGenerator"
+    return "has no PromptLookupCandidateGenerator"
 
 
 @pytest.mark.parametrize("breaks", [_no_generator, _other_crop, _no_croppable, _no_lookup], ids=lambda f: f.__name__)
@@ -401,3 +402,51 @@ def test_a_patched_layer_that_is_called_by_itself_works(newer):
         assert tiny.mixer(model)(torch.randn(1, 3, 32)).shape == (1, 3, 32)
     with pytest.raises(BackendError), hf_gdn.patched(backend="triton"), torch.no_grad():
         tiny.mixer(model)(torch.randn(1, 3, 32))
+
+
+# ------------------------------------------------------------------------------------------------------- private names
+
+_PRIVATE = re.compile(r"_[a-zA-Z]\w*")
+
+
+def _parsed() -> dict[str, ast.Module]:
+    files = [file for file in PACKAGE.rglob("*.py") if "upstream" not in file.parts]
+    return {str(file.relative_to(PACKAGE)): ast.parse(file.read_text("utf-8")) for file in files}
+
+
+def _own_names(trees) -> set[str]:
+    """Private names that the package defines itself: functions, classes, variables and attributes."""
+    found = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            found.add(node.attr)
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).rpartition(".")[2])
+    return found
+
+
+def test_private_names_of_other_packages_stand_behind_the_fence():
+    """Attributes, modules, and strings that name such an attribute."""
+    trees = _parsed()
+    fence = "".join(file.read_text("utf-8") for file in (PACKAGE / "upstream").glob("*.py"))
+    behind = set(re.findall(r"[\"'.](_[a-z]\w*)", fence))
+    own, named_tuples = _own_names(trees.values()), {"_replace", "_asdict", "_fields"}
+    found = []
+    for file, tree in trees.items():
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.Attribute):
+                names = [node.attr]
+            elif isinstance(node, ast.Import):
+                names = [part for alias in node.names for part in alias.name.split(".")]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = (node.module or "").split(".")
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names = [node.value] if node.value in behind else []
+            strange = [name for name in names if _PRIVATE.fullmatch(name) and name not in own | named_tuples]
+            found += [f"{file}:{node.lineno}: {name}" for name in strange]
+    assert not found, "\n".join(found)

@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from hf_gdn import patches
-from hf_gdn.patches.family import FEATURES
+from hf_gdn.patches.families.base import FEATURES
 from hf_gdn.upstream.cache_names import as_argument as given  # keyword arguments that pass a cache to a model
 from hf_gdn.upstream.cache_names import as_layer_argument as layer_given
 from hf_gdn.upstream.cache_names import of_outputs as cache_of

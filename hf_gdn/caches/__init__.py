@@ -10,22 +10,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..errors import SnapshotError
     from .identity import fingerprint
     from .prefix import PrefixCache
     from .sinks import SinkCache
     from .snapshot_files import load, save
-    from .snapshot_layers import SnapshotError
     from .snapshots import Snapshot, fork, restore, snapshot
 
 _HOMES = {
-    "SinkCache": "sinks", "snapshot": "snapshots", "restore": "snapshots", "fork": "snapshots",
-    "save": "snapshot_files", "load": "snapshot_files", "PrefixCache": "prefix", "fingerprint": "identity",
-    "Snapshot": "snapshots", "SnapshotError": "snapshot_layers",
-}  # fmt: skip
+    "SinkCache": "sinks",
+    "snapshot": "snapshots",
+    "restore": "snapshots",
+    "fork": "snapshots",
+    "save": "snapshot_files",
+    "load": "snapshot_files",
+    "PrefixCache": "prefix",
+    "fingerprint": "identity",
+    "Snapshot": "snapshots",
+    "SnapshotError": "snapshot_layers",
+}
 __all__ = [
-    "SinkCache", "snapshot", "restore", "fork", "save", "load", "PrefixCache", "fingerprint", "Snapshot",
+    "SinkCache",
+    "snapshot",
+    "restore",
+    "fork",
+    "save",
+    "load",
+    "PrefixCache",
+    "fingerprint",
+    "Snapshot",
     "SnapshotError",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,14 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..upstream import modules, tensors
+
 SAMPLES = 32  # values read of every parameter
 # What a config says about loading, generating and training; the cache's numbers do not depend on it.
 _IGNORED = {
-    "_name_or_path", "architectures", "attn_implementation", "bos_token_id", "chunk_size_feed_forward", "dtype",
-    "id2label", "initializer_range", "label2id", "output_attentions", "output_hidden_states", "output_router_logits",
-    "pad_token_id", "problem_type", "return_dict", "router_aux_loss_coef", "tie_word_embeddings", "torch_dtype",
-    "transformers_version", "use_cache",
-}  # fmt: skip
+    "_name_or_path",
+    "architectures",
+    "attn_implementation",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "router_aux_loss_coef",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -32,6 +50,11 @@ def fingerprint(model: nn.Module) -> str:
 
     Args:
         model: a transformers model, bare or wrapped (PEFT, `torch.compile`).
+
+    Example:
+        >>> from hf_gdn.caches import fingerprint
+        >>> fingerprint(model).partition(":")[0]
+        'qwen3_next'
     """
     decoder = _decoder(model)
     config = decoder.config.get_text_config(decoder=True)
@@ -75,7 +98,7 @@ def _decoder(model: Any) -> Any:
 
 def _runs_on(module: nn.Module) -> torch.device | None:
     for part in module.modules():
-        offloaded = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        offloaded = getattr(modules.accelerate_hook(part), "execution_device", None)
         if offloaded is not None:
             return torch.device(offloaded)
     return next((parameter.device for parameter in module.parameters() if parameter.device.type != "meta"), None)
@@ -86,9 +109,9 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
     local = getattr(tensor, "to_local", None)
     if local is not None:
         yield from _plain(local())
-    elif hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
+    elif tensors.parts(tensor):
+        for part in tensors.parts(tensor):
+            yield from _plain(part)
     else:
         yield tensor
 

@@ -68,6 +68,14 @@ class PrefixCache:
     Attributes:
         tokens_read: tokens that went through the model in `prefill`.
         tokens_reused: tokens that did not have to.
+
+    Example:
+        >>> from hf_gdn.caches import PrefixCache
+        >>> prefixes = PrefixCache(model, max_bytes=2**24)
+        >>> for _ in range(2):
+        ...     cache = prefixes.prefill(**inputs)
+        >>> prefixes.tokens_read, prefixes.tokens_reused
+        (7, 7)
     """
 
     def __init__(

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..upstream.tensors import version
+
 # Tokens that can be taken back at least.
 RECORDED = 64
 _KEY = "_hf_gdn_past"  # in a cache layer's __dict__
@@ -103,7 +105,7 @@ class Past:
 
 
 def _versions(tensors: tuple[Tensor, Tensor]) -> tuple[int, ...]:
-    return tuple(0 if x.is_inference() else x._version for x in tensors)
+    return tuple(map(version, tensors))
 
 
 def past_of(layer: Any) -> Past | None:

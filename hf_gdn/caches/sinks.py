@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
+from ..upstream.configs import attention_implementation
+from ..upstream.tensors import mark_static_address
 from .sink_masks import as_mask, check_implementation, real_columns
 from .sink_plan import Piece, Sizes, Step, plan_piece, plan_step, turned
 
@@ -71,7 +73,7 @@ class SinkLayer(CacheLayerMixin):
             self.sinks = rotary.new_zeros((*rotary.shape[:2], sizes.sinks, 2 * len(inv_freq)))
         if not torch.compiler.is_compiling():
             for buffer in self.buffers():
-                torch._dynamo.mark_static_address(buffer)
+                mark_static_address(buffer)
         self.is_initialized = True
 
     def buffers(self) -> list[Tensor]:
@@ -153,6 +155,14 @@ class SinkCache(Cache):
 
     Raises:
         TypeError, ValueError: sizes that are no integers, or too small; a model type or rotary type without sinks.
+
+    Example:
+        >>> from hf_gdn.caches import SinkCache
+        >>> cache = SinkCache(model.config, sink_tokens=2, window=6)
+        >>> with hf_gdn.patched():
+        ...     out = model.generate(**inputs, cache=cache, max_new_tokens=30)
+        >>> int(cache.seen()), cache.layers[3].keys.shape[2]
+        (37, 8)
     """
 
     least_sinks = 1  # `hf_gdn.eval.stream` compares with none
@@ -210,7 +220,7 @@ class SinkCache(Cache):
         )
         if real is not None and hosted and bool(real.all()):
             real = None
-        kind = model.config._attn_implementation
+        kind = attention_implementation(model.config)
         check_implementation(kind)
         rotary = getattr(model, "rotary_emb", None)
         self.inv_freq = None if rotary is None else rotary.inv_freq
@@ -263,7 +273,7 @@ class SinkCache(Cache):
         if counts is None or counts.shape[1] != batch:
             counts = self._counts = torch.zeros(3, batch, dtype=torch.long, device=device)
             if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(counts)
+                mark_static_address(counts)
             for index, layer in enumerate(self.layers):
                 self.layers[index] = SinkLayer(self) if isinstance(layer, SinkLayer) else LinearAttentionLayer()
         return counts

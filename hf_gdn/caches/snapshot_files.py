@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..errors import SnapshotError
 from ..files import write_whole
-from .snapshot_layers import Parts, SnapshotError
+from .snapshot_layers import Parts
 from .snapshots import Snapshot, check, check_model
 
 FORMAT = "hf_gdn.snapshot"
@@ -35,6 +36,15 @@ def save(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the file cannot be written; what was there before still is.
         SafetensorError: a tensor cannot be written, likewise.
+
+    Example:
+        >>> from transformers import DynamicCache
+        >>> from hf_gdn.caches import load, save, snapshot
+        >>> cache = DynamicCache(config=model.config)
+        >>> _ = model(**inputs, cache=cache)
+        >>> save(snapshot(cache, model), "prompt.safetensors")
+        >>> load("prompt.safetensors", model).length
+        8
     """
     tensors = {
         f"layers.{index}.{name}": part.detach().contiguous().cpu()
@@ -66,6 +76,13 @@ def load(
     Raises:
         SnapshotError: not a snapshot, of an unknown version, of another model, cut short or damaged.
         OSError: the file cannot be opened.
+
+    Example:
+        >>> from hf_gdn.caches import load
+        >>> load("nothing.safetensors", model)
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: ...
     """
     with open(path, "rb"):  # a plain OSError, whatever safetensors makes of it
         pass

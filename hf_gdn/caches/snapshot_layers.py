@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import SnapshotError
+
 Parts = dict[str, Tensor]
 Commit = Callable[[], None]
 GROWING = {"keys": 2, "values": 2, "indexer_keys": 1, "indexer_position_ids": 2}  # part -> its dimension of tokens
@@ -34,10 +36,6 @@ DIMENSIONS = {
     "sliding_keys": 4,
     "sliding_values": 4,
 }
-
-
-class SnapshotError(ValueError):
-    """A snapshot, or a file said to hold one, cannot be used here; the text says what was expected and what came."""
 
 
 def row_dimension(name: str) -> int:

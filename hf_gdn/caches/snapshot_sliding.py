@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .snapshot_layers import Change, Parts, SnapshotError, fits
+from ..errors import SnapshotError
+from .snapshot_layers import Change, Parts, fits
 
 _NAMES = {"sliding_keys": "keys", "sliding_values": "values"}
 

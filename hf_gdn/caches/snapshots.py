@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from ..errors import SnapshotError
 from ..upstream import indexer_positions as positions
 from . import identity
 from .snapshot_kinds import BY_NAME, kind_of
-from .snapshot_layers import Kind, Parts, SnapshotError, check_parts, row_dimension
+from .snapshot_layers import Kind, Parts, check_parts, row_dimension
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,19 @@ def snapshot(cache: Cache, model: nn.Module | str | None = None) -> Snapshot:
     Raises:
         SnapshotError: the cache has layers of a class that has no snapshots, or keeps some of them off its device.
         TypeError: not a cache of layers.
+
+    Example:
+        >>> from transformers import DynamicCache
+        >>> from hf_gdn.caches import restore, snapshot
+        >>> cache = DynamicCache(config=model.config)
+        >>> _ = model(**inputs, cache=cache)
+        >>> kept = snapshot(cache, model)
+        >>> kept.length, kept.batch_size
+        (8, 1)
+        >>> _ = model(inputs["input_ids"], cache=cache)
+        >>> restore(cache, kept, model)
+        >>> cache.get_seq_length()
+        8
     """
     with torch.no_grad():
         return read(cache)._with(lambda _, part: _own(part), model=_name(model))
@@ -125,6 +139,16 @@ def restore(cache: Cache, snapshot: Snapshot, model: nn.Module | str | None = No
         SnapshotError: the snapshot is of another model or does not name its own, of other layers, shapes, dtypes or
             another batch size than the cache, or longer than a StaticCache has room for. The cache is then as it was.
         TypeError: not a cache of layers, or not a snapshot.
+
+    Example:
+        >>> from transformers import DynamicCache, StaticCache
+        >>> from hf_gdn.caches import restore, snapshot
+        >>> cache = DynamicCache(config=model.config)
+        >>> _ = model(**inputs, cache=cache)
+        >>> static = StaticCache(config=model.config, max_cache_len=32)
+        >>> restore(static, snapshot(cache, model), model)
+        >>> int(static.get_seq_length())
+        8
     """
     if not isinstance(snapshot, Snapshot):
         raise TypeError(f"restore needs a Snapshot, got a {type(snapshot).__name__}; load(path) reads one from a file")
@@ -181,6 +205,16 @@ def fork(cache: Cache, n: int, *, rows: bool = False) -> list[Cache] | Cache:
     Raises:
         SnapshotError: as for `snapshot`.
         ValueError: n is less than 1.
+
+    Example:
+        >>> from transformers import DynamicCache
+        >>> from hf_gdn.caches import fork
+        >>> cache = DynamicCache(config=model.config)
+        >>> _ = model(**inputs, cache=cache)
+        >>> one, other = fork(cache, 2)
+        >>> _ = model(inputs["input_ids"], cache=one)
+        >>> one.get_seq_length(), other.get_seq_length()
+        (16, 8)
     """
     if n < 1:
         raise ValueError(f"fork needs n ≥ 1, got {n}")

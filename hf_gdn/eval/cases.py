@@ -12,8 +12,9 @@ from urllib.parse import quote
 import torch
 
 from ..errors import UserError
+from ..loading import models
 from ..registry import Request
-from . import models, peers
+from . import peers
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,17 @@ def flops(
 
 
 def moved_bytes(
-    op: str, *, batch: int, tokens: int, k_heads: int, v_heads: int, k_dim: int, v_dim: int, itemsize: int,
+    op: str,
+    *,
+    batch: int,
+    tokens: int,
+    k_heads: int,
+    v_heads: int,
+    k_dim: int,
+    v_dim: int,
+    itemsize: int,
     backward: bool = False,
-) -> int:  # fmt: skip
+) -> int:
     """Bytes that a call has to read and write: every input once, every output once.
 
     Per token, with e bytes for an element of q, k, v, beta and o, and 4 for one of g:

@@ -21,9 +21,13 @@ from . import machine, report, sheets
 
 # Figures of a speed cell's sides and which way is better; `first_call_s` is shown without being judged.
 _SIDES = {
-    "ttft_ms": "lower", "tpot_ms": "lower", "decode_tokens_s": "higher", "generate_tokens_s": "higher",
-    "peak_mib": "lower", "first_call_s": "",
-}  # fmt: skip
+    "ttft_ms": "lower",
+    "tpot_ms": "lower",
+    "decode_tokens_s": "higher",
+    "generate_tokens_s": "higher",
+    "peak_mib": "lower",
+    "first_call_s": "",
+}
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,8 @@ def main(before: str, after: str, tolerance: float) -> bool:
     bad = [change.name for change in found if change.verdict in ("REGRESSION", "GONE")]
     console.print(
         f"{len(bad)} regressions beyond {tolerance:.0%}: {'; '.join(bad)}" if bad else "no regression",
-        style="bold red" if bad else "bold green", highlight=False, markup=False,
-    )  # fmt: skip
+        style="bold red" if bad else "bold green",
+        highlight=False,
+        markup=False,
+    )
     return not bad

@@ -22,9 +22,19 @@ from .cases import SHAPES, Case, Options, key, left_out, plan, target
 from .ceilings import captured, ceilings, clock, flops, moved_bytes, peak_bytes, timer
 
 __all__ = [
-    "SHAPES", "Case", "Options", "ceilings", "key", "left_out", "measure", "peak_bytes", "plan", "target",
-    "with_ratios", "with_shares",
-]  # fmt: skip
+    "SHAPES",
+    "Case",
+    "Options",
+    "ceilings",
+    "key",
+    "left_out",
+    "measure",
+    "peak_bytes",
+    "plan",
+    "target",
+    "with_ratios",
+    "with_shares",
+]
 
 Row = dict[str, Any]
 
@@ -51,14 +61,40 @@ def measure(case: Case, options: Options) -> Row:
     device, dtype = target(options)
     shape = SHAPES[case.shape]
     row: Row = dict(
-        op=case.op, shape=case.shape, batch=case.batch, tokens=case.tokens, k_heads=shape.k_heads,
-        v_heads=shape.v_heads, head_k_dim=shape.k_dim, head_v_dim=shape.v_dim, dtype=str(dtype).removeprefix("torch."),
-        direction=case.direction, backend=case.backend, gpu_graph=options.gpu_graph,
-    )  # fmt: skip
+        op=case.op,
+        shape=case.shape,
+        batch=case.batch,
+        tokens=case.tokens,
+        k_heads=shape.k_heads,
+        v_heads=shape.v_heads,
+        head_k_dim=shape.k_dim,
+        head_v_dim=shape.v_dim,
+        dtype=str(dtype).removeprefix("torch."),
+        direction=case.direction,
+        backend=case.backend,
+        gpu_graph=options.gpu_graph,
+    )
     row |= dict.fromkeys(
-        ("ms", "low", "high", "runs", "first_ms", "tflop_s", "gb_s", "share_compute", "share_bandwidth", "speedup",
-         "memory_ratio", "extra_mib", "error", "worst", "oracle", "passed", "note")
-    )  # fmt: skip
+        (
+            "ms",
+            "low",
+            "high",
+            "runs",
+            "first_ms",
+            "tflop_s",
+            "gb_s",
+            "share_compute",
+            "share_bandwidth",
+            "speedup",
+            "memory_ratio",
+            "extra_mib",
+            "error",
+            "worst",
+            "oracle",
+            "passed",
+            "note",
+        )
+    )
     row["budget"] = ERROR[dtype]
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), peers.on_its_own(case.backend):
@@ -111,14 +147,24 @@ def _fill(row: Row, case: Case, job: oracle.Job, options: Options) -> None:
         return
     ms, last = statistics.median(took), len(took) - 1
     size: dict[str, Any] = dict(
-        batch=case.batch, tokens=case.tokens, k_heads=shape.k_heads, v_heads=shape.v_heads, k_dim=shape.k_dim,
-        v_dim=shape.v_dim, backward=backward,
-    )  # fmt: skip
+        batch=case.batch,
+        tokens=case.tokens,
+        k_heads=shape.k_heads,
+        v_heads=shape.v_heads,
+        k_dim=shape.k_dim,
+        v_dim=shape.v_dim,
+        backward=backward,
+    )
     row |= dict(
-        ms=ms, low=took[last // 10], high=took[last - last // 10], runs=len(took), first_ms=first,
+        ms=ms,
+        low=took[last // 10],
+        high=took[last - last // 10],
+        runs=len(took),
+        first_ms=first,
         tflop_s=flops(case.op, **size) / ms / 1e9,
-        gb_s=moved_bytes(case.op, itemsize=dtype.itemsize, **size) / ms / 1e6, extra_mib=peak / 2**20,
-    )  # fmt: skip
+        gb_s=moved_bytes(case.op, itemsize=dtype.itemsize, **size) / ms / 1e6,
+        extra_mib=peak / 2**20,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ all rows
@@ -145,10 +191,12 @@ def with_ratios(rows: Iterable[Row]) -> list[Row]:
 def with_shares(rows: Iterable[Row], ceilings: dict[str, float]) -> list[Row]:
     """Rows with ``share_compute`` and ``share_bandwidth``, of the machine's own `ceilings`; None where no time is."""
     return [
-        row if row["ms"] is None else {
+        row
+        if row["ms"] is None
+        else {
             **row,
             "share_compute": row["tflop_s"] / ceilings["matmul_tflop_s"],
             "share_bandwidth": row["gb_s"] / ceilings["copy_gb_s"],
         }
         for row in rows
-    ]  # fmt: skip
+    ]

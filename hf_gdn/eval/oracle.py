@@ -63,9 +63,15 @@ def prepare(case: Case, device: torch.device, dtype: torch.dtype) -> Job:
         _last.clear()
         shape, op = SHAPES[case.shape], registry.ops()[case.op]
         inputs = op.make_inputs(
-            B=case.batch, T=case.tokens, HK=shape.k_heads, HV=shape.v_heads, K=shape.k_dim, V=shape.v_dim,
-            dtype=dtype, device=device,
-        )  # fmt: skip
+            B=case.batch,
+            T=case.tokens,
+            HK=shape.k_heads,
+            HV=shape.v_heads,
+            K=shape.k_dim,
+            V=shape.v_dim,
+            dtype=dtype,
+            device=device,
+        )
         inputs["qk_l2norm"] = True
         weights = None
         if case.direction == "backward":

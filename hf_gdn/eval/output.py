@@ -147,9 +147,18 @@ def to_csv(report: dict[str, Any]) -> str:
                 for name, value in cell.get(side, {}).items():
                     found = value if isinstance(value, dict) else {"median": value}
                     writer.writerow(
-                        [result["model"], "speed", cell_name(cell), side, name, found["median"], "",
-                         found.get("low", ""), found.get("high", "")]
-                    )  # fmt: skip
+                        [
+                            result["model"],
+                            "speed",
+                            cell_name(cell),
+                            side,
+                            name,
+                            found["median"],
+                            "",
+                            found.get("low", ""),
+                            found.get("high", ""),
+                        ]
+                    )
                     if "p90" in found:
                         writer.writerow(
                             [result["model"], "speed", cell_name(cell), side, f"{name}_p90", found["p90"], *[""] * 3]

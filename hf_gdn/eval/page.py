@@ -29,9 +29,12 @@ def _tiles(result: dict[str, Any]) -> list[tuple[str, str]]:
 def to_html(report: dict[str, Any]) -> str:
     """The report as a page that loads nothing from anywhere."""
     environment = Environment(
-        loader=PackageLoader("hf_gdn.eval", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("hf_gdn.eval", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     models = []
     for result in report["results"]:
         more = [sheets.statistics_sheet(result)] if "parity" in result else []

@@ -62,9 +62,13 @@ def compare(original: Tensor, patched: Tensor, targets: Tensor) -> dict[str, Ten
     vocabulary = original.shape[2]
     parts = [
         _compare_rows(p, q, y)
-        for p, q, y in zip(*(x.split(max(1, SLAB // vocabulary)) for x in (
-            original.reshape(-1, vocabulary), patched.reshape(-1, vocabulary), targets.reshape(-1))))
-    ]  # fmt: skip
+        for p, q, y in zip(
+            *(
+                x.split(max(1, SLAB // vocabulary))
+                for x in (original.reshape(-1, vocabulary), patched.reshape(-1, vocabulary), targets.reshape(-1))
+            )
+        )
+    ]
     return {name: torch.cat([part[name] for part in parts]).view(targets.shape) for name in parts[0]}
 
 
@@ -80,9 +84,14 @@ def _compare_rows(p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> dict[s
     log_p, log_q = (x.gather(-1, targets[:, None]).squeeze(-1) for x in (p, q))
     terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))
     found = {
-        "log_p": log_p, "log_q": log_q, "kl": terms.sum(-1).clamp_min(0.0), "same_top": same_top,
-        "logit_diff": difference, "bad_p": bad[0], "bad_q": bad[1],
-    }  # fmt: skip
+        "log_p": log_p,
+        "log_q": log_q,
+        "kl": terms.sum(-1).clamp_min(0.0),
+        "same_top": same_top,
+        "logit_diff": difference,
+        "bad_p": bad[0],
+        "bad_q": bad[1],
+    }
     return {name: value.double().cpu() for name, value in found.items()}
 
 

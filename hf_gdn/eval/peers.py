@@ -82,18 +82,33 @@ def _transformers(op: str, model_type: str) -> Kernel:
         return None
 
     def call(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, scale: float, initial_state: Tensor | None = None,
-        cu_seqlens: None = None, qk_l2norm: bool = False, inplace: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        *,
+        scale: float,
+        initial_state: Tensor | None = None,
+        cu_seqlens: None = None,
+        qk_l2norm: bool = False,
+        inplace: bool = False,
+    ) -> tuple[Tensor, Tensor]:
         function = torch_function(op, model_type)
         group = v.shape[2] // q.shape[2]
         if group > 1 and "repeat_interleave" not in function.__code__.co_names:  # older versions leave it to the layer
             q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
         # It scales by K^-1/2 itself.
         o, state = function(
-            q, k, v, g=g, beta=beta, initial_state=initial_state, output_final_state=True,
+            q,
+            k,
+            v,
+            g=g,
+            beta=beta,
+            initial_state=initial_state,
+            output_final_state=True,
             use_qk_l2norm_in_kernel=qk_l2norm,
-        )  # fmt: skip
+        )
         # A decode step copies the state back, as the model's cache does.
         return o, (initial_state.copy_(state) if inplace and initial_state is not None else state)
 
@@ -120,13 +135,28 @@ def _flash_qla() -> Kernel:
         return None
 
     def call(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, scale: float, initial_state: Tensor | None = None,
-        cu_seqlens: None = None, qk_l2norm: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        *,
+        scale: float,
+        initial_state: Tensor | None = None,
+        cu_seqlens: None = None,
+        qk_l2norm: bool = False,
+    ) -> tuple[Tensor, Tensor]:
         return importlib.import_module("flash_qla").chunk_gated_delta_rule(
-            q=q, k=k, v=v, g=g, beta=beta, scale=scale, initial_state=initial_state, output_final_state=True,
+            q=q,
+            k=k,
+            v=v,
+            g=g,
+            beta=beta,
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=True,
             use_qk_l2norm_in_kernel=qk_l2norm,
-        )  # fmt: skip
+        )
 
     forward_only = torch.cuda.is_available() and torch.cuda.get_device_capability() == _FLASH_QLA[-1]
     return Kernel("chunk_gdn", "flash_qla", call, why_not, differentiable=not forward_only)

@@ -165,8 +165,13 @@ def _histogram_plot(result: dict[str, Any]) -> tuple[Markup, Sheet]:
     for number, (row, colour) in enumerate(zip(comparisons, itertools.cycle(_MODE_COLOURS))):
         counts = row["kl_histogram"]["counts"]
         shares = [100 * count / max(1, row["statistics"]["tokens"]) for count in counts]
-        axes.bar([i + 0.5 + (number - (len(comparisons) - 1) / 2) * width for i in range(len(counts))], shares, width,
-                 color=colour, label=row["name"])  # fmt: skip
+        axes.bar(
+            [i + 0.5 + (number - (len(comparisons) - 1) / 2) * width for i in range(len(counts))],
+            shares,
+            width,
+            color=colour,
+            label=row["name"],
+        )
     bound = math.log10(max(result["parity"]["tolerance"]["kl_mean"], edges[0]) / edges[0])  # edges are powers of ten
     axes.axvline(bound, color=FOREGROUND, linewidth=1, linestyle="--", label="bound of the mean")
     filled = [i for row in comparisons for i, count in enumerate(row["kl_histogram"]["counts"]) if count] or [0]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, reason
+from ..loading.models import Loaded, check_length
+from ..loading.texts import Windows
 from ..patches import patched, unpatched
 from . import parity, perplexity
 from .journal import Row, Work
-from .models import Loaded, check_length
-from .texts import Windows
 
 # Logits of one model and one way of reading that are held at a time: windows a forward by default.
 _LOGITS = 1 << 28

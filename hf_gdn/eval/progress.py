@@ -66,7 +66,12 @@ def bars(show: bool) -> Iterator[Bars]:
         yield Bars()
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), _Count(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        _Count(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         yield Bars(progress)

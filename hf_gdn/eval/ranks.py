@@ -15,17 +15,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import UserError
-from ..patches import PatchError
-from ..registry import BackendError, logger
+from ..errors import BackendError, PatchError, RankFailure, UserError
+from ..registry import logger
 
 T = TypeVar("T")
 # A process may wait for another one's hours of work.
 _PATIENCE = datetime.timedelta(days=7)
-
-
-class RankFailure(RuntimeError):
-    """A process of several failed; the text is its traceback."""
 
 
 class Ranks:

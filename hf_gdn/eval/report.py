@@ -16,12 +16,14 @@ from torch import Tensor
 
 from .. import __version__, registry
 from ..errors import PatchError, UserError
+from ..loading import models, texts
+from ..loading.models import Loaded, Source
 from ..patches import layer_kernels, patched
+from ..upstream import configs
 from . import journal as journals
-from . import machine, microbench, models, page, ppl, progress, sheets, speed, texts
+from . import machine, microbench, page, ppl, progress, sheets, speed
 from . import output as formats
 from .journal import Journal, Work, put
-from .models import Loaded, Source
 from .ranks import Ranks
 
 # Version of the layout of report.json (docs/report.md).
@@ -136,13 +138,13 @@ def _describe(loaded: Loaded) -> dict[str, Any]:
     return {
         "model": source.label,
         "name": source.name,
-        "revision": getattr(config, "_commit_hash", None) or source.revision,
+        "revision": configs.commit(config) or source.revision,
         "model_type": config.model_type,
         "random_weights": source.random,
         "settings": list(source.settings),
         "parameters": sum(p.numel() for p in loaded.model.parameters()),
         "dtype": loaded.dtype,
-        "attention": loaded.config._attn_implementation,
+        "attention": configs.attention_implementation(loaded.config),
         "device_map": {
             name: str(place) for name, place in (getattr(loaded.model, "hf_device_map", None) or {}).items()
         },

@@ -98,11 +98,19 @@ def statistics_sheet(result: dict[str, Any]) -> Sheet:
     """All statistics of a result's comparisons, a column a comparison."""
     comparisons = result["parity"]["comparisons"]
     names = {
-        "ppl_original": "perplexity, original", "ppl_patched": "perplexity, patched", "ppl_ratio": "ratio",
-        "correlation": "correlation of log-probabilities", "kl_mean": "KL divergence, mean", "kl_median": "median",
-        "kl_99": "99 %", "kl_999": "99.9 %", "kl_max": "max", "rms_dp": "RMS Δp, %", "same_top": "same top token, %",
+        "ppl_original": "perplexity, original",
+        "ppl_patched": "perplexity, patched",
+        "ppl_ratio": "ratio",
+        "correlation": "correlation of log-probabilities",
+        "kl_mean": "KL divergence, mean",
+        "kl_median": "median",
+        "kl_99": "99 %",
+        "kl_999": "99.9 %",
+        "kl_max": "max",
+        "rms_dp": "RMS Δp, %",
+        "same_top": "same top token, %",
         "logit_diff": "largest logit difference",
-    }  # fmt: skip
+    }
     digits = {"ppl_ratio": 8, "correlation": 8}
     rows = [
         (label, *(with_error(row["statistics"][name], digits.get(name, 5)) for row in comparisons))
@@ -114,9 +122,18 @@ def statistics_sheet(result: dict[str, Any]) -> Sheet:
 
 def _speed_sheet(result: dict[str, Any]) -> Sheet:
     header = (
-        "run", "first token, ms", "per token, ms", "p90, ms", "tokens/s", "prefill", "decode", "generate", "peak MiB",
-        "first call, s", "tokens",
-    )  # fmt: skip
+        "run",
+        "first token, ms",
+        "per token, ms",
+        "p90, ms",
+        "tokens/s",
+        "prefill",
+        "decode",
+        "generate",
+        "peak MiB",
+        "first call, s",
+        "tokens",
+    )
     rows: list[tuple[str, ...]] = []
     for cell in result["speed"]["cells"]:
         if "failed" in cell:

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
-from .. import graphs
+from .. import cuda_graphs
 from ..errors import UserError, reason
+from ..loading.models import Loaded, check_length
 from ..patches import patched, unpatched
+from ..upstream import configs, modules, tensors
 from .journal import Row, Work
-from .models import Loaded, check_length
 from .progress import Step
 
 # Two tokens whose logits are so close that rounding decides between them: this many units of the dtype's epsilon times
@@ -68,9 +68,7 @@ class Cell:
 
 
 def _compiled() -> dict[str, Any]:
-    config = CompileConfig()
-    config._compile_all_devices = True  # type: ignore[assignment]  # transformers would compile on CUDA alone
-    return {"cache_implementation": "static", "compile_config": config}
+    return {"cache_implementation": "static", "compile_config": configs.compile_on_all_devices()}
 
 
 # Arguments of `generate` that make a variant, and how many untimed calls it takes to be warm.
@@ -94,7 +92,7 @@ def plan(options: Options, device: torch.device) -> list[Cell]:
     unknown = [name for name in options.variants if name not in VARIANTS]
     if unknown or not options.variants:
         raise UserError(f"--variant {','.join(unknown)} is not known; variants: {', '.join(VARIANTS)}")
-    if "graph" in options.variants and device.type not in graphs.captures:
+    if "graph" in options.variants and device.type not in cuda_graphs.CAPTURES:
         raise UserError(f"--variant graph needs a CUDA device; the model is on {device.type}")
     fast = device.type != "cpu"
     batch = options.batch or ((1, 8) if fast else (1, 4))
@@ -140,9 +138,14 @@ def generate(model: Any, prompt: Tensor, new_tokens: int, **arguments: Any) -> C
     _wait(model.device)
     start = time.perf_counter()
     out = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens, streamer=clock, **arguments,
-    )  # fmt: skip
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        streamer=clock,
+        **arguments,
+    )
     _wait(model.device)
     end = time.perf_counter()
     times = clock.times[1:]  # the first is the prompt's
@@ -210,7 +213,7 @@ def summarize(cell: Cell, calls: list[Call], warmups: int) -> dict[str, Any]:
         "generate_tokens_s": spread([call.tokens.numel() / call.seconds for call in timed]),
         "peak_mib": max(peaks) if peaks else None,
         "first_call_s": calls[0].seconds,
-    }  # fmt: skip
+    }
 
 
 def _ratios(original: list[Call], patched: list[Call]) -> dict[str, dict[str, float]]:
@@ -264,14 +267,14 @@ def _measure(loaded: Loaded, cell: Cell, prompt: Tensor, backend: str, rounds: i
 
     # Every cell compiles anew: its first call is cold, and the compiler's limit of variants a function is not met.
     torch.compiler.reset()
-    graphs.release()
-    loaded.model.__dict__.pop("_compiled_call", None)
+    cuda_graphs.release()
+    modules.forget_compiled_call(loaded.model)
     row: Row = {"batch": cell.batch, "prompt": cell.prompt, "new_tokens": cell.new_tokens, "variant": cell.variant}
     try:
         # Around all turns, so that a graph is kept from one to the next.
         with SIDES["patched"](loaded.families, backend, cell.variant):
             calls = in_turns({side: runner(side) for side in SIDES}, warmups, rounds, step)
-    except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
+    except (torch.OutOfMemoryError, tensors.compiler_error()) as error:
         return {**row, "counts": False, "failed": f"{type(error).__name__}: {reason(error)}"}
     made = {side: calls[side][-1].tokens for side in SIDES}
     steady = all(torch.equal(call.tokens, made[side]) for side in SIDES for call in calls[side])

@@ -29,10 +29,11 @@ from transformers import DynamicCache
 
 from ..caches import SinkCache, snapshots
 from ..errors import UserError
+from ..loading import models, texts
+from ..loading.models import Loaded, Source
 from ..patches import patch, patched
 from ..upstream import cache_names
-from . import journal, machine, models, perplexity, plots, progress, texts
-from .models import Loaded, Source
+from . import journal, machine, perplexity, plots, progress
 from .sheets import number
 
 BINS, PIECE = 50, 256
@@ -209,19 +210,31 @@ def table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]
     )
     rows: list[tuple[str, ...]] = []
     for name, way in result["ways"].items():
-        rows.append((
-            f"{name}: {ABOUT[name]}", f"{way['scored']:,}", number(way["perplexity"]), f"{way['ratio']:.3f}",
-            "" if way["worst"] is None else f"{way['worst']:.3f}",
-            "" if way["bytes"] is None else f"{way['bytes'] / 1024:,.0f}",
-            "" if way["tokens_s"] is None else number(way["tokens_s"], 3),
-        ))  # fmt: skip
+        rows.append(
+            (
+                f"{name}: {ABOUT[name]}",
+                f"{way['scored']:,}",
+                number(way["perplexity"]),
+                f"{way['ratio']:.3f}",
+                "" if way["worst"] is None else f"{way['worst']:.3f}",
+                "" if way["bytes"] is None else f"{way['bytes'] / 1024:,.0f}",
+                "" if way["tokens_s"] is None else number(way["tokens_s"], 3),
+            )
+        )
     return header, rows
 
 
 def main(
-    sources: tuple[Source, ...], paths: tuple[str, ...], field: str, options: Options, device: str | None,
-    dtype: str | None, output: str, quiet: bool, command: str,
-) -> int:  # fmt: skip
+    sources: tuple[Source, ...],
+    paths: tuple[str, ...],
+    field: str,
+    options: Options,
+    device: str | None,
+    dtype: str | None,
+    output: str,
+    quiet: bool,
+    command: str,
+) -> int:
     """Read the stream with every model; print tables, write stream.json and stream.svg. Returns 0, the exit code."""
     check(options)
     place = models.pick_device(device)

@@ -36,9 +36,15 @@ def delta_rule(q, k, v, g, beta, *, scale, initial_state=None, cu_seqlens=None, 
             part = slice(bounds[n], bounds[n + 1])
             state = None if initial_state is None else initial_state[n : n + 1]
             o, final = delta_rule(
-                q[:, part], k[:, part], v[:, part], g[:, part], beta[:, part],
-                scale=scale, initial_state=state, qk_l2norm=qk_l2norm,
-            )  # fmt: skip
+                q[:, part],
+                k[:, part],
+                v[:, part],
+                g[:, part],
+                beta[:, part],
+                scale=scale,
+                initial_state=state,
+                qk_l2norm=qk_l2norm,
+            )
             outputs.append(o)
             states.append(final)
         return torch.cat(outputs, 1), torch.cat(states, 0)

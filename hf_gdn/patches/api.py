@@ -13,15 +13,18 @@ from dataclasses import replace
 
 import torch
 
-from .. import graphs, registry
+from .. import registry
+from ..cuda_graphs import make_get_compiled_call
+from ..cuda_graphs import release as release_graphs
 from ..errors import PatchError
 from ..registry import warn_once
 from ..upstream import seams, versions
 from . import family_patch, in_force
-from .family import Family, all_families
+from .families import all_families
+from .families.base import Family
 from .in_force import Table
 from .inspect import Status, status
-from .mixer import Settings
+from .plan import Settings
 from .self_check import SelfCheck
 from .swap import Swap, own
 
@@ -48,17 +51,17 @@ def _check_version() -> None:
 def _graph_swap() -> Swap:
     """The swap of get_compiled_call, the one in force if there is one."""
     for change in in_force.current().patches.values():
-        if change.graphs is not None:
-            return change.graphs
+        if change.decode_swap is not None:
+            return change.decode_swap
     owner = seams.compiled_call_class()
     here = own(owner, "get_compiled_call")
-    return Swap(owner, "get_compiled_call", here, graphs.make_get_compiled_call(here, _has_graphs))
+    return Swap(owner, "get_compiled_call", here, make_get_compiled_call(here, _has_graphs))
 
 
 def _has_graphs(model: torch.nn.Module) -> bool:
     """Whether a model has layers of a family that is patched with CUDA graphs."""
     patches = in_force.current().patches.values()
-    classes = tuple(change.layer.cls for change in patches if change.graphs is not None)
+    classes = tuple(change.layer.cls for change in patches if change.decode_swap is not None)
     return any(isinstance(module, classes) for module in model.modules())
 
 
@@ -104,8 +107,8 @@ def patch(
             fastest that can (or the one in ``HF_GDN_BACKEND``) and warns once when that is not the fastest there is.
         strict: raise where a call, or with None a family, would be left to the original.
         cuda_graphs: let ``generate`` with a static cache on a CUDA device replay its decode steps from CUDA graphs
-            (`hf_gdn.graphs`) rather than compile them. Anything that cannot be captured falls back to eager execution;
-            one warning gives the reason. ``generate(..., disable_compile=True)`` does without.
+            (`hf_gdn.cuda_graphs`) rather than compile them. Anything that cannot be captured falls back to eager
+            execution; one warning gives the reason. ``generate(..., disable_compile=True)`` does without.
 
     Returns:
         What is patched now, see `status`.
@@ -114,9 +117,15 @@ def patch(
         ValueError: an unknown family or backend.
         PatchError: transformers is of an unsupported version, or a family that was named (or with `strict` any) does
             not fit it. Nothing is patched then.
+
+    Example:
+        >>> hf_gdn.patch("qwen3_next", backend="eager").active
+        True
+        >>> model.generate(**inputs, max_new_tokens=4).shape
+        torch.Size([1, 12])
     """
     if not cuda_graphs:
-        graphs.release()  # first: if patching fails below, models simply capture again
+        release_graphs()  # first: if patching fails below, models simply capture again
     return _patch_families(families, backend, strict, cuda_graphs)
 
 
@@ -158,8 +167,8 @@ def _with(table: Table, family: Family, settings: Settings, graph_swap: Swap | N
             return None if versions.is_tested() else SelfCheck(family, settings, layer, _give_up)
 
         now = family_patch.build(family, settings, now, first_run)
-    if now.graphs is not graph_swap:
-        now = replace(now, graphs=graph_swap)
+    if now.decode_swap is not graph_swap:
+        now = replace(now, decode_swap=graph_swap)
     rest = table.without(family.name)
     return table if table.patches.get(family.name) is now else Table({**table.patches, family.name: now}, rest.misfits)
 
@@ -171,10 +180,14 @@ def unpatch(families: Iterable[str] | str | None = None) -> Status:
 
     Raises:
         ValueError: an unknown family.
+
+    Example:
+        >>> hf_gdn.patch().active, hf_gdn.unpatch().active
+        (True, False)
     """
     with in_force.lock:
         chosen = _choose(families)
-        graphs.release()
+        release_graphs()
         wanted = in_force.current()
         for name in chosen:
             wanted = wanted.without(name)
@@ -189,13 +202,28 @@ def patched(
     strict: bool = False,
     cuda_graphs: bool = False,
 ) -> Iterator[Status]:
-    """`patch` inside a with block; what was in force before is in force again after it."""
+    """`patch` inside a with block; what was in force before is in force again after it.
+
+    Example:
+        >>> with hf_gdn.patched(strict=True):
+        ...     logits = model(**inputs).logits
+        >>> hf_gdn.status().active
+        False
+    """
     with in_force.restored():
         yield _patch_families(families, backend, strict, cuda_graphs)
 
 
 @contextlib.contextmanager
 def unpatched() -> Iterator[Status]:
-    """The original transformers inside a with block; what was in force before is in force again after it."""
+    """The original transformers inside a with block; what was in force before is in force again after it.
+
+    Example:
+        >>> _ = hf_gdn.patch()
+        >>> with hf_gdn.unpatched():
+        ...     wanted = model(**inputs).logits
+        >>> bool((model(**inputs).logits - wanted).abs().max() < 1e-4)
+        True
+    """
     with in_force.restored():
         yield _change(Table())  # keeps CUDA graphs for after the block

@@ -14,13 +14,14 @@ from functools import partial
 from typing import Any
 
 from ..caches import batch, rewind
+from ..drafting.prompt_lookup import make_get_candidate_generator
 from ..errors import PatchError
 from ..upstream import cache_names, indexer_positions, seams
-from .drafts import make_get_candidate_generator
-from .family import Family
-from .mixer import Settings, make_forward
-from .packing import FirstRun, make_generate, make_model_forward
+from .families.base import Family
+from .forward import make_forward
+from .plan import Settings
 from .swap import Swap, own
+from .text_model import FirstRun, make_generate, make_model_forward
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ class FamilyPatch:
         family, settings: what was patched, and how it runs.
         layer: of the layers' ``forward``.
         others: of everything else that the family swaps.
-        graphs: of ``get_compiled_call``, the same for all families that have CUDA graphs; None without.
+        decode_swap: of ``get_compiled_call``, the same for all families that have CUDA graphs; None without.
     """
 
     family: Family
     settings: Settings
     layer: Swap
     others: tuple[Swap, ...]
-    graphs: Swap | None = None
+    decode_swap: Swap | None = None
 
 
 def _swap(cls: type, name: str, make: Callable[[Any], Any], current: FamilyPatch | None) -> Swap:
@@ -83,8 +84,8 @@ def build(
     others = [_swap(model, "forward", partial(make_model_forward, first_run=first_run(layer)), current)]
     if stateful is not None:
         others += [
-            _swap(stateful, "_is_stateful", lambda _: False, current),
-            _swap(stateful, "_get_candidate_generator", make_get_candidate_generator, current),
+            _swap(stateful, seams.STATEFUL, lambda _: False, current),
+            _swap(stateful, seams.CANDIDATES, make_get_candidate_generator, current),
         ]
     return FamilyPatch(family, settings, layer, tuple(others))
 

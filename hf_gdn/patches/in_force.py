@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .. import graphs
+from .. import cuda_graphs
 from .family_patch import FamilyPatch, cache_swaps
 from .swap import Swap, move
 
@@ -26,7 +26,9 @@ class Table:
 
     def swaps(self) -> list[Swap]:
         """All swaps. What caches gain comes with the first family."""
-        swaps = (swap for change in self.patches.values() for swap in (change.layer, *change.others, change.graphs))
+        swaps = (
+            swap for change in self.patches.values() for swap in (change.layer, *change.others, change.decode_swap)
+        )
         return [swap for swap in swaps if swap is not None] + (list(cache_swaps()) if self.patches else [])
 
     def without(self, name: str, misfit: str | None = None) -> Table:
@@ -65,5 +67,5 @@ def restored() -> Iterator[None]:
         except BaseException:
             put(before, _table)
             raise
-        if all(change.graphs is None for change in _table.patches.values()):
-            graphs.release()
+        if all(change.decode_swap is None for change in _table.patches.values()):
+            cuda_graphs.release()

@@ -12,7 +12,7 @@ import transformers
 from .. import registry
 from ..upstream import seams
 from . import in_force
-from .family import all_families
+from .families import all_families
 from .family_patch import FamilyPatch, layer_class, rollback_missing
 from .swap import describe, foreign_forward, own
 
@@ -67,7 +67,13 @@ class Status:
 
 
 def status() -> Status:
-    """What is patched, family by family, on which backend."""
+    """What is patched, family by family, on which backend.
+
+    Example:
+        >>> _ = hf_gdn.patch("kimi_linear")
+        >>> [family.name for family in hf_gdn.status().families if family.state == "patched"]
+        ['kimi_linear']
+    """
     rows, table = [], in_force.current()
     for name, family in all_families().items():
         change = table.patches.get(name)
@@ -78,7 +84,7 @@ def status() -> Status:
         else:
             current = own(change.layer.cls, "forward")
             state = "patched" if current is change.layer.replacement else f"replaced by {describe(current)}"
-        seam = change.graphs if change is not None else None
+        seam = change.decode_swap if change is not None else None
         replays = seam is not None and own(seam.cls, seam.name) is seam.replacement
         rows.append(FamilyStatus(name, family.class_name, state, replays, table.misfits.get(name)))
     backend = ", ".join(dict.fromkeys(change.settings.backend for change in table.patches.values())) or "none"
@@ -111,6 +117,12 @@ def layer_kernels(model: torch.nn.Module) -> dict[str, str]:
     Returns:
         Layer's name in the model -> ``"chunk_gdn: triton, step_gdn: triton"``, or ``"original"`` when its class is
         not patched, or ``"replaced by ..."`` when the layer was given another forward of its own.
+
+    Example:
+        >>> from hf_gdn.patches import layer_kernels
+        >>> with hf_gdn.patched(backend="eager"):
+        ...     print(layer_kernels(model)["model.layers.0.linear_attn"])
+        chunk_gdn: eager, step_gdn: eager
     """
     names = {family.class_name for family in all_families().values()}
     patches = in_force.current().patches.values()

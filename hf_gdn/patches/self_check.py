@@ -18,8 +18,8 @@ from transformers import DynamicCache
 
 from ..errors import PatchError, reason
 from ..upstream import versions
-from .family import Family
-from .mixer import Settings
+from .families.base import Family
+from .plan import Settings
 from .swap import Swap
 
 # Both forwards sum the same fp32 products in another order: 1e-6 apart at most, or 1e-3 where matrix products run in

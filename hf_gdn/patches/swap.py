@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..registry import logger, warn_once
+from ..upstream import modules
 
 MISSING: Any = object()  # what a class has that does not have an attribute itself
 
@@ -70,8 +71,10 @@ def move(old: Iterable[Swap], new: Iterable[Swap]) -> None:
         elif come is None and gone is not None and here is not gone.original:
             logger.warning(
                 "%s.%s was replaced by %s after hf_gdn patched it; that one is left in place",
-                cls.__name__, name, describe(here),
-            )  # fmt: skip
+                cls.__name__,
+                name,
+                describe(here),
+            )
     _tell_instances({cls: pair for (cls, name), pair in changes.items() if name == "forward"})
 
 
@@ -87,7 +90,7 @@ def _tell_instances(changes: dict[type, tuple[Swap | None, Swap | None]]) -> Non
         for cls, (gone, come) in changes.items():
             if not isinstance(instance, cls):
                 continue
-            for name in ("forward", "_old_forward"):
+            for name in modules.HELD_FORWARDS:
                 function = getattr(instance.__dict__.get(name), "__func__", None)
                 moved = _moved(function, gone, come)
                 if moved is not function:
@@ -105,7 +108,7 @@ def foreign_forward(instance: Any, swap: Swap | None) -> str | None:
 
     A forward that accelerate has wrapped is looked at as it was before.
     """
-    held = instance.__dict__.get("_old_forward", instance.__dict__.get("forward"))
+    held = modules.unwrapped_forward(instance)
     function: Callable[..., Any] | None = getattr(held, "__func__", held)
     if swap is None or function is None or function is swap.replacement:
         return None

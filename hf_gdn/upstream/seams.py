@@ -28,6 +28,8 @@ _LAYER_ATTRIBUTES = (
     "number_of_states",
     "record_past",
 )
+STATEFUL = "_is_stateful"  # whether recurrent states cannot be rolled back, for which generate() refuses assistants
+CANDIDATES = "_get_candidate_generator"  # the method of generate() that makes what drafts tokens
 _MASK_FUNCTION = "create_recurrent_attention_mask"
 
 
@@ -37,13 +39,13 @@ def has_module(module: str) -> bool:
 
 
 def class_of(module: str, name: str) -> Any:
-    """A class of a module of transformers."""
+    """A class, or a function, of a module of transformers."""
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         raise PatchError(f"{versions.installed()} has no module {module}") from error
     if found is None:
-        raise PatchError(f"{module} of {versions.installed()} has no class {name}")
+        raise PatchError(f"{module} of {versions.installed()} has no {name}")
     return found
 
 
@@ -53,6 +55,14 @@ def _arguments(function: Callable[..., Any]) -> list[str]:
 
 def _misfit(what: str, found: Iterable[str], expected: Iterable[str]) -> PatchError:
     return PatchError(f"{what} of {versions.installed()} takes ({', '.join(found)}), expected ({', '.join(expected)})")
+
+
+def force_accelerate_hooks(children: Iterable[str]) -> Callable[[Any], Any]:
+    """A decorator for a forward that reads parameters of children without calling them.
+
+    Accelerate's offloading loads the weights of a module when it is called; transformers' own layers use this too.
+    """
+    return class_of("transformers.integrations.accelerate", "force_accelerate_hooks")(list(children))
 
 
 def layer_class(module: str, name: str) -> Any:
@@ -127,9 +137,9 @@ def check_masks() -> None:
 
 def stateful_class(model_class: Any) -> Any:
     """The base of a model class that says whether states can be rolled back; ``generate`` refuses assistants by it."""
-    found = next(base for base in model_class.__mro__ if "_is_stateful" in vars(base) or base is object)
+    found = next(base for base in model_class.__mro__ if STATEFUL in vars(base) or base is object)
     if found in (object, class_of("transformers", "PreTrainedModel")):
-        raise PatchError(f"{model_class.__name__} of {versions.installed()} has no base with _is_stateful of its own")
+        raise PatchError(f"{model_class.__name__} of {versions.installed()} has no base with {STATEFUL} of its own")
     return found
 
 
@@ -143,8 +153,8 @@ def check_rollback() -> None:
         raise _misfit("LinearAttentionCacheLayerMixin.crop", _arguments(mixin.crop), ["self", "tokens_to_remove"])
     if not isinstance(getattr(mixin, "is_croppable", None), property):
         raise PatchError(f"LinearAttentionCacheLayerMixin of {versions.installed()} has no property is_croppable")
-    if not hasattr(generation_class(), "_get_candidate_generator"):
-        raise PatchError(f"GenerationMixin of {versions.installed()} has no _get_candidate_generator")
+    if not hasattr(generation_class(), CANDIDATES):
+        raise PatchError(f"GenerationMixin of {versions.installed()} has no {CANDIDATES}")
     lookup = prompt_lookup_class()
     for name in ("get_candidates", "update_candidate_strategy"):
         if not hasattr(lookup, name):
@@ -169,6 +179,6 @@ def compiled_call_class() -> Any:
     found = vars(cls).get("get_compiled_call")
     if found is None:
         raise PatchError(f"cuda_graphs: PreTrainedModel of {versions.installed()} has no get_compiled_call")
-    if _arguments(found) != ["self", "compile_config"]:
+    if len(_arguments(found)) != 2:  # generate() gives one, by position
         raise _misfit("cuda_graphs: PreTrainedModel.get_compiled_call", _arguments(found), ["self", "compile_config"])
     return cls

@@ -14,8 +14,8 @@ import hf_gdn
 from hf_gdn.caches import SinkCache
 from hf_gdn.caches.sink_plan import Sizes, plan_piece
 from hf_gdn.caches.sinks import SUPPORTED
-from hf_gdn.eval.models import ASSETS
 from hf_gdn.eval.stream import PlainWindow
+from hf_gdn.loading.models import ASSETS
 from tests import tiny
 
 # fp32: 1e-5 is tests/patches/test_models.py's, derived there. Positions add an angle's rounding, 2^-24 times at most

@@ -6,7 +6,8 @@ import accelerate
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
 import hf_gdn
 from hf_gdn import caches
@@ -380,11 +381,13 @@ def test_memory_that_runs_out_changes_nothing(family, monkeypatch):
 def test_caches_that_have_no_snapshots():
     model = tiny.model("qwen3_next")
     snapshot = caches.snapshot(filled(model))
-    sliding = DynamicCache(config=AutoConfig.for_model("mistral", sliding_window=8, num_hidden_layers=2))
-    with pytest.raises(SnapshotError, match="layer 0: a DynamicSlidingWindowLayer has no snapshots; .*StaticLayer"):
-        caches.snapshot(sliding)
-    with pytest.raises(SnapshotError, match="DynamicSlidingWindowLayer"):
-        caches.fork(sliding, 2)
+    other = DynamicCache(config=model.config)
+    other.layers[0] = LinearAttentionAndFullAttentionLayer()
+    text = "layer 0: a LinearAttentionAndFullAttentionLayer has no snapshots; .*StaticLayer"
+    with pytest.raises(SnapshotError, match=text):
+        caches.snapshot(other)
+    with pytest.raises(SnapshotError, match=text):
+        caches.fork(other, 2)
     offloading = filled(model)
     offloading.offloading = True
     with pytest.raises(SnapshotError, match="offloading"):

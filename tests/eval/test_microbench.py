@@ -10,8 +10,9 @@ import torch
 
 from hf_gdn import registry
 from hf_gdn.errors import UserError
-from hf_gdn.eval import cases, ceilings, microbench, models, oracle, sheets
+from hf_gdn.eval import cases, ceilings, microbench, oracle, sheets
 from hf_gdn.eval.microbench import Case, Options
+from hf_gdn.loading import models
 
 TINY = {"gdn": "qwen3_next-tiny", "kda": "kimi_linear-tiny"}
 OPS = ("chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda")

@@ -8,9 +8,10 @@ import torch
 
 from hf_gdn import registry
 from hf_gdn.errors import UserError
-from hf_gdn.eval import models, parity, perplexity, ppl, texts
+from hf_gdn.eval import parity, perplexity, ppl
 from hf_gdn.eval.journal import Journal, Work
 from hf_gdn.eval.ranks import Ranks
+from hf_gdn.loading import models, texts
 from tests import tiny
 
 

@@ -16,7 +16,8 @@ import transformers
 from typer.testing import CliRunner
 
 from hf_gdn import cli, patches, registry
-from hf_gdn.eval import data, models, output, report
+from hf_gdn.eval import output, report
+from hf_gdn.loading import data, models
 from tests import tiny
 
 PARITY = ("--context", "64", "--windows", "4")
@@ -299,14 +300,14 @@ def test_a_family_that_transformers_does_not_fit_is_the_verdict(tmp_path, monkey
     result = invoke(*arguments, "--output", tmp_path)
     text = (
         "NOT PATCHED: kimi_linear-tiny runs as the original, nothing was compared (kimi_linear: "
-        f"transformers.models.kimi_linear.modeling_kimi_linear of transformers {transformers.__version__} has no class "
+        f"transformers.models.kimi_linear.modeling_kimi_linear of transformers {transformers.__version__} has no "
         "KimiLinearTower)"
     )
     assert result.exit_code == 2 and text in " ".join(result.output.split()), result.output
     found = json.loads((tmp_path / "report.json").read_text())
     kimi, qwen = found["results"]
     assert not found["passed"] and not kimi["passed"] and "parity" not in kimi and "speed" not in kimi
-    assert kimi["not_patched"].endswith("has no class KimiLinearTower")
+    assert kimi["not_patched"].endswith("has no KimiLinearTower")
     assert qwen["passed"] and qwen["speed"]["cells"][0]["counts"]
     assert text in (tmp_path / "report.md").read_text()
     assert kimi["not_patched"] in (tmp_path / "report.html").read_text()

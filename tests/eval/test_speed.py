@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_gdn import graphs, registry
+from hf_gdn import cuda_graphs, registry
 from hf_gdn.errors import UserError
-from hf_gdn.eval import models, speed
+from hf_gdn.eval import speed
 from hf_gdn.eval.journal import Journal, Work
 from hf_gdn.eval.ranks import Ranks
+from hf_gdn.loading import models
 from tests import tiny
 from tests.tape import Tape
 
@@ -131,7 +132,7 @@ def test_compiled_runs_both_sides(tmp_path, monkeypatch):
 
 
 def test_graph_captures_once_in_all_turns(tmp_path, monkeypatch):
-    monkeypatch.setitem(graphs.captures, "cpu", Tape)
+    monkeypatch.setitem(cuda_graphs.CAPTURES, "cpu", Tape)
     monkeypatch.setattr(Tape, "recorded", 0)
     monkeypatch.setattr(Tape, "replayed", 0)
     asked = []

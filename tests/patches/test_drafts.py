@@ -8,7 +8,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import GenerationMixin, PromptLookupCandidateGenerator
 
 import hf_gdn
-from hf_gdn.patches.drafts import LONGEST_PAUSE, PROBE, CarefulLookup
+from hf_gdn.drafting.prompt_lookup import LONGEST_PAUSE, PROBE, AdaptivePromptLookup
 from tests import tiny
 
 
@@ -35,7 +35,7 @@ def sizes(lookup, matches, rounds):
 
 
 def test_refused_drafts_become_short_and_rare():
-    found = sizes(CarefulLookup(Lookup()), 0, 400)
+    found = sizes(AdaptivePromptLookup(Lookup()), 0, 400)
     at = [i for i, size in enumerate(found) if size]
     assert [found[i] for i in at] == [10] + [PROBE] * (len(at) - 1)
     pauses = [later - earlier - 1 for earlier, later in pairwise(at)]
@@ -44,7 +44,7 @@ def test_refused_drafts_become_short_and_rare():
 
 
 def test_right_drafts_are_long():
-    lookup = CarefulLookup(Lookup())
+    lookup = AdaptivePromptLookup(Lookup())
     assert sizes(lookup, 1, 5) == [10] * 5
     sizes(lookup, 0, 20)
     found = sizes(lookup, 1, 40)
@@ -66,7 +66,7 @@ def test_of_patched_families_alone(family):
                                          num_attention_heads=1))  # fmt: skip
     with hf_gdn.patched(family):
         found = drafts(model)
-        assert type(found) is CarefulLookup and found.longest == 7
+        assert type(found) is AdaptivePromptLookup and found.longest == 7
         assert type(drafts(other)) is PromptLookupCandidateGenerator
     assert type(drafts(model)) is PromptLookupCandidateGenerator
     assert type(model)._get_candidate_generator is GenerationMixin._get_candidate_generator

@@ -28,10 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import hf_gdn
-from hf_gdn import graphs, patches, registry
+from hf_gdn import patches, registry
+from hf_gdn.cuda_graphs import captured_step, decode_session
 from hf_gdn.kernels import contract
 from hf_gdn.kernels.eager import step as eager_step
-from hf_gdn.patches import api, family_patch, in_force, inspect, mixer, packing, swap
+from hf_gdn.patches import api, family_patch, forward, in_force, inspect, swap, text_model
 from tests import tiny
 
 ERRORS = [RuntimeError, KeyboardInterrupt]
@@ -187,6 +188,7 @@ def _in_kernels(patch, fault, *ops):
     for kernel in registry.kernels():
         if kernel.op.startswith(ops):
             patch.setitem(registry._table, (kernel.op, kernel.backend), dataclasses.replace(kernel, fn=fault))
+    patch.setattr(registry, "generation", -1)  # plans are made anew
 
 
 def _in_convolution(patch, family, fault):
@@ -331,7 +333,7 @@ def layer_class(name: str) -> type:
 @contextmanager
 def interrupted(at: Callable[[FrameType], BaseException | None]):
     """Ask `at` before every line of hf_gdn.patches, and raise what it gives."""
-    modules = (api, family_patch, in_force, inspect, mixer, packing, swap, graphs)
+    modules = (api, family_patch, forward, in_force, inspect, swap, text_model, captured_step, decode_session)
     files = {module.__file__ for module in modules}
 
     def local(frame, event, argument):

@@ -46,9 +46,15 @@ def _scan_kernel(
     sequences,
     minimum,
     T,
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_vb, stride_vt, stride_vh,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
     HK: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -58,7 +64,7 @@ def _scan_kernel(
     BV: tl.constexpr,
     SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     STATE_ONLY: tl.constexpr = p_o is None
     COLUMNS: tl.constexpr = V + K if STATE_ONLY else V
     # One grid axis, since y and z are limited to 65,535. Tiles of a head are neighbours and share what they read.

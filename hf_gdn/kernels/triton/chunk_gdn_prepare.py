@@ -107,10 +107,18 @@ def prepare_kernel(
     p_sequence,  # [chunks], or None
     scale,
     T,
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_gb, stride_gt, stride_gh,
-    stride_bb, stride_bt, stride_bh,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    stride_bb,
+    stride_bt,
+    stride_bh,
     HK: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -120,7 +128,7 @@ def prepare_kernel(
     INSIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     QK_L2NORM: tl.constexpr,
-):  # fmt: skip
+):
     # Suffix 0: rows and columns of the chunk's first half; 1: of the second; 10: second half by first.
     i_chunk = tl.program_id(0).to(tl.int64)
     i_hk = tl.program_id(1).to(tl.int64)

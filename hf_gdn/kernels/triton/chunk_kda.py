@@ -46,7 +46,9 @@ def _scan_kernel(
     sequences,
     minimum,
     T,
-    stride_vb, stride_vt, stride_vh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
     HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -55,7 +57,7 @@ def _scan_kernel(
     BV: tl.constexpr,
     SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     STATE_ONLY: tl.constexpr = p_o is None
     COLUMNS: tl.constexpr = V + K if STATE_ONLY else V
     # One grid axis, since y and z are limited to 65,535. Tiles of a head are neighbours and share what they read.

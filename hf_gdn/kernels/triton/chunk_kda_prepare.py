@@ -108,10 +108,18 @@ def prepare_kernel(
     p_sequence,  # [chunks], or None
     scale,
     T,
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_gb, stride_gt, stride_gh,
-    stride_bb, stride_bt, stride_bh,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    stride_bb,
+    stride_bt,
+    stride_bh,
     HK: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -121,7 +129,7 @@ def prepare_kernel(
     OPERANDS: tl.constexpr,
     WIDEST: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     i_chunk = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     i_b, i_t, end = locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T)

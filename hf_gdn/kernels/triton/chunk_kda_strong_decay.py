@@ -62,9 +62,15 @@ def scores_kernel(
     p_sequence,  # [chunks], or None
     scale,
     T,
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_gb, stride_gt, stride_gh,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_gb,
+    stride_gt,
+    stride_gh,
     HK: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -74,7 +80,7 @@ def scores_kernel(
     INSIDE: tl.constexpr,
     WIDEST: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     # A program serves BC rows of a chunk. Suffix c: columns of the whole chunk; none: rows, and columns among them.
     # The chunk's columns are taken from the last, in the order of `row_order`, and put in order at the end.
     i_program = tl.program_id(0).to(tl.int64)
@@ -184,9 +190,15 @@ def inverse_kernel(
     p_first,  # [N], or None
     p_sequence,  # [chunks], or None
     T,
-    stride_kb, stride_kt, stride_kh,
-    stride_gb, stride_gt, stride_gh,
-    stride_bb, stride_bt, stride_bh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    stride_bb,
+    stride_bt,
+    stride_bh,
     HK: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -194,7 +206,7 @@ def inverse_kernel(
     BK: tl.constexpr,
     OPERANDS: tl.constexpr,
     WIDEST: tl.constexpr,
-):  # fmt: skip
+):
     i_chunk = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     i_b, i_t, end = locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T)

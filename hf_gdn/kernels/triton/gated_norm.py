@@ -40,7 +40,10 @@ def _gated_norm_kernel(
     eps,
     rows,  # B T HV
     T,
-    stride_zb, stride_zt, stride_zh, stride_zr,
+    stride_zb,
+    stride_zt,
+    stride_zh,
+    stride_zr,
     HV: tl.constexpr,
     R: tl.constexpr,
     V: tl.constexpr,
@@ -48,7 +51,7 @@ def _gated_norm_kernel(
     BV: tl.constexpr,
     NORM_IN_FP32: tl.constexpr,
     GATE_IS_SILU: tl.constexpr,
-):  # fmt: skip
+):
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     o_v = tl.arange(0, BV)
     m = (o_r < rows)[:, None] & (o_v < V)[None, :]

@@ -91,11 +91,24 @@ def _prologue_kernel(
     p_sequence,  # [chunks], or None
     beta_scale,
     T,
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_vb, stride_vt, stride_vh, stride_vr,
-    stride_ab, stride_at, stride_ah, stride_ar,
-    stride_bb, stride_bt, stride_bh, stride_br,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_vr,
+    stride_ab,
+    stride_at,
+    stride_ah,
+    stride_ar,
+    stride_bb,
+    stride_bt,
+    stride_bh,
+    stride_br,
     HK: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -110,7 +123,7 @@ def _prologue_kernel(
     LOWER_BOUND: tl.constexpr,
     IS_KDA: tl.constexpr,
     DECAY_IN_DTYPE: tl.constexpr,
-):  # fmt: skip
+):
     # Neighbouring programs serve heads of the same tokens, which lie in the same rows.
     i_h = tl.program_id(0) % (HK + HV)
     i_tile = (tl.program_id(0) // (HK + HV)).to(tl.int64)
@@ -145,27 +158,57 @@ def _prologue_kernel(
         p_xq = p_q + i_b * stride_qb + i_h * stride_qh + o_k
         p_xk = p_k + i_b * stride_kb + i_h * stride_kh + o_k
         b_q = conv_silu_tile(
-            p_xq, stride_qt, None if p_context is None else p_context + (i_channel + o_q) * KEEP,
-            p_weight + o_q * WIDTH, None if p_bias is None else p_bias + o_q, i_t, start, end, m_k,
-            BT, WIDTH, KEEP,
-        )  # fmt: skip
+            p_xq,
+            stride_qt,
+            None if p_context is None else p_context + (i_channel + o_q) * KEEP,
+            p_weight + o_q * WIDTH,
+            None if p_bias is None else p_bias + o_q,
+            i_t,
+            start,
+            end,
+            m_k,
+            BT,
+            WIDTH,
+            KEEP,
+        )
         o_out = (o_row * HK + i_h)[:, None] * K + o_k[None, :]
         tl.store(p_oq + o_out, l2norm_rows(b_q).to(dtype), mask=m_tk)
         b_k = conv_silu_tile(
-            p_xk, stride_kt, None if p_context is None else p_context + (i_channel + o_key) * KEEP,
-            p_weight + o_key * WIDTH, None if p_bias is None else p_bias + o_key, i_t, start, end, m_k,
-            BT, WIDTH, KEEP,
-        )  # fmt: skip
+            p_xk,
+            stride_kt,
+            None if p_context is None else p_context + (i_channel + o_key) * KEEP,
+            p_weight + o_key * WIDTH,
+            None if p_bias is None else p_bias + o_key,
+            i_t,
+            start,
+            end,
+            m_k,
+            BT,
+            WIDTH,
+            KEEP,
+        )
         tl.store(p_ok + o_out, l2norm_rows(b_k).to(dtype), mask=m_tk)
         if p_recent is not None and is_first:
             _last_inputs(
-                p_xq, stride_qt, None if p_window is None else p_window + (i_channel + o_q) * KEEP,
-                p_recent + (i_channel + o_q) * KEEP, length, m_k, KEEP, BW,
-            )  # fmt: skip
+                p_xq,
+                stride_qt,
+                None if p_window is None else p_window + (i_channel + o_q) * KEEP,
+                p_recent + (i_channel + o_q) * KEEP,
+                length,
+                m_k,
+                KEEP,
+                BW,
+            )
             _last_inputs(
-                p_xk, stride_kt, None if p_window is None else p_window + (i_channel + o_key) * KEEP,
-                p_recent + (i_channel + o_key) * KEEP, length, m_k, KEEP, BW,
-            )  # fmt: skip
+                p_xk,
+                stride_kt,
+                None if p_window is None else p_window + (i_channel + o_key) * KEEP,
+                p_recent + (i_channel + o_key) * KEEP,
+                length,
+                m_k,
+                KEEP,
+                BW,
+            )
     else:
         i_value = i_h - HK
         i_hk, i_r = i_value // (HV // HK), i_value % (HV // HK)
@@ -174,17 +217,32 @@ def _prologue_kernel(
         o_value = 2 * HK * K + i_value * V + o_v
         p_xv = p_v + i_b * stride_vb + i_hk * stride_vh + i_r * stride_vr + o_v
         b_v = conv_silu_tile(
-            p_xv, stride_vt, None if p_context is None else p_context + (i_channel + o_value) * KEEP,
-            p_weight + o_value * WIDTH, None if p_bias is None else p_bias + o_value, i_t, start, end, m_v,
-            BT, WIDTH, KEEP,
-        )  # fmt: skip
+            p_xv,
+            stride_vt,
+            None if p_context is None else p_context + (i_channel + o_value) * KEEP,
+            p_weight + o_value * WIDTH,
+            None if p_bias is None else p_bias + o_value,
+            i_t,
+            start,
+            end,
+            m_v,
+            BT,
+            WIDTH,
+            KEEP,
+        )
         o_head = o_row * HV + i_value
         tl.store(p_ov + o_head[:, None] * V + o_v[None, :], b_v.to(dtype), mask=m_t[:, None] & m_v[None, :])
         if p_recent is not None and is_first:
             _last_inputs(
-                p_xv, stride_vt, None if p_window is None else p_window + (i_channel + o_value) * KEEP,
-                p_recent + (i_channel + o_value) * KEEP, length, m_v, KEEP, BW,
-            )  # fmt: skip
+                p_xv,
+                stride_vt,
+                None if p_window is None else p_window + (i_channel + o_value) * KEEP,
+                p_recent + (i_channel + o_value) * KEEP,
+                length,
+                m_v,
+                KEEP,
+                BW,
+            )
         m_real = o_t < length
         p_xb = p_b + i_b * stride_bb + i_hk * stride_bh + i_r * stride_br
         b_beta = writing_strength(tl.load(p_xb + o_t * stride_bt, mask=m_t, other=0.0), beta_scale)

@@ -35,12 +35,24 @@ def _recurrent_kernel(
     p_o,  # [B, T, HV, V] contiguous
     scale,
     T,
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_vb, stride_vt, stride_vh,
-    stride_gb, stride_gt, stride_gh,
-    stride_bb, stride_bt, stride_bh,
-    stride_sb, stride_st, stride_sh,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    stride_bb,
+    stride_bt,
+    stride_bh,
+    stride_sb,
+    stride_st,
+    stride_sh,
     HK: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -49,7 +61,7 @@ def _recurrent_kernel(
     BV: tl.constexpr,
     IS_KDA: tl.constexpr,
     QK_L2NORM: tl.constexpr,
-):  # fmt: skip
+):
     # One grid axis, since y and z are limited to 65,535. Tiles of a head are neighbours and share its q and k.
     i_program = tl.program_id(0)
     i_v = i_program % tl.cdiv(V, BV)

@@ -114,9 +114,18 @@ def _segment_length(tokens, minimum, BT: tl.constexpr, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def locate_segment(
-    i_x, is_transition, p_bounds, p_first, p_long, sequences, minimum, T,
-    BT: tl.constexpr, SEGMENTS: tl.constexpr, STATE_ONLY: tl.constexpr,
-):  # fmt: skip
+    i_x,
+    is_transition,
+    p_bounds,
+    p_first,
+    p_long,
+    sequences,
+    minimum,
+    T,
+    BT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STATE_ONLY: tl.constexpr,
+):
     """``(sequence, segment, slot, batch, first token, end, first chunk, is the last, is to be served)`` of a program.
 
     States are kept in slots, SEGMENTS - 1 for every sequence that may be long: the one after segment s in slot s. The
@@ -149,9 +158,20 @@ def locate_segment(
 
 @triton.jit
 def load_state(
-    p_initial, p_states, i_n, i_s, i_slot, i_h, o_k, o_v,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SEGMENTS: tl.constexpr, STATE_ONLY: tl.constexpr,
-):  # fmt: skip
+    p_initial,
+    p_states,
+    i_n,
+    i_s,
+    i_slot,
+    i_h,
+    o_k,
+    o_v,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STATE_ONLY: tl.constexpr,
+):
     """State ``[BK, BV]`` that a segment begins with, in fp32; columns from V on are the identity's."""
     m_s = (o_k < K)[:, None] & (o_v < V)[None, :]
     b_s = tl.zeros([o_k.shape[0], o_v.shape[0]], tl.float32)
@@ -169,9 +189,20 @@ def load_state(
 
 @triton.jit
 def store_state(
-    b_s, p_states, p_final, i_n, i_slot, i_h, o_k, o_v, is_last,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, STATE_ONLY: tl.constexpr,
-):  # fmt: skip
+    b_s,
+    p_states,
+    p_final,
+    i_n,
+    i_slot,
+    i_h,
+    o_k,
+    o_v,
+    is_last,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    STATE_ONLY: tl.constexpr,
+):
     """Store the state that a segment ends with: in its slot, or the sequence's own."""
     if STATE_ONLY:
         o_s = (i_slot * HV + i_h) * K * (V + K) + o_k[:, None] * (V + K) + o_v[None, :]
@@ -198,7 +229,7 @@ def _merge_kernel(
     BI: tl.constexpr,
     SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     i_program = tl.program_id(0)
     i_v = i_program % tl.cdiv(V, BV)
     i_nh = (i_program // tl.cdiv(V, BV)).to(tl.int64)

@@ -50,11 +50,24 @@ def _step_kernel(
     scale,
     beta_scale,
     T,
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_vb, stride_vt, stride_vh, stride_vr,
-    stride_ab, stride_at, stride_ah, stride_ar,
-    stride_bb, stride_bt, stride_bh, stride_br,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_vr,
+    stride_ab,
+    stride_at,
+    stride_ah,
+    stride_ar,
+    stride_bb,
+    stride_bt,
+    stride_bh,
+    stride_br,
     HK: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -65,7 +78,7 @@ def _step_kernel(
     LOWER_BOUND: tl.constexpr,
     IS_KDA: tl.constexpr,
     DECAY_IN_DTYPE: tl.constexpr,
-):  # fmt: skip
+):
     i_program = tl.program_id(0)
     i_v = i_program % tl.cdiv(V, BV)
     i_nh = (i_program // tl.cdiv(V, BV)).to(tl.int64)
@@ -97,17 +110,35 @@ def _step_kernel(
 
     for i_t in range(T):
         b_q = conv_silu_token(
-            p_q, stride_qt, p_window + o_ck * WIDTH, p_weight + o_ck * WIDTH,
-            None if p_bias is None else p_bias + o_ck, m_k, i_t, WIDTH,
-        )  # fmt: skip
+            p_q,
+            stride_qt,
+            p_window + o_ck * WIDTH,
+            p_weight + o_ck * WIDTH,
+            None if p_bias is None else p_bias + o_ck,
+            m_k,
+            i_t,
+            WIDTH,
+        )
         b_k = conv_silu_token(
-            p_k, stride_kt, p_window + (HK * K + o_ck) * WIDTH, p_weight + (HK * K + o_ck) * WIDTH,
-            None if p_bias is None else p_bias + HK * K + o_ck, m_k, i_t, WIDTH,
-        )  # fmt: skip
+            p_k,
+            stride_kt,
+            p_window + (HK * K + o_ck) * WIDTH,
+            p_weight + (HK * K + o_ck) * WIDTH,
+            None if p_bias is None else p_bias + HK * K + o_ck,
+            m_k,
+            i_t,
+            WIDTH,
+        )
         b_v = conv_silu_token(
-            p_v, stride_vt, p_window + o_cv * WIDTH, p_weight + o_cv * WIDTH,
-            None if p_bias is None else p_bias + o_cv, m_v, i_t, WIDTH,
-        )  # fmt: skip
+            p_v,
+            stride_vt,
+            p_window + o_cv * WIDTH,
+            p_weight + o_cv * WIDTH,
+            None if p_bias is None else p_bias + o_cv,
+            m_v,
+            i_t,
+            WIDTH,
+        )
         b_a = tl.load(p_a + i_t * stride_at, mask=m_k, other=0.0) if IS_KDA else tl.load(p_a + i_t * stride_at)
         b_g = log_decay(b_a, b_bias, b_rate, p_q.dtype.element_ty, LOWER_BOUND, DECAY_IN_DTYPE)
         b_beta = writing_strength(tl.load(p_b + i_t * stride_bt), beta_scale)
@@ -132,17 +163,29 @@ def _shift_window(p_x, stride_t, p_window, m_c, T, WIDTH: tl.constexpr, BW: tl.c
 
 @triton.jit(do_not_specialize_on_alignment=["T"])
 def _finish_kernel(
-    p_q, p_k, p_v,  # as in _step_kernel
+    p_q,
+    p_k,
+    p_v,  # as in _step_kernel
     p_z,  # [B, T, HK, R, V]
     p_window,  # [B, C, WIDTH] contiguous
     p_norm,  # [V]
     p_o,  # [B, T, HV, V] contiguous, normed in place
     eps,
     T,
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_vb, stride_vt, stride_vh, stride_vr,
-    stride_zb, stride_zt, stride_zh, stride_zr,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_vr,
+    stride_zb,
+    stride_zt,
+    stride_zh,
+    stride_zr,
     HK: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -153,7 +196,7 @@ def _finish_kernel(
     BW: tl.constexpr,
     NORM_IN_FP32: tl.constexpr,
     GATE_IS_SILU: tl.constexpr,
-):  # fmt: skip
+):
     # A program for each value head of each sequence, for its rows and its window; then one for each key head's windows.
     i_n = (tl.program_id(0) // (HV + HK)).to(tl.int64)
     i_h = tl.program_id(0) % (HV + HK)

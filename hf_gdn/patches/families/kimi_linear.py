@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.contract import Raw, Rule
-from .family import Dims, Family
-from .parts import must_call
+from ...kernels.contract import Raw, Rule
+from .base import Dims, Family, has_forward_hooks
 
 
 class KimiLinear(Family):
@@ -30,7 +29,7 @@ class KimiLinear(Family):
 
     def raw(self, layer: Any, x: Tensor) -> Raw:
         qkv, gate = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)), layer.forget_gate
-        called = must_call(gate)
+        called = has_forward_hooks(gate)
         a = gate(x) if called else self.forget(gate, x)
         raw = self.split(layer, qkv, a, layer.b_proj(x), self.gate(layer, x))
         return raw._replace(a=None, g=a) if called else raw

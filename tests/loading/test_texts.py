@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_gdn.errors import UserError
-from hf_gdn.eval import texts
+from hf_gdn.loading import texts
 
 
 def scored(windows):

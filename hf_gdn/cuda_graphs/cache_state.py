@@ -1,4 +1,4 @@
-"""What is in a cache, for who knows its tensors by address: is all as it was, and is another cache like it?
+"""Compare and restore the raw state of a cache, for code that depends on tensor addresses.
 
 A cache's state is in the attributes of its layers and in the dicts among them; this works on those as they are, tensors
 and plain values alike, whatever class a layer has.

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.contract import Raw, Rule
-from .family import Family
+from ...kernels.contract import Raw, Rule
+from .base import Family
 
 
 class OlmoHybrid(Family):

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.contract import Raw
-from .family import Family
+from ...kernels.contract import Raw
+from .base import Family
 
 
 class Qwen3Next(Family):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..kernels.contract import Rule
+from ...kernels.contract import Rule
 from .qwen3_5 import Qwen3_5
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from ..kernels.contract import ACTIVATIONS, Raw, Rule, Weights
-from .parts import must_call_norm
+from ...kernels.contract import ACTIVATIONS, Raw, Rule, Weights
+from ...upstream import modules
 
 
 class Dims(NamedTuple):
@@ -35,6 +33,16 @@ FEATURES = {
     "CUDA graphs": "tests/test_graphs.py",
     "assistants, tokens taken back": "tests/caches/test_rewind.py",
 }
+
+
+def has_forward_hooks(module: Any) -> bool:
+    """Whether a module has to be called, its parameters not read: it has forward hooks, as FSDP and users add them."""
+    return modules.has_forward_hooks(module)
+
+
+def _must_call_norm(norm: Any) -> bool:
+    """The same of a gated norm, which may also be another one than transformers' (PEFT wraps it)."""
+    return has_forward_hooks(norm) or not hasattr(norm, "variance_epsilon")
 
 
 def _known(activation: str) -> Any:
@@ -117,16 +125,5 @@ class Family(ABC):
     def weights(self, layer: Any) -> Weights:
         """The layer's other parameters."""
         conv, decays, norm = layer.conv1d, self.decays(layer), getattr(layer, self.norm_name)
-        weight = None if must_call_norm(norm) else norm.weight
+        weight = None if _must_call_norm(norm) else norm.weight
         return Weights(conv.weight.squeeze(1), conv.bias, decays.A_log, decays.dt_bias, weight)
-
-
-def all_families() -> dict[str, Family]:
-    """All families by name: every module beside this one that has a FAMILY."""
-    package = importlib.import_module(__package__)
-    found = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        family = getattr(importlib.import_module(f"{__package__}.{info.name}"), "FAMILY", None)
-        if family is not None:
-            found[family.name] = family
-    return found

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.contract import Rule
+from ...kernels.contract import Rule
 from .kimi_linear import KimiLinear
 
 

@@ -17,7 +17,7 @@ PROBE = 2  # tokens of a draft after one of which nothing was right
 LONGEST_PAUSE = 32  # tokens
 
 
-class CarefulLookup:
+class AdaptivePromptLookup:
     """transformers' `PromptLookupCandidateGenerator`, whose ``num_output_tokens`` become the longest draft.
 
     After a draft of which no token was right drafts have `PROBE` tokens; after two such drafts there is none for 1, 2,
@@ -53,8 +53,8 @@ class CarefulLookup:
 def make_get_candidate_generator(_: Any) -> Callable[..., Any]:
     """The method that stands before GenerationMixin's in a patched family."""
 
-    def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = seams.generation_class()._get_candidate_generator(self, *args, **kwargs)
-        return CarefulLookup(found) if type(found) is seams.prompt_lookup_class() else found
+    def get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = getattr(seams.generation_class(), seams.CANDIDATES)(self, *args, **kwargs)
+        return AdaptivePromptLookup(found) if type(found) is seams.prompt_lookup_class() else found
 
-    return _get_candidate_generator
+    return get_candidate_generator

@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ..errors import UserError, reason
 from ..patches import all_families, families_in
-from .ranks import Ranks
+from ..upstream.configs import has_causal_model
+
+if TYPE_CHECKING:
+    from ..eval.ranks import Ranks
 
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,15 +26,21 @@ T = TypeVar("T")
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next-80b": (
         "qwen3_next",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
-         "max_position_embeddings": 262144, "intermediate_size": 5120},
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+            "max_position_embeddings": 262144,
+            "intermediate_size": 5120,
+        },
     ),
     "kimi_linear-48b": (
         "kimi_linear",
-        {"layer_types": ["full_attention" if i in (4, 8, 12, 16, 20, 24, 27) else "linear_attention"
-                         for i in range(1, 28)]},
+        {
+            "layer_types": [
+                "full_attention" if i in (4, 8, 12, 16, 20, 24, 27) else "linear_attention" for i in range(1, 28)
+            ]
+        },
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -146,8 +155,9 @@ def load(source: Source, device: torch.device, dtype: torch.dtype) -> Loaded:
     if source.tensor_parallel and source.device_map is not None:
         raise UserError("--tp and --device-map were both given; expected one of them")
     name = str(dtype).removeprefix("torch.")
-    causal = type(config) in AutoModelForCausalLM._model_mapping
-    auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText  # which has the multimodal ones
+    auto: Any = (
+        AutoModelForCausalLM if has_causal_model(config) else AutoModelForImageTextToText
+    )  # which has the multimodal ones
     options: dict[str, Any] = {} if source.attention is None else {"attn_implementation": source.attention}
     if source.random:
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hf_gdn import patches
-from hf_gdn.eval import data, models, perplexity, texts
+from hf_gdn.eval import perplexity
+from hf_gdn.loading import data, models, texts
 
 NAMES = models.embedded()
 CHUNK_FUNCTION = {"qwen3_next": "torch_chunk_gated_delta_rule", "kimi_linear": "chunk_kimi_delta_attention"}

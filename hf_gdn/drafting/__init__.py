@@ -1,0 +1,1 @@
+"""Which tokens to draft in speculative decoding, and how many."""

@@ -1,0 +1,20 @@
+"""The model families. Each is one file; README.md beside them has the checklist for a new one."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+from .base import Family
+
+
+@functools.cache
+def _found() -> tuple[Family, ...]:
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+
+
+def all_families() -> dict[str, Family]:
+    """All families by name: every module in this folder that has a FAMILY."""
+    return {family.name: family for family in _found()}

@@ -1,0 +1,77 @@
+"""The one forward that replaces those of the patched layers: what a call needs, and which floor below serves it.
+
+`recording` for tokens that may be rolled back, `padding` for masks, `mixer` for everything else and below both.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..caches import rewind
+from ..errors import BackendError
+from ..registry import warn_once
+from ..upstream import cache_names, seams
+from . import packing
+from .families.base import Family
+from .mixer import LayerCall, run
+from .padding import hides_nothing, run_padded
+from .plan import Plans, Settings
+from .recording import run_recorded
+
+
+class Unserved(Exception):
+    """The patched forward cannot serve a call; the text says why."""
+
+
+def _check_served(layer: Any, cache: Any, kwargs: dict[str, Any]) -> None:
+    """Raise Unserved for calls that belong to the original forward."""
+    if torch.compiler.is_exporting():
+        raise Unserved("torch.export traces the original forward")
+    if kwargs.get("seq_idx") is not None and kwargs.get("cu_seq_lens_q") is None and torch.compiler.is_compiling():
+        raise Unserved("bounds of packed sequences are read off seq_idx by the host; give cu_seq_lens_q when compiling")
+    if cache is not None and not hasattr(cache.layers[layer.layer_idx], "recurrent_states"):
+        raise Unserved(f"layer {layer.layer_idx} of the {type(cache).__name__} holds no recurrent state")
+
+
+def make_forward(family: Family, original: Callable[..., Tensor], settings: Settings) -> Callable[..., Tensor]:
+    """The forward that replaces `original` on a family's class, with the same arguments and result."""
+    plans = Plans(family, settings)
+
+    @seams.force_accelerate_hooks(family.direct)
+    def forward(
+        self: nn.Module,
+        hidden_states: Tensor,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        cache = cache_names.take(kwargs, cache)  # callers may use the name of another version
+        try:
+            _check_served(self, cache, kwargs)
+        except Unserved as reason:
+            if settings.strict:
+                raise BackendError(f"{family.name}: hf_gdn cannot serve this call: {reason}") from None
+            warn_once(f"{family.name}: the original forward runs: {reason}")
+            return original(self, hidden_states, cache, attention_mask, **kwargs)
+        if attention_mask is not None and family.masks_always and attention_mask.shape == hidden_states.shape[:2]:
+            attention_mask = None if hides_nothing(attention_mask) else attention_mask
+        call, cu_seqlens = LayerCall(plans, self, cache), packing.bounds(hidden_states, kwargs)
+        if call.states is not None and call.states.record_past:
+            rows = 1 if attention_mask is None else len(attention_mask)
+            if cu_seqlens is None and rows == 1 and not torch.is_grad_enabled():
+                return run_recorded(call, hidden_states, attention_mask)
+            rewind.forget(call.states)
+        if cu_seqlens is None:
+            return run_padded(call, hidden_states, attention_mask)
+        if attention_mask is not None:  # bounds count padding; there it is made zero
+            hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
+        packed = hidden_states.reshape(1, -1, hidden_states.shape[2])
+        return run(call, packed, cu_seqlens=cu_seqlens).reshape(hidden_states.shape)
+
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # others check names by it
+    return forward

@@ -1,0 +1,117 @@
+"""Which kernels a layer runs on: decided once for a layer, a device and a dtype, and remembered until that changes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from .. import registry
+from ..kernels.contract import Raw, Rule, Weights
+from ..registry import Kernel
+from .families.base import Dims, Family
+
+MAX_WIDTH = 8  # of convolutions that the Triton kernels serve
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How patched layers run."""
+
+    backend: str = "auto"
+    strict: bool = False
+
+
+class Route(NamedTuple):
+    """The kernels of one way through a layer; norm is None where the norm module has to be called."""
+
+    delta_rule: Kernel
+    prologue: Kernel
+    norm: Kernel | None
+
+
+class KernelPlan:
+    """The kernels of a layer for inputs of one kind.
+
+    Attributes:
+        dims, rule: the layer's.
+        needs_grad: whether gradients are wanted.
+        few: for a few tokens, through the recurrent kernel.
+        step: the kernel that does all of a layer's work between its projections for the next few tokens of a cache;
+            None where its backend has none, or none that serves.
+    """
+
+    def __init__(self, family: Family, settings: Settings, layer: Any, raw: Raw, weights: Weights, grad: bool) -> None:
+        self.dims: Dims = family.dims(layer)
+        self.rule: Rule = family.rule(layer)
+        self.needs_grad = grad
+        self._op, self._gate_known = family.op, isinstance(self.rule.gate, str)
+        self._has_norm = weights.norm is not None
+        # Whether convolution and gates are those that every backend's kernels have.
+        self._plain = self.rule.activation == "silu" and raw.a is not None and weights.conv.shape[1] <= MAX_WIDTH
+        self._request = raw.q.device.type, raw.q.dtype, (*self.dims,), settings.backend, grad
+        self.few = self._route("recurrent")
+        self._many: Route | None = None
+        serves = self._plain and self._has_norm and self._gate_known and not grad
+        self.step = registry.find(f"step_{self._op}", self.few.delta_rule.backend) if serves else None
+
+    def route(self, tokens: int) -> Route:
+        """The kernels for a call of so many tokens."""
+        if tokens <= self.few.delta_rule.max_tokens:
+            return self.few
+        if self._many is None:
+            self._many = self._route("chunk")
+        return self._many
+
+    def _route(self, kind: str) -> Route:
+        kernel = registry.select(f"{kind}_{self._op}", *self._request)
+        prologue = _same_backend_or_eager(kernel, f"prologue_{self._op}", self._plain)
+        norm = _same_backend_or_eager(kernel, "gated_norm", self._gate_known) if self._has_norm else None
+        return Route(kernel, prologue, norm)
+
+
+def _same_backend_or_eager(kernel: Kernel, op: str, serves: bool) -> Kernel:
+    """The same backend's kernel for `op`, or eager's if it has none that serves."""
+    found = (registry.find(op, kernel.backend) if serves else None) or registry.find(op, "eager")
+    assert found is not None
+    return found
+
+
+class Plans:
+    """The plans of all layers of a patched family, by layer and by what decides them."""
+
+    def __init__(self, family: Family, settings: Settings) -> None:
+        self.family, self.settings = family, settings
+        self._known: WeakKeyDictionary[nn.Module, dict[Hashable, KernelPlan]] = WeakKeyDictionary()
+
+    def of(self, layer: Any, raw: Raw) -> tuple[KernelPlan, Weights]:
+        """A layer's plan for the outputs of its projections, and its weights.
+
+        Weights are read anew: offloading and training replace them.
+        """
+        family, weights = self.family, self.family.weights(layer)
+        grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*raw, *weights))
+        if torch.compiler.is_compiling():
+            return KernelPlan(family, self.settings, layer, raw, weights, grad), weights
+        plans = self._known.get(layer)
+        if plans is None:
+            plans = self._known[layer] = {}
+        norm = getattr(layer, family.norm_name)
+        key = (
+            raw.q.device.type,
+            raw.q.dtype,
+            grad,
+            raw.a is None,
+            weights.conv.shape[1],
+            id(norm),
+            weights.norm is None,
+            registry.generation,
+        )
+        plan = plans.get(key)
+        if plan is None:
+            plan = plans[key] = KernelPlan(family, self.settings, layer, raw, weights, grad)
+        return plan, weights

@@ -1,0 +1,52 @@
+"""Private names of torch that concern tensors: versions, subclasses, nested arguments, static addresses.
+
+All exist in torch 2.7 to 2.14.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+
+__all__ = [
+    "is_wrapper",
+    "tree_flatten",
+    "tree_map",
+    "tree_map_only",
+    "version",
+    "parts",
+    "mark_static_address",
+    "free_cublas_workspaces",
+    "compiler_error",
+]
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor has been written to in place; 0 for tensors of inference mode, which do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def parts(tensor: Any) -> list[Tensor]:
+    """The tensors that a wrapper subclass (a quantized weight, say) is made of; none for a plain tensor."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return []
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
+def mark_static_address(tensor: Tensor) -> None:
+    """Tell torch.compile that a tensor stays where it is, so that its CUDA graphs do not copy it."""
+    torch._dynamo.mark_static_address(tensor)
+
+
+def free_cublas_workspaces() -> None:
+    """Free cuBLAS's workspaces on a CUDA device: those that a graph's capture made belong to the graph."""
+    torch._C._cuda_clearCublasWorkspaces()
+
+
+def compiler_error() -> type[Exception]:
+    """The base of what torch.compile raises."""
+    return torch._dynamo.exc.TorchDynamoException
