@@ -51,7 +51,7 @@ def _check_recording(cache: Any) -> None:
     recording = next((layer for layer in layers if hasattr(layer, "record_past")), None)
     if recording is None or not recording.record_past or cache.is_compileable:
         return
-    if any(layer.is_compileable for layer in layers):
+    if any(layer.is_compileable for layer in layers if not hasattr(layer, "record_past")):
         raise ValueError(
             f"a {type(cache).__name__} of a hybrid model that records its past, as assisted decoding makes it, is "
             f"masked wrongly by {versions.installed()}: decode steps attend to empty slots; expected a DynamicCache"
