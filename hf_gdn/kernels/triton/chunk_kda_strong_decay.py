@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from .chunk_kda_prepare import RUN, VECTOR, row_order, running_sum
 from .chunks import locate_chunk
-from .math import LOG2E, dot
+from .math import LOG2E, dot, only_if
 from .runtime import NOT_MEASURED, LaunchConfig, tl, triton
 from .triangular_inverse import invert_halves, store_halves
 
@@ -140,9 +140,9 @@ def scores_kernel(
             for i in range(BC):
                 i_j = BC - 1 - i
                 t_j = i_t + i_r + i_j
-                m_next = m_k & (i > 0) & (t_j + 1 < end)
+                m_next = only_if(m_k, (i > 0) & (t_j + 1 < end))
                 b_next = tl.load(p_g + (t_j + 1) * stride_gt + o_k, mask=m_next, other=0.0)
-                b_kj = tl.load(p_k + t_j * stride_kt + o_k, mask=m_k & (t_j < end), other=0.0).to(tl.float32)
+                b_kj = tl.load(p_k + t_j * stride_kt + o_k, mask=only_if(m_k, t_j < end), other=0.0).to(tl.float32)
                 b_x += tl.where((o_i > i_j)[:, None], b_next[None, :], 0.0)
                 b_kj = tl.exp2(b_x * LOG2E) * b_kj[None, :]
                 m_j = (o_i == i_j)[None, :]

@@ -25,6 +25,13 @@ def dot(b_x, b_y, b_acc=None, PRECISION: tl.constexpr = None):
 
 
 @triton.jit
+def only_if(m, condition):
+    """The mask m where a scalar condition holds, nothing elsewhere. `m & condition` is no boolean in the interpreter,
+    and Triton 3.9 takes boolean masks alone."""
+    return tl.where(condition, m, False)
+
+
+@triton.jit
 def sum_rows(b_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sum over the first dimension, always in the same order; tl.sum's order depends on warps and tile."""
     b_x = tl.reshape(b_x, [ROWS, COLUMNS])
@@ -92,9 +99,9 @@ def conv_silu_token(p_x, stride_t, p_window, p_weight, p_bias, m_c, i_t, WIDTH: 
     b_sum = tl.zeros(m_c.shape, tl.float32)
     for i in tl.static_range(WIDTH):
         at = i_t - (WIDTH - 1 - i)
-        b_x = tl.load(p_x + at * stride_t, mask=m_c & (at >= 0), other=0.0).to(tl.float32)
+        b_x = tl.load(p_x + at * stride_t, mask=only_if(m_c, at >= 0), other=0.0).to(tl.float32)
         if i < WIDTH - 1:
-            b_x += tl.load(p_window + (WIDTH + at), mask=m_c & (at < 0), other=0.0).to(tl.float32)
+            b_x += tl.load(p_window + (WIDTH + at), mask=only_if(m_c, at < 0), other=0.0).to(tl.float32)
         b_sum += b_x * tl.load(p_weight + i, mask=m_c, other=0.0).to(tl.float32)
     if p_bias is not None:
         b_sum += tl.load(p_bias, mask=m_c, other=0.0).to(tl.float32)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .chunks import CHUNK, Chunks, locate_sequence, padded, scan_config, shared_memory
-from .math import dot, input_precision
+from .math import dot, input_precision, only_if
 from .runtime import NOT_MEASURED, LaunchConfig, on_device, tl, triton
 
 # Tokens a sequence must have to be cut: four chunks a segment at least. Predicted, not measured: the scan of two heads
@@ -177,13 +177,13 @@ def load_state(
     b_s = tl.zeros([o_k.shape[0], o_v.shape[0]], tl.float32)
     if p_initial is not None:
         o_s = (i_n * HV + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
-        m_initial = m_s if SEGMENTS == 1 else m_s & (i_s == 0)
+        m_initial = m_s if SEGMENTS == 1 else only_if(m_s, i_s == 0)
         b_s = tl.load(p_initial + o_s, mask=m_initial, other=0.0).to(tl.float32)
     if STATE_ONLY:
         b_s = tl.where(o_k[:, None] + V == o_v[None, :], 1.0, b_s)
     elif SEGMENTS > 1:
         o_s = (i_slot * HV + i_h) * K * (V + K) + o_k[:, None] * (V + K) + o_v[None, :]
-        b_s = tl.load(p_states + o_s, mask=m_s & (i_s > 0), other=b_s)
+        b_s = tl.load(p_states + o_s, mask=only_if(m_s, i_s > 0), other=b_s)
     return b_s
 
 
@@ -209,7 +209,7 @@ def store_state(
         tl.store(p_states + o_s, b_s, mask=(o_k < K)[:, None] & (o_v < V + K)[None, :])
     else:
         o_s = (i_n * HV + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
-        tl.store(p_final + o_s, b_s, mask=(o_k < K)[:, None] & (o_v < V)[None, :] & is_last)
+        tl.store(p_final + o_s, b_s, mask=only_if((o_k < K)[:, None] & (o_v < V)[None, :], is_last))
 
 
 @triton.jit
@@ -255,7 +255,7 @@ def _merge_kernel(
         i_slot, i_r = i_tile // (BK // BI) + 1, i_tile % (BK // BI)
         o_j = i_r * BI + o_i
         p_slot = p_states + i_slot * HV * K * (V + K)
-        b_c = tl.load(p_slot + o_s, mask=m_s & (i_r == 0), other=0.0)
+        b_c = tl.load(p_slot + o_s, mask=only_if(m_s, i_r == 0), other=0.0)
         m_m = (o_j < K)[:, None] & (o_k < K)[None, :]
         b_m = tl.load(p_slot + o_k[None, :] * (V + K) + V + o_j[:, None], mask=m_m, other=0.0)
         b_s = tl.where(i_r == 0, b_new, b_s)
@@ -264,7 +264,7 @@ def _merge_kernel(
         m_r = tl.arange(0, BK // BI)[None, :, None] == i_r
         b_part = tl.sum(tl.where(m_r, tl.reshape(b_s, [BV, BK // BI, BI]), 0.0), 1)
         b_new = dot(b_part, b_m, b_new, PRECISION=PRECISION)
-        tl.store(p_slot + o_s, b_new, mask=m_s & (i_r == BK // BI - 1))
+        tl.store(p_slot + o_s, b_new, mask=only_if(m_s, i_r == BK // BI - 1))
 
 
 def scan(
