@@ -70,7 +70,7 @@ class Operators(TorchDispatchMode):
 
 # Input projections, f_a, f_b, g_a and g_b of KDA among them, and the output projection.
 PRODUCTS = {
-    "qwen3_next": 3, "qwen3_5": 5, "qwen3_5_moe": 5, "qwen4_exp": 5, "olmo_hybrid": 7, "kimi_linear": 9,
+    "qwen3_next": 3, "qwen3_5": 5, "qwen3_5_moe": 5, "qwen4_exp": 5, "lara_mini": 5, "olmo_hybrid": 7, "kimi_linear": 9,
     "glm5_next": 9, "bailing_hybrid": 7,
 }  # fmt: skip
 
