@@ -111,7 +111,7 @@ def test_the_original_s_signature_is_kept(family):
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.16.1", "6.0.0", "7.1.0.dev0"])
 def test_an_unsupported_version_is_refused_before_anything_is_patched(version, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(versions, "version", lambda: version)
     text = rf"hf_gdn needs transformers >= 5\.17 and < 6; transformers {re.escape(version)} is installed"
     for names in (None, NAME):
         with pytest.raises(PatchError, match=text):
@@ -121,7 +121,7 @@ def test_an_unsupported_version_is_refused_before_anything_is_patched(version, m
 
 @pytest.mark.parametrize(("version", "tested"), [("5.17.0", True), ("5.24.3", True), ("5.25.0.dev0", False)])
 def test_the_tested_range(version, tested, monkeypatch, caplog):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(versions, "version", lambda: version)
     assert versions.is_tested() == tested
     with caplog.at_level(logging.WARNING, "hf_gdn"):
         hf_gdn.patch()
@@ -308,7 +308,7 @@ def test_without_a_compiled_call_there_are_no_cuda_graphs(monkeypatch):
 @pytest.fixture
 def newer(monkeypatch):
     """A transformers beyond the tested range."""
-    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(versions, "version", lambda: "5.99.0")
     monkeypatch.setattr(self_check, "_found", {})
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 
 from .. import registry
-from ..upstream import seams
+from ..upstream import seams, versions
 from . import in_force
 from .families import all_families
 from .family_patch import FamilyPatch, layer_class, rollback_missing
@@ -78,7 +77,7 @@ def status() -> Status:
     for name, family in all_families().items():
         change = table.patches.get(name)
         if not seams.has_module(family.module):
-            state = f"absent from transformers {transformers.__version__}"
+            state = f"absent from transformers {versions.version()}"
         elif change is None:
             state = "original"
         else:
@@ -89,7 +88,7 @@ def status() -> Status:
         rows.append(FamilyStatus(name, family.class_name, state, replays, table.misfits.get(name)))
     backend = ", ".join(dict.fromkeys(change.settings.backend for change in table.patches.values())) or "none"
     missing = rollback_missing() if table.patches else None
-    return Status(backend, tuple(rows), transformers.__version__, missing)
+    return Status(backend, tuple(rows), versions.version(), missing)
 
 
 def original_forward(family: str) -> Callable[..., Any]:

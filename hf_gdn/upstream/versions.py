@@ -14,13 +14,18 @@ _BELOW = "6"
 FIRST = {"bailing_hybrid": "5.20", "lara_mini": "5.24"}
 
 
+def version() -> str:
+    """The version of the installed transformers."""
+    return transformers.__version__
+
+
 def installed() -> str:
     """The installed transformers, as messages name it."""
-    return f"transformers {transformers.__version__}"
+    return f"transformers {version()}"
 
 
 def _release() -> tuple[int, ...]:
-    return Version(transformers.__version__).release[:2]
+    return Version(version()).release[:2]
 
 
 def check() -> None:
