@@ -107,7 +107,7 @@ class Plans:
             grad,
             raw.a is None,
             weights.conv.shape[1],
-            id(norm),
+            norm,
             weights.norm is None,
             registry.generation,
         )
