@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 
 from hf_gdn import cuda_graphs, registry
 from hf_gdn.errors import UserError
@@ -122,7 +122,7 @@ def test_compiled_runs_both_sides(tmp_path, monkeypatch):
         seen.append(graph)
         return graph.forward
 
-    config = speed.CompileConfig(backend=backend, mode=None)
+    config = CompileConfig(backend=backend, mode=None)
     config._compile_all_devices = True
     make = {"cache_implementation": "static", "compile_config": config}
     monkeypatch.setitem(speed.VARIANTS, "compile", (lambda: make, 1))
