@@ -50,11 +50,11 @@ def kernels(rule: str, batch: int, device: torch.device, dtype: torch.dtype) -> 
     found = error(fn(**inputs)[0], wanted)
     yield dict(row="recurrence", ms=time(lambda: fn(**inputs, inplace=True), device, graph=True), error=found, **common)
     inputs = (STEP_GDN if rule == "gdn" else STEP_KDA).make_inputs(B=batch, **heads)
-    raw, weights, made, window, state = inputs.values()
-    wanted = reference.step(double(raw), double(weights), made, window.double(), state.double())[0]
+    projected, weights, made, window, state = inputs.values()
+    wanted = reference.step(double(projected), double(weights), made, window.double(), state.double())[0]
     step = registry.get(f"step_{rule}", "triton").fn
-    found = error(step(raw, weights, made, window.clone(), state.clone()), wanted)
-    ms = time(lambda: step(raw, weights, made, window, state), device, graph=True)
+    found = error(step(projected, weights, made, window.clone(), state.clone()), wanted)
+    ms = time(lambda: step(projected, weights, made, window, state), device, graph=True)
     yield dict(row="between", ms=ms, error=found, **common)
 
 

@@ -114,13 +114,18 @@ def around(device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
         for batch, tokens in ((1, 8192), (8, 2048)):
             op = kernels.PROLOGUE_GDN if rule == "gdn" else kernels.PROLOGUE_KDA
             call = op.make_inputs(B=batch, T=tokens, **heads)
-            exact = dict(call, raw=double(call["raw"]), weights=double(call["weights"]), window=call["window"].double())
+            exact = dict(
+                call,
+                projected=double(call["projected"]),
+                weights=double(call["weights"]),
+                window=call["window"].double(),
+            )
             wanted, fn = prologue(**exact), registry.get(op.name, "triton").fn
             made = fn(**call)
             found = max(error(got, want) for got, want in zip(made, wanted))
             ms = time(functools.partial(fn, **call), device, graph=True)
-            raw = call["raw"]
-            moved = sum(x.nbytes for x in (raw.q, raw.k, raw.v, raw.a, raw.b, *made[:5]))
+            projected = call["projected"]
+            moved = sum(x.nbytes for x in (projected.q, projected.k, projected.v, projected.a, projected.b, *made[:5]))
             common = dict(batch=batch, tokens=tokens, budget=OP[dtype])
             share = moved / ms / 1e6 / bandwidth
             yield dict(row="around", what=f"prologue, {rule}", ms=ms, error=found, share_bandwidth=share, **common)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .kernels.contract import Prepared, Raw, Rule, Weights, state_dtype
+from .kernels.contract import DeltaRuleInputs, LayerSpec, Projections, Weights, state_dtype
 from .once import read_once
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -103,7 +103,7 @@ def _define(op: str, inplace: bool) -> Any:
     def run(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, backend):
         if cu_seqlens is not None:
             check_bounds(cu_seqlens, q.shape[1])
-        kernel = registry.select(op, q.device.type, q.dtype, dims_of(q, v), backend, False)
+        kernel = registry.resolve_cached(op, q.device.type, q.dtype, dims_of(q, v), backend, False)
         o, state = kernel.fn(
             q,
             k,
@@ -138,7 +138,7 @@ OPERATORS = {op: _define(op, False) for op in ("chunk_gdn", "recurrent_gdn", "ch
 INPLACE_OPERATORS = {op: _define(op, True) for op in ("recurrent_gdn", "recurrent_kda")}
 
 
-def launch(
+def call_delta_rule(
     kernel: registry.Kernel,
     q: Tensor,
     k: Tensor,
@@ -177,23 +177,23 @@ def launch(
 
 _STEP_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor z, Tensor conv, Tensor? conv_bias, Tensor A_log, "
-    "Tensor dt_bias, Tensor norm, Tensor(a!) window, Tensor(b!) state, float? lower_bound, bool decay_in_dtype, "
+    "Tensor dt_bias, Tensor norm, Tensor(a!) conv_state, Tensor(b!) state, float? lower_bound, bool decay_in_dtype, "
     "float beta_scale, str activation, str gate, bool norm_in_fp32, float eps, str backend) -> Tensor"
 )
 
 
 def _define_step(op: str) -> Any:
-    """Make an operator of a step op, which updates window and state."""
+    """Make an operator of a step op, which updates conv_state and state."""
 
-    def run(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, norm, window, state, *rest):
-        *rule, backend = rest
-        raw, weights = Raw(q, k, v, a, b, z), Weights(conv, conv_bias, A_log, dt_bias, norm)
-        return registry.get(op, backend).fn(raw, weights, Rule(*rule), window, state)
+    def run(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, norm, conv_state, state, *rest):
+        *spec, backend = rest
+        projected, weights = Projections(q, k, v, a, b, z), Weights(conv, conv_bias, A_log, dt_bias, norm)
+        return registry.get(op, backend).fn(projected, weights, LayerSpec(*spec), conv_state, state)
 
-    def fake(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, norm, window, state, *rest):
+    def fake(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, norm, conv_state, state, *rest):
         return v.new_empty((*v.shape[:2], v.shape[2] * v.shape[3], v.shape[4]))
 
-    operator = torch.library.custom_op(f"hf_gdn::{op}_", run, mutates_args=("window", "state"), schema=_STEP_SCHEMA)
+    operator = torch.library.custom_op(f"hf_gdn::{op}_", run, mutates_args=("conv_state", "state"), schema=_STEP_SCHEMA)
     operator.register_fake(fake)
     return operator
 
@@ -201,33 +201,44 @@ def _define_step(op: str) -> Any:
 STEP_OPERATORS = {op: _define_step(op) for op in ("step_gdn", "step_kda")}
 
 
-def launch_step(
-    kernel: registry.Kernel, raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor
+def call_step(
+    kernel: registry.Kernel,
+    projected: Projections,
+    weights: Weights,
+    spec: LayerSpec,
+    conv_state: Tensor,
+    state: Tensor,
 ) -> Tensor:
     """Call a step kernel: directly, or as an operator where torch.compile cannot look into it."""
     if torch.compiler.is_compiling() and not kernel.traceable:
-        return STEP_OPERATORS[kernel.op](*raw[:6], *weights, window, state, *rule, kernel.backend)
-    return kernel.fn(raw, weights, rule, window, state)
+        return STEP_OPERATORS[kernel.op](*projected[:6], *weights, conv_state, state, *spec, kernel.backend)
+    return kernel.fn(projected, weights, spec, conv_state, state)
 
 
 _PROLOGUE_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor z, Tensor conv, Tensor? conv_bias, Tensor A_log, "
-    "Tensor dt_bias, float? lower_bound, bool decay_in_dtype, float beta_scale, Tensor? window, int keep, "
+    "Tensor dt_bias, float? lower_bound, bool decay_in_dtype, float beta_scale, Tensor? conv_state, int keep, "
     "Tensor? cu_seqlens, Tensor? lengths, str backend) "
-    "-> (Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor window)"
+    "-> (Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor conv_state)"
 )
 
 
 def _define_prologue(op: str) -> Any:
-    """Make an operator of a prologue op; the window it returns has no elements where none is asked for."""
+    """Make an operator of a prologue op; the conv_state it returns has no elements where none is asked for."""
 
     def run(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, *rest):
-        *rule, window, keep, cu_seqlens, lengths, backend = rest
-        raw, weights = Raw(q, k, v, a, b, z), Weights(conv, conv_bias, A_log, dt_bias, None)
+        *spec, conv_state, keep, cu_seqlens, lengths, backend = rest
+        projected, weights = Projections(q, k, v, a, b, z), Weights(conv, conv_bias, A_log, dt_bias, None)
         made = registry.get(op, backend).fn(
-            raw, weights, Rule(*rule), window=window, keep=keep, cu_seqlens=cu_seqlens, lengths=lengths
+            projected,
+            weights,
+            LayerSpec(*spec),
+            conv_state=conv_state,
+            keep=keep,
+            cu_seqlens=cu_seqlens,
+            lengths=lengths,
         )
-        return *(x.contiguous() for x in made[:5]), q.new_empty(0) if made.window is None else made.window
+        return *(x.contiguous() for x in made[:5]), q.new_empty(0) if made.conv_state is None else made.conv_state
 
     def fake(q, k, v, a, b, z, conv, *rest):
         heads, (*_, keep, _, _, _) = v.shape[2] * v.shape[3], rest
@@ -249,39 +260,39 @@ def _define_prologue(op: str) -> Any:
 PROLOGUE_OPERATORS = {op: _define_prologue(op) for op in ("prologue_gdn", "prologue_kda")}
 
 
-def launch_prologue(
+def call_prologue(
     kernel: registry.Kernel,
-    raw: Raw,
+    projected: Projections,
     weights: Weights,
-    rule: Rule,
+    spec: LayerSpec,
     *,
-    window: Tensor | None,
+    conv_state: Tensor | None,
     keep: int,
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
-) -> Prepared:
+) -> DeltaRuleInputs:
     """Call a prologue kernel: directly, or as an operator where torch.compile cannot look into it."""
     if torch.compiler.is_compiling() and not kernel.traceable:
         q, k, v, g, beta, recent = PROLOGUE_OPERATORS[kernel.op](
-            *raw[:6], *weights[:4], *rule[:3], window, keep, cu_seqlens, lengths, kernel.backend
+            *projected[:6], *weights[:4], *spec[:3], conv_state, keep, cu_seqlens, lengths, kernel.backend
         )
-        return Prepared(q, k, v, g, beta, recent if keep else None)
-    return kernel.fn(raw, weights, rule, window=window, keep=keep, cu_seqlens=cu_seqlens, lengths=lengths)
+        return DeltaRuleInputs(q, k, v, g, beta, recent if keep else None)
+    return kernel.fn(projected, weights, spec, conv_state=conv_state, keep=keep, cu_seqlens=cu_seqlens, lengths=lengths)
 
 
 def _gated_norm(
     o: Tensor, z: Tensor, weight: Tensor, gate: str, norm_in_fp32: bool, eps: float, backend: str
 ) -> Tensor:
-    rule = Rule(gate=gate, norm_in_fp32=norm_in_fp32, eps=eps)
-    return registry.get("gated_norm", backend).fn(o, z, weight, rule)
+    spec = LayerSpec(gate=gate, norm_in_fp32=norm_in_fp32, eps=eps)
+    return registry.get("gated_norm", backend).fn(o, z, weight, spec)
 
 
 NORM_OPERATOR = torch.library.custom_op("hf_gdn::gated_norm", _gated_norm, mutates_args=())
 NORM_OPERATOR.register_fake(lambda o, *_: torch.empty_like(o))
 
 
-def launch_norm(kernel: registry.Kernel, o: Tensor, z: Tensor, weight: Tensor, rule: Rule) -> Tensor:
+def call_norm(kernel: registry.Kernel, o: Tensor, z: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
     """Call a gated norm: directly, or as an operator where torch.compile cannot look into it."""
     if torch.compiler.is_compiling() and not kernel.traceable:
-        return NORM_OPERATOR(o, z, weight, *rule[4:], kernel.backend)
-    return kernel.fn(o, z, weight, rule)
+        return NORM_OPERATOR(o, z, weight, *spec[4:], kernel.backend)
+    return kernel.fn(o, z, weight, spec)

@@ -120,7 +120,7 @@ def _call(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         if cu_seqlens is not None:
             check_bounds(cu_seqlens, q.shape[1])
-        kernel = registry.select(op, q.device.type, q.dtype, dims_of(q, v), backend, True)
+        kernel = registry.resolve_cached(op, q.device.type, q.dtype, dims_of(q, v), backend, True)
         o, state = kernel.fn(
             q, k, v, g, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm
         )

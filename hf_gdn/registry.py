@@ -8,7 +8,6 @@ An `Op` is a mathematical function with an oracle; a `Kernel` is one implementat
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import pkgutil
 import threading
@@ -20,8 +19,7 @@ from typing import Any
 import torch
 
 from .errors import BackendError
-
-logger = logging.getLogger("hf_gdn")
+from .log import logger, warn_once
 
 ENTRY_POINT_GROUP = "hf_gdn.kernels"
 # What "auto" means in this process; read once.
@@ -102,18 +100,10 @@ _ops: dict[str, Op] = {}
 _kernels: dict[str, list[Kernel]] = {}
 _table: dict[tuple[str, str], Kernel] = {}  # by op and backend
 generation = 0  # grows with every kernel that is added or removed: what was decided before has to be decided again
-_chosen: dict[tuple, str] = {}  # backends that `select` found, by request
+_chosen: dict[tuple, str] = {}  # backends that `resolve_cached` found, by request
 _waiting: list[tuple[Kernel, str | None]] = []  # registered before the built-in kernels were loaded
 _loaded = False
 _lock = threading.RLock()
-_warned: set[str] = set()
-
-
-def warn_once(message: str) -> None:
-    """Log a warning the first time it is given."""
-    if message not in _warned:
-        _warned.add(message)
-        logger.warning(message)
 
 
 def register_op(op: Op) -> Op:
@@ -245,7 +235,7 @@ def get(op: str, backend: str) -> Kernel:
     raise ValueError(f"op {op!r} has no kernel of backend {backend!r}; it has: {', '.join(k.backend for k in row)}")
 
 
-def find(op: str, backend: str) -> Kernel | None:
+def get_or_none(op: str, backend: str) -> Kernel | None:
     """The kernel of that op and backend, None where there is none: for hot paths, nothing is checked."""
     return _table.get((op, backend))
 
@@ -287,7 +277,7 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
 
 
 @torch.compiler.assume_constant_result
-def _choose(
+def _resolved_backend(
     op: str, device_type: str, dtype: torch.dtype, dims: tuple[int, int, int, int], backend: str, needs_grad: bool
 ) -> str:
     key = (op, device_type, dtype, dims, backend, needs_grad)
@@ -298,8 +288,8 @@ def _choose(
     return chosen
 
 
-def select(
+def resolve_cached(
     op: str, device_type: str, dtype: torch.dtype, dims: tuple[int, int, int, int], backend: str, needs_grad: bool
 ) -> Kernel:
     """`resolve`, remembered: what hot paths and traced functions call. `dims` are HK, HV, K and V."""
-    return _table[op, _choose(op, device_type, dtype, dims, backend, needs_grad)]
+    return _table[op, _resolved_backend(op, device_type, dtype, dims, backend, needs_grad)]

@@ -21,7 +21,7 @@ from hf_gdn.upstream import versions
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- written by scripts/models_table.py -->", "<!-- end -->"
 DIMS = 16, 32, 128, 128  # HK, HV, K, V of the larger released models
-RULES = {"gdn": "Gated DeltaNet", "kda": "Kimi Delta Attention"}
+VARIANTS = {"gdn": "Gated DeltaNet", "kda": "Kimi Delta Attention"}
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -48,7 +48,7 @@ def features() -> str:
             if reason is not None:
                 notes.append(f"`{name}`, {feature}: {reason}.")
             marks.append("yes" if reason is None else f"no ({len(notes)})")
-        rows.append([f"`{name}`", RULES[family.op], family.about, f"{versions.since(name)} on", *marks])
+        rows.append([f"`{name}`", VARIANTS[family.variant], family.about, f"{versions.since(name)} on", *marks])
     header = ["model type", "rule", "particular", "transformers", *FEATURES]
     return "\n".join([table(header, rows), "", *(f"{n}. {note}" for n, note in enumerate(notes, 1))])
 
@@ -56,7 +56,7 @@ def features() -> str:
 def served() -> str:
     rows = []
     for name, family in patches.all_families().items():
-        ops = f"chunk_{family.op}", f"recurrent_{family.op}"
+        ops = f"chunk_{family.variant}", f"recurrent_{family.variant}"
         rows.append(
             [f"`{name}`", f"`{family.class_name}`"]
             + [backends(op, device) for device in ("cuda", "cpu") for op in ops]

@@ -52,5 +52,5 @@ def test_an_unknown_level_is_named():
 
 
 def test_warnings_are_seen_in_programs_that_configure_no_logging():
-    code = "import hf_gdn; from hf_gdn.registry import warn_once; warn_once('slow kernels'); warn_once('slow kernels')"
+    code = "import hf_gdn; from hf_gdn.log import warn_once; warn_once('slow kernels'); warn_once('slow kernels')"
     assert run(code, HF_GDN_LOG="").stderr.split("\n") == ["slow kernels", ""]

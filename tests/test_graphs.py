@@ -19,7 +19,7 @@ from torch import nn
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 import hf_gdn
-from hf_gdn import cuda_graphs, registry
+from hf_gdn import cuda_graphs, log
 from hf_gdn.cuda_graphs import cache_state
 from hf_gdn.upstream import cache_names
 from tests import tiny
@@ -34,7 +34,7 @@ def taped(monkeypatch):
     for name, value in {"recorded": 0, "replayed": 0, "free": 1 << 40, "raises": None}.items():
         monkeypatch.setattr(Tape, name, value)
     monkeypatch.setitem(cuda_graphs.CAPTURES, "cpu", Tape)
-    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(log, "warned", set())
     yield
     cuda_graphs.release()
 
@@ -622,7 +622,7 @@ def test_other_models_and_devices_compile_as_ever(taped, monkeypatch):
 def test_tokens_on_a_gpu(family, dtype, caplog, monkeypatch):
     """Tokens are the un-graphed path's, bit for bit: the same kernels run on the same numbers."""
     tiny.skip_what_it_cannot(family, "CUDA graphs")
-    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(log, "warned", set())
     made = []
     real = cuda_graphs.CudaCapture.replay
     monkeypatch.setattr(cuda_graphs.CudaCapture, "replay", lambda self: (made.append(1), real(self))[1])
@@ -659,7 +659,7 @@ def test_memory_on_a_gpu():
 @pytest.mark.gpu
 def test_a_capture_that_fails_on_a_gpu(caplog, monkeypatch):
     """A step that waits for the device cannot be captured; the device and its memory serve on."""
-    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(log, "warned", set())
     model = build().cuda()
     layer = model.model.layers[0].mlp
     ids, mask = (x.cuda() for x in tiny.batch())

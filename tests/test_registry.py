@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from hf_gdn import registry
-from hf_gdn.registry import BackendError, Kernel, Request
+from hf_gdn import log, registry
+from hf_gdn.errors import BackendError
+from hf_gdn.registry import Kernel, Request
 from tests import tiny
 
 REQUEST = Request("chunk_gdn", "cpu", torch.float32, 2, 4, 64, 64)
@@ -43,7 +44,7 @@ def test_declared_order():
 
 
 def test_auto_takes_the_first_that_serves_and_warns_once(caplog, monkeypatch):
-    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(log, "warned", set())
     with caplog.at_level(logging.WARNING, "hf_gdn"):
         assert registry.resolve(REQUEST).backend == "eager"
         assert registry.resolve(REQUEST).backend == "eager"
@@ -91,9 +92,9 @@ def test_a_kernel_can_go_ahead_of_others(extra):
     assert registry.kernels("chunk_gdn")[0] is extra
     assert registry.resolve(REQUEST) is extra
     dims = (2, 4, 64, 64)
-    assert registry.select("chunk_gdn", "cpu", torch.float32, dims, "auto", False) is extra
+    assert registry.resolve_cached("chunk_gdn", "cpu", torch.float32, dims, "auto", False) is extra
     registry.unregister("chunk_gdn", "extra")
-    assert registry.select("chunk_gdn", "cpu", torch.float32, dims, "auto", False).backend == "eager"
+    assert registry.resolve_cached("chunk_gdn", "cpu", torch.float32, dims, "auto", False).backend == "eager"
 
 
 def test_gradients_go_to_the_eager_backend(extra):
@@ -104,7 +105,7 @@ def test_gradients_go_to_the_eager_backend(extra):
 
 PLUGIN = """
 import dataclasses
-from hf_gdn import registry
+from hf_gdn import log, registry
 
 def load():
     eager = registry.get("chunk_gdn", "eager")
@@ -135,7 +136,7 @@ def test_environment_names_the_default_backend():
 
 EARLY = """
 import sys
-from hf_gdn import registry
+from hf_gdn import log, registry
 
 def register(op, backend, before=None):
     kernel = registry.Kernel(op, backend, lambda **kwargs: None, lambda request: None)

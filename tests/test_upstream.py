@@ -13,10 +13,10 @@ import transformers
 from transformers import DynamicCache, GenerationMixin, cache_utils, masking_utils
 
 import hf_gdn
-from hf_gdn import patches, registry
+from hf_gdn import log, patches
 from hf_gdn.caches import SinkCache
+from hf_gdn.errors import BackendError
 from hf_gdn.patches import PatchError, self_check
-from hf_gdn.registry import BackendError
 from hf_gdn.upstream import cache_names, seams, versions
 from tests import tiny
 
@@ -28,7 +28,7 @@ ids = torch.arange(3, 23)[None]
 
 @pytest.fixture(autouse=True)
 def _warn_anew(monkeypatch):
-    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(log, "warned", set())
 
 
 def states() -> dict[str, str]:

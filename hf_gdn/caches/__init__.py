@@ -1,7 +1,7 @@
-"""What caches of hybrid models lack in transformers, and what there is in a static one.
+"""What transformers' caches of hybrid models lack.
 
 For users: `SinkCache`, `snapshot`, `restore`, `fork`, `save`, `load` and `PrefixCache`, each imported on first use.
-What transformers' own caches gain under `hf_gdn.patch()` is in `batch` and `rewind`.
+`row_methods` and `rollback` are what `hf_gdn.patch()` adds to transformers' own caches.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..errors import SnapshotError
-    from .identity import fingerprint
     from .prefix import PrefixCache
     from .sinks import SinkCache
-    from .snapshot_files import load, save
     from .snapshots import Snapshot, fork, restore, snapshot
+    from .snapshots.files import load, save
+    from .snapshots.fingerprint import fingerprint
 
 _HOMES = {
     "SinkCache": "sinks",
     "snapshot": "snapshots",
     "restore": "snapshots",
     "fork": "snapshots",
-    "save": "snapshot_files",
-    "load": "snapshot_files",
+    "save": "snapshots.files",
+    "load": "snapshots.files",
     "PrefixCache": "prefix",
-    "fingerprint": "identity",
+    "fingerprint": "snapshots.fingerprint",
     "Snapshot": "snapshots",
-    "SnapshotError": "snapshot_layers",
+    "SnapshotError": "snapshots.layers",
 }
 __all__ = [
     "SinkCache",

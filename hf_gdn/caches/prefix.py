@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from ..upstream import cache_names
-from . import identity
-from .snapshot_layers import GROWING
-from .snapshots import Snapshot, _own, put, read, repeat
+from .snapshots.api import Snapshot, own, put, read, repeat
+from .snapshots.fingerprint import layer_devices
+from .snapshots.layers import GROWING
 
 _Ids = tuple[int, ...]
 
@@ -118,7 +118,7 @@ class PrefixCache:
             raise ValueError(f"the cache must be empty, it holds {int(cache.get_seq_length())} tokens")
         working = DynamicCache(config=self.model.config)
         ids = _common(input_ids, attention_mask)
-        devices = identity.layer_devices(self.model, len(working.layers))
+        devices = layer_devices(self.model, len(working.layers))
         if ids:
             self._read(ids, input_ids[:1], working, devices)
         if ids and (cache is not None or len(input_ids) > 1):
@@ -167,7 +167,7 @@ class PrefixCache:
         held = _after(found, node.end)
         if not self._make_room(held.nbytes, node.path()):
             return node
-        held = held._with(lambda _, part: _own(part) if self.device is None else part.to(self.device, copy=True))
+        held = held._with(lambda _, part: own(part) if self.device is None else part.to(self.device, copy=True))
         child = node.children[ids] = _Node(node, ids, held)
         self.nbytes += held.nbytes
         self._touch(child)

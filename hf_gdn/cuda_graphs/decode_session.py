@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ..registry import warn_once
+from ..log import warn_once
 from ..upstream import cache_names
 from ..upstream.tensors import tree_flatten
 from . import cache_state

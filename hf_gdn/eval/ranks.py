@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import BackendError, PatchError, RankFailure, UserError
-from ..registry import logger
+from ..log import logger
 
 T = TypeVar("T")
 # A process may wait for another one's hours of work.

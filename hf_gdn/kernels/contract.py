@@ -17,16 +17,17 @@ The recurrent ops take two more arguments, for decoding:
 
 The other ops surround the delta rule between a layer's projections:
 
-    prologue    fn(raw, weights, rule, *, window=None, keep=0, cu_seqlens=None, lengths=None)  ->  Prepared
+    prologue    fn(projected, weights, spec, *, conv_state=None, keep=0, cu_seqlens=None, lengths=None)
+                ->  DeltaRuleInputs
                 q, k, v <- silu(conv(q | k | v)) ;  q, k <- l2norm ;  g, beta <- gates(a, b)
-    gated norm  fn(o, z, weight, rule)  ->  y ``[B, T, HV, V]``
+    gated norm  fn(o, z, weight, spec)  ->  y ``[B, T, HV, V]``
                 y <- norm(o) gate(z)
-    step        fn(raw, weights, rule, window, state)  ->  y
-                all of a layer's work between its projections, for the next few tokens of a cache; `window` and `state`
-                are updated in place
+    step        fn(projected, weights, spec, conv_state, state)  ->  y
+                all of a layer's work between its projections, for the next few tokens of a cache; `conv_state` and
+                `state` are updated in place
 
-Their inputs are the projections' outputs, unchanged: `Raw` holds views with any strides. q, k, v and o are rounded to
-the model's dtype once each, and beta as transformers rounds it; the rest is fp32.
+Their inputs are the projections' outputs, unchanged: `Projections` holds views with any strides. q, k, v and o are
+rounded to the model's dtype once each, and beta as transformers rounds it; the rest is fp32.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Activations that a `Rule` can name.
+# Activations that a `LayerSpec` can name.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
@@ -47,7 +48,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Raw(NamedTuple):
+class Projections(NamedTuple):
     """Outputs of a layer's input projections for ``[B, T]`` tokens; R = HV / HK value heads share a key head.
 
     The last dimension of q, k, v, z and of KDA's a is contiguous.
@@ -79,7 +80,7 @@ class Weights(NamedTuple):
     norm: Tensor | None  # [V]; None where the norm module has to be called
 
 
-class Rule(NamedTuple):
+class LayerSpec(NamedTuple):
     """The options in which model families differ.
 
     Args:
@@ -101,12 +102,12 @@ class Rule(NamedTuple):
     eps: float = 1e-6
 
 
-class Prepared(NamedTuple):
-    """Inputs of the delta rule, and the convolution's next window."""
+class DeltaRuleInputs(NamedTuple):
+    """Inputs of the delta rule, and the convolution's next state."""
 
     q: Tensor  # [B, T, HK, K], normalised over K, in the model's dtype
     k: Tensor  # [B, T, HK, K], likewise
     v: Tensor  # [B, T, HV, V], in the model's dtype
     g: Tensor  # [B, T, HV] (GDN) or [B, T, HV, K] (KDA), natural-log decay in fp32
     beta: Tensor  # [B, T, HV], in fp32
-    window: Tensor | None  # [B, C, keep], contiguous: the convolution's last `keep` inputs; None where keep is 0
+    conv_state: Tensor | None  # [B, C, keep], contiguous: the convolution's last `keep` inputs; None where keep is 0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .contract import Raw, Rule, Weights, state_dtype
+from .contract import LayerSpec, Projections, Weights, state_dtype
 
 
 def for_delta_rule(per_channel: bool) -> Callable[..., dict[str, Any]]:
@@ -42,7 +42,7 @@ def for_layer(per_channel: bool, state: bool) -> Callable[..., dict[str, Any]]:
     """Make the `make_inputs` of a step (with a state) or of a prologue (without)."""
 
     def make_inputs(
-        *, B=1, T=1, HK=2, HV=2, K=64, V=64, width=4, bias=False, dtype=torch.float32, device="cpu", seed=0, **rule
+        *, B=1, T=1, HK=2, HV=2, K=64, V=64, width=4, bias=False, dtype=torch.float32, device="cpu", seed=0, **spec
     ) -> dict[str, Any]:
         """Random arguments of a call; q, k, v and z are interleaved by key head in one tensor, as in Qwen3-Next."""
         random, group = torch.Generator().manual_seed(seed), HV // HK
@@ -61,8 +61,10 @@ def for_layer(per_channel: bool, state: bool) -> Callable[..., dict[str, Any]]:
             dt_bias=normal(HV * K if per_channel else HV),
             norm=1 + 0.1 * normal(V),
         )
-        raw = Raw(q, k, v, normal(B, T, HV * K) if per_channel else a, b, z)
-        inputs = dict(raw=raw, weights=weights, rule=Rule(**rule), window=normal(B, channels, width))
+        projected = Projections(q, k, v, normal(B, T, HV * K) if per_channel else a, b, z)
+        inputs = dict(
+            projected=projected, weights=weights, spec=LayerSpec(**spec), conv_state=normal(B, channels, width)
+        )
         if state:
             return dict(inputs, state=0.1 * normal(B, HV, K, V, dtype=state_dtype(dtype)))
         return dict(inputs, keep=width)
@@ -73,5 +75,5 @@ def for_layer(per_channel: bool, state: bool) -> Callable[..., dict[str, Any]]:
 def for_gated_norm(**sizes: Any) -> dict[str, Any]:
     """Random arguments of a gated norm; z is a slice of a projection."""
     inputs = for_layer(per_channel=False, state=False)(**sizes)
-    raw, weights, rule = inputs["raw"], inputs["weights"], inputs["rule"]
-    return dict(o=raw.v.flatten(2, 3).contiguous(), z=raw.z, weight=weights.norm, rule=rule)
+    projected, weights, spec = inputs["projected"], inputs["weights"], inputs["spec"]
+    return dict(o=projected.v.flatten(2, 3).contiguous(), z=projected.z, weight=weights.norm, spec=spec)

@@ -70,26 +70,26 @@ def delta_rule(q, k, v, g, beta, *, scale, initial_state=None, cu_seqlens=None, 
     return (torch.stack(outputs, 1) if outputs else torch.zeros_like(v)), state
 
 
-def prologue(raw, weights, rule, *, window=None, keep=0, cu_seqlens=None, lengths=None):
+def prologue(projected, weights, spec, *, conv_state=None, keep=0, cu_seqlens=None, lengths=None):
     """Everything between a layer's input projections and the delta rule. Give it float64.
 
     Args:
-        raw, weights, rule: `hf_gdn.kernels.contract`; raw's tensors may be strided, a is given, the activation is
-            silu.
-        window: ``[B, C, keep]``, the last inputs of the convolution before raw's tokens, oldest first; zeros when None.
-        keep: columns of the window that is returned.
-        cu_seqlens: ``[N + 1]`` boundaries of N sequences packed along T (then B is 1), which do not see the window.
+        projected, weights, spec: `hf_gdn.kernels.contract`; tensors may be strided, a is given, the activation is silu.
+        conv_state: ``[B, C, keep]``, the last inputs of the convolution before these tokens, oldest first; zeros when
+            None.
+        keep: columns of the convolution state that is returned.
+        cu_seqlens: ``[N + 1]`` boundaries of N sequences packed along T (then B is 1), which do not see conv_state.
         lengths: ``[B]``, tokens of each row; what comes after them is padding.
 
     Returns:
-        ``(q, k, v, g, beta, window)``: q, k ``[B, T, HK, K]``, normalised; v ``[B, T, HV, V]``; g ``[B, T, HV]`` or
+        ``(q, k, v, g, beta, conv_state)``: q, k ``[B, T, HK, K]``, normalised; v ``[B, T, HV, V]``; g ``[B, T, HV]`` or
         ``[B, T, HV, K]``, beta ``[B, T, HV]``; the last `keep` inputs of every row, ``[B, C, keep]``, or None.
     """
-    batch, length, k_heads, k_dim = raw.q.shape
-    group, v_dim = raw.v.shape[3:]
+    batch, length, k_heads, k_dim = projected.q.shape
+    group, v_dim = projected.v.shape[3:]
     v_heads, width = k_heads * group, weights.conv.shape[1]
-    x = torch.cat([part.reshape(batch, length, -1) for part in (raw.q, raw.k, raw.v)], -1)
-    before = x.new_zeros(batch, keep, x.shape[2]) if window is None else window.to(x.dtype).transpose(1, 2)
+    x = torch.cat([part.reshape(batch, length, -1) for part in (projected.q, projected.k, projected.v)], -1)
+    before = x.new_zeros(batch, keep, x.shape[2]) if conv_state is None else conv_state.to(x.dtype).transpose(1, 2)
     qkv = torch.zeros_like(x)
     starts = [0] if cu_seqlens is None else cu_seqlens.tolist()
     for t in range(length):
@@ -108,12 +108,12 @@ def prologue(raw, weights, rule, *, window=None, keep=0, cu_seqlens=None, length
     q, k, v = qkv.split([k_heads * k_dim, k_heads * k_dim, v_heads * v_dim], -1)
     q, k = (y.reshape(batch, length, k_heads, k_dim) for y in (q, k))
     q, k = (y / (y.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-    per_channel = raw.a.dim() == 3
-    a = raw.a.reshape(batch, length, v_heads, *([k_dim] if per_channel else []))
+    per_channel = projected.a.dim() == 3
+    a = projected.a.reshape(batch, length, v_heads, *([k_dim] if per_channel else []))
     a = a + weights.dt_bias.reshape(a.shape[2:])
     rate = weights.A_log.reshape(v_heads, *([1] if per_channel else [])).exp()
-    g = -rate * torch.log1p(a.exp()) if rule.lower_bound is None else rule.lower_bound / (1 + torch.exp(-rate * a))
-    beta = rule.beta_scale / (1 + torch.exp(-raw.b.reshape(batch, length, v_heads)))
+    g = -rate * torch.log1p(a.exp()) if spec.lower_bound is None else spec.lower_bound / (1 + torch.exp(-rate * a))
+    beta = spec.beta_scale / (1 + torch.exp(-projected.b.reshape(batch, length, v_heads)))
     ends = [length] * batch if lengths is None else lengths.tolist()
     recent = None if keep == 0 else torch.empty(batch, x.shape[2], keep, dtype=x.dtype)
     for row, end in enumerate(ends):
@@ -124,23 +124,23 @@ def prologue(raw, weights, rule, *, window=None, keep=0, cu_seqlens=None, length
     return q, k, v.reshape(batch, length, v_heads, v_dim), g, beta, recent
 
 
-def gated_norm(o, z, weight, rule):
+def gated_norm(o, z, weight, spec):
     """RMS norm of o ``[B, T, HV, V]`` gated by z ``[B, T, HK, R, V]``: ``[B, T, HV, V]``. Give it float64."""
     z = z.reshape(o.shape)
-    gate = 1 / (1 + torch.exp(-z)) * (z if rule.gate == "silu" else 1)
-    return o / (o.pow(2).mean(-1, keepdim=True) + rule.eps).sqrt() * weight * gate
+    gate = 1 / (1 + torch.exp(-z)) * (z if spec.gate == "silu" else 1)
+    return o / (o.pow(2).mean(-1, keepdim=True) + spec.eps).sqrt() * weight * gate
 
 
-def step(raw, weights, rule, window, state):
+def step(projected, weights, spec, conv_state, state):
     """Everything between a layer's projections, for tokens that follow those of a cache. Give it float64.
 
     Args:
-        raw, weights, rule, window: as in `prologue`.
+        projected, weights, spec, conv_state: as in `prologue`.
         state: ``[B, HV, K, V]``.
 
     Returns:
-        ``(y, window, state)``: ``[B, T, HV, V]``, and the two as they are afterwards; nothing is changed in place.
+        ``(y, conv_state, state)``: ``[B, T, HV, V]``, and the two as they are afterwards; nothing is changed in place.
     """
-    *inputs, window = prologue(raw, weights, rule, window=window, keep=window.shape[2])
-    o, state = delta_rule(*inputs, scale=raw.q.shape[3] ** -0.5, initial_state=state)
-    return gated_norm(o, raw.z, weights.norm, rule), window, state
+    *inputs, conv_state = prologue(projected, weights, spec, conv_state=conv_state, keep=conv_state.shape[2])
+    o, state = delta_rule(*inputs, scale=projected.q.shape[3] ** -0.5, initial_state=state)
+    return gated_norm(o, projected.z, weights.norm, spec), conv_state, state

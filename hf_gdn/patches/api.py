@@ -17,7 +17,7 @@ from .. import registry
 from ..cuda_graphs import make_get_compiled_call
 from ..cuda_graphs import release as release_graphs
 from ..errors import PatchError
-from ..registry import warn_once
+from ..log import warn_once
 from ..upstream import seams, versions
 from . import family_patch, in_force
 from .families import all_families

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..caches import batch, rewind
+from ..caches import rollback, row_methods
 from ..drafting.prompt_lookup import make_get_candidate_generator
 from ..errors import PatchError
 from ..upstream import cache_names, indexer_positions, seams
@@ -102,9 +102,9 @@ def rollback_missing() -> str | None:
 @functools.cache
 def cache_swaps() -> tuple[Swap, ...]:
     """What caches and ``generate`` gain with any patched family."""
-    mixin, methods = seams.linear_cache_mixin(), dict(batch.METHODS)
+    mixin, methods = seams.linear_cache_mixin(), dict(row_methods.METHODS)
     if rollback_missing() is None:
-        methods |= rewind.METHODS
+        methods |= rollback.METHODS
     places = [(mixin, name, make) for name, make in methods.items()]
     if indexer_positions.on_cache():
         places += [(seams.cache_class("Cache"), name, make) for name, make in indexer_positions.METHODS.items()]

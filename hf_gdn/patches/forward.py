@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..caches import rewind
+from ..caches import rollback
 from ..errors import BackendError
-from ..registry import warn_once
+from ..log import warn_once
 from ..upstream import cache_names, seams
 from . import packing
 from .families.base import Family
@@ -65,7 +65,7 @@ def make_forward(family: Family, original: Callable[..., Tensor], settings: Sett
             rows = 1 if attention_mask is None else len(attention_mask)
             if cu_seqlens is None and rows == 1 and not torch.is_grad_enabled():
                 return run_recorded(call, hidden_states, attention_mask)
-            rewind.forget(call.states)
+            rollback.discard(call.states)
         if cu_seqlens is None:
             return run_padded(call, hidden_states, attention_mask)
         if attention_mask is not None:  # bounds count padding; there it is made zero

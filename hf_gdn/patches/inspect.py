@@ -140,7 +140,7 @@ def layer_kernels(model: torch.nn.Module) -> dict[str, str]:
 def _kernels(layer: Any, change: FamilyPatch) -> str:
     weight, dims = layer.conv1d.weight, change.family.dims(layer)
     request = (weight.device.type, weight.dtype, (*dims,), change.settings.backend, False)
-    chunk, recurrent, step = (f"{kind}_{change.family.op}" for kind in ("chunk", "recurrent", "step"))
-    decode = registry.select(recurrent, *request).backend
-    op = recurrent if registry.find(step, decode) is None else step
-    return f"{chunk}: {registry.select(chunk, *request).backend}, {op}: {decode}"
+    chunk, recurrent, step = (f"{kind}_{change.family.variant}" for kind in ("chunk", "recurrent", "step"))
+    decode = registry.resolve_cached(recurrent, *request).backend
+    op = recurrent if registry.get_or_none(step, decode) is None else step
+    return f"{chunk}: {registry.resolve_cached(chunk, *request).backend}, {op}: {decode}"

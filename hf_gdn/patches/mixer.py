@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.contract import Raw, Weights
-from ..operators import launch, launch_norm, launch_prologue, launch_step
+from ..kernels.contract import Projections, Weights
+from ..operators import call_delta_rule, call_norm, call_prologue, call_step
 from ..registry import Kernel
 from .plan import KernelPlan, Plans
 
@@ -35,17 +35,17 @@ class LayerCall:
         """Whether the cache holds tokens of this layer."""
         return self.states is not None and self.states.has_previous_state[0]
 
-    def project(self, x: Tensor) -> Raw:
+    def project(self, x: Tensor) -> Projections:
         """Outputs of the input projections for x ``[B, T, hidden]``."""
-        return self.family.raw(self.layer, x)
+        return self.family.project(self.layer, x)
 
     def output(self, mixed: Tensor) -> Tensor:
         """The output projection of ``[B, T, HV V]``."""
         return getattr(self.layer, self.family.output_name)(mixed)
 
-    def prepare(self, raw: Raw) -> tuple[KernelPlan, Weights]:
+    def prepare(self, projected: Projections) -> tuple[KernelPlan, Weights]:
         """The kernels that serve these inputs, and the layer's weights."""
-        return self._plans.of(self.layer, raw)
+        return self._plans.of(self.layer, projected)
 
 
 def run(call: LayerCall, x: Tensor, *, cu_seqlens: Tensor | None = None, real: Tensor | None = None) -> Tensor:
@@ -53,41 +53,43 @@ def run(call: LayerCall, x: Tensor, *, cu_seqlens: Tensor | None = None, real: T
     return call.output(mix(call, call.project(x), cu_seqlens, real))
 
 
-def mix(call: LayerCall, raw: Raw, cu_seqlens: Tensor | None = None, real: Tensor | None = None) -> Tensor:
+def mix(
+    call: LayerCall, projected: Projections, cu_seqlens: Tensor | None = None, real: Tensor | None = None
+) -> Tensor:
     """From the input projections to the output projection: ``[B, T, HV V]``. The cache is updated.
 
     Args:
         call: the layer and its cache.
-        raw: outputs of the input projections.
+        projected: outputs of the input projections.
         cu_seqlens: bounds of sequences packed in one row, ``[N + 1]``.
         real: ``[B, T]``, false for padding, which stands at the end of rows.
     """
-    plan, weights = call.prepare(raw)
-    batch, length = raw.q.shape[:2]
+    plan, weights = call.prepare(projected)
+    batch, length = projected.q.shape[:2]
     states = call.states
     state = states.recurrent_states[0] if call.continues else None
     if state is not None:
-        _check_cache(call, plan, raw.q, weights, batch if cu_seqlens is None else len(cu_seqlens) - 1)
+        _check_cache(call, plan, projected.q, weights, batch if cu_seqlens is None else len(cu_seqlens) - 1)
         step = step_kernel(plan, length, states) if cu_seqlens is None and real is None else None
         if step is not None:
-            return launch_step(step, raw, weights, plan.rule, states.conv_states[0], state).flatten(2)
+            return call_step(step, projected, weights, plan.spec, states.conv_states[0], state).flatten(2)
     kernel, prologue, norm = plan.route(length)
-    window, keep = None, 0
+    conv_state, keep = None, 0
     if states is not None:
-        window = states.conv_states[0] if state is not None else None
-        keep = weights.conv.shape[1] if window is None else window.shape[2]
-    *inputs, recent = launch_prologue(
+        conv_state = states.conv_states[0] if state is not None else None
+        keep = weights.conv.shape[1] if conv_state is None else conv_state.shape[2]
+    *inputs, recent = call_prologue(
         prologue,
-        raw,
+        projected,
         weights,
-        plan.rule,
-        window=window,
+        plan.spec,
+        conv_state=conv_state,
         keep=keep,
         cu_seqlens=cu_seqlens,
         lengths=None if real is None else real.sum(1),
     )
     inplace = kernel is plan.few.delta_rule and state is not None and not plan.needs_grad and state.is_contiguous()
-    o, final = launch(
+    o, final = call_delta_rule(
         kernel,
         *inputs,
         scale=plan.dims.head_k_dim**-0.5,
@@ -99,9 +101,9 @@ def mix(call: LayerCall, raw: Raw, cu_seqlens: Tensor | None = None, real: Tenso
     if recent is not None:
         _store(call, recent, None if inplace else final)
     if norm is None or weights.norm is None:
-        module, z = getattr(call.layer, call.family.norm_name), raw.z.reshape(o.shape)
+        module, z = getattr(call.layer, call.family.norm_name), projected.z.reshape(o.shape)
         return module(o.flatten(0, -2), z.flatten(0, -2)).view(batch, length, -1)
-    return launch_norm(norm, o, raw.z, weights.norm, plan.rule).flatten(2)
+    return call_norm(norm, o, projected.z, weights.norm, plan.spec).flatten(2)
 
 
 def step_kernel(plan: KernelPlan, length: int, states: Any) -> Kernel | None:
@@ -130,18 +132,18 @@ def _check_cache(call: LayerCall, plan: KernelPlan, q: Tensor, weights: Weights,
     layer, states = call.layer, call.states
     shape = (sequences, plan.dims.num_v_heads, plan.dims.head_k_dim, plan.dims.head_v_dim)
     channels, width = weights.conv.shape
-    window, state = states.conv_states[0], states.recurrent_states[0]
+    conv_state, state = states.conv_states[0], states.recurrent_states[0]
     here = f"{call.family.name} layer {layer.layer_idx}: the cache's"
     if tuple(state.shape) != shape or state.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{here} recurrent state must be [sequences, HV, K, V] = {list(shape)} of torch.float32, got "
             f"{list(state.shape)} of {state.dtype}; a cache serves the batch it was filled with"
         )
-    if tuple(window.shape[:2]) != (len(q), channels) or window.dtype != q.dtype:
+    if tuple(conv_state.shape[:2]) != (len(q), channels) or conv_state.dtype != q.dtype:
         raise ValueError(
-            f"{here} convolution window must be [B, C, width] = [{len(q)}, {channels}, "
-            f"{width}] of {q.dtype}, got {list(window.shape)} of {window.dtype}"
+            f"{here} convolution state must be [B, C, width] = [{len(q)}, {channels}, "
+            f"{width}] of {q.dtype}, got {list(conv_state.shape)} of {conv_state.dtype}"
         )
-    for name, held in (("recurrent state", state), ("convolution window", window)):
+    for name, held in (("recurrent state", state), ("convolution state", conv_state)):
         if held.device != q.device:
             raise ValueError(f"{here} {name} is on {held.device}, the hidden states are on {q.device}")

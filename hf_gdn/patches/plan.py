@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .. import registry
-from ..kernels.contract import Raw, Rule, Weights
+from ..kernels.contract import LayerSpec, Projections, Weights
 from ..registry import Kernel
 from .families.base import Dims, Family
 
@@ -38,26 +38,28 @@ class KernelPlan:
     """The kernels of a layer for inputs of one kind.
 
     Attributes:
-        dims, rule: the layer's.
+        dims, spec: the layer's.
         needs_grad: whether gradients are wanted.
         few: for a few tokens, through the recurrent kernel.
         step: the kernel that does all of a layer's work between its projections for the next few tokens of a cache;
             None where its backend has none, or none that serves.
     """
 
-    def __init__(self, family: Family, settings: Settings, layer: Any, raw: Raw, weights: Weights, grad: bool) -> None:
+    def __init__(
+        self, family: Family, settings: Settings, layer: Any, projected: Projections, weights: Weights, grad: bool
+    ) -> None:
         self.dims: Dims = family.dims(layer)
-        self.rule: Rule = family.rule(layer)
+        self.spec: LayerSpec = family.spec(layer)
         self.needs_grad = grad
-        self._op, self._gate_known = family.op, isinstance(self.rule.gate, str)
+        self._variant, self._gate_known = family.variant, isinstance(self.spec.gate, str)
         self._has_norm = weights.norm is not None
         # Whether convolution and gates are those that every backend's kernels have.
-        self._plain = self.rule.activation == "silu" and raw.a is not None and weights.conv.shape[1] <= MAX_WIDTH
-        self._request = raw.q.device.type, raw.q.dtype, (*self.dims,), settings.backend, grad
+        self._plain = self.spec.activation == "silu" and projected.a is not None and weights.conv.shape[1] <= MAX_WIDTH
+        self._request = projected.q.device.type, projected.q.dtype, (*self.dims,), settings.backend, grad
         self.few = self._route("recurrent")
         self._many: Route | None = None
         serves = self._plain and self._has_norm and self._gate_known and not grad
-        self.step = registry.find(f"step_{self._op}", self.few.delta_rule.backend) if serves else None
+        self.step = registry.get_or_none(f"step_{self._variant}", self.few.delta_rule.backend) if serves else None
 
     def route(self, tokens: int) -> Route:
         """The kernels for a call of so many tokens."""
@@ -68,15 +70,15 @@ class KernelPlan:
         return self._many
 
     def _route(self, kind: str) -> Route:
-        kernel = registry.select(f"{kind}_{self._op}", *self._request)
-        prologue = _same_backend_or_eager(kernel, f"prologue_{self._op}", self._plain)
+        kernel = registry.resolve_cached(f"{kind}_{self._variant}", *self._request)
+        prologue = _same_backend_or_eager(kernel, f"prologue_{self._variant}", self._plain)
         norm = _same_backend_or_eager(kernel, "gated_norm", self._gate_known) if self._has_norm else None
         return Route(kernel, prologue, norm)
 
 
 def _same_backend_or_eager(kernel: Kernel, op: str, serves: bool) -> Kernel:
     """The same backend's kernel for `op`, or eager's if it has none that serves."""
-    found = (registry.find(op, kernel.backend) if serves else None) or registry.find(op, "eager")
+    found = (registry.get_or_none(op, kernel.backend) if serves else None) or registry.get_or_none(op, "eager")
     assert found is not None
     return found
 
@@ -88,24 +90,24 @@ class Plans:
         self.family, self.settings = family, settings
         self._known: WeakKeyDictionary[nn.Module, dict[Hashable, KernelPlan]] = WeakKeyDictionary()
 
-    def of(self, layer: Any, raw: Raw) -> tuple[KernelPlan, Weights]:
+    def of(self, layer: Any, projected: Projections) -> tuple[KernelPlan, Weights]:
         """A layer's plan for the outputs of its projections, and its weights.
 
         Weights are read anew: offloading and training replace them.
         """
         family, weights = self.family, self.family.weights(layer)
-        grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*raw, *weights))
+        grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*projected, *weights))
         if torch.compiler.is_compiling():
-            return KernelPlan(family, self.settings, layer, raw, weights, grad), weights
+            return KernelPlan(family, self.settings, layer, projected, weights, grad), weights
         plans = self._known.get(layer)
         if plans is None:
             plans = self._known[layer] = {}
         norm = getattr(layer, family.norm_name)
         key = (
-            raw.q.device.type,
-            raw.q.dtype,
+            projected.q.device.type,
+            projected.q.dtype,
             grad,
-            raw.a is None,
+            projected.a is None,
             weights.conv.shape[1],
             norm,
             weights.norm is None,
@@ -113,5 +115,5 @@ class Plans:
         )
         plan = plans.get(key)
         if plan is None:
-            plan = plans[key] = KernelPlan(family, self.settings, layer, raw, weights, grad)
+            plan = plans[key] = KernelPlan(family, self.settings, layer, projected, weights, grad)
         return plan, weights

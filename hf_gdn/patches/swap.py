@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..registry import logger, warn_once
+from ..log import logger, warn_once
 from ..upstream import modules
 
 MISSING: Any = object()  # what a class has that does not have an attribute itself

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 import hf_gdn
 from hf_gdn import caches
 from hf_gdn.caches import PrefixCache
-from hf_gdn.caches.snapshot_layers import GROWING
+from hf_gdn.caches.snapshots.layers import GROWING
 from tests import tiny
 from tests.caches import held
 

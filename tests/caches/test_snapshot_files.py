@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from transformers import DynamicCache, StaticCache
 
 from hf_gdn import caches, files
-from hf_gdn.caches import SnapshotError, snapshot_files
+from hf_gdn.caches import SnapshotError
+from hf_gdn.caches.snapshots import files as snapshot_files
 from tests import tiny
 from tests.caches import held
 

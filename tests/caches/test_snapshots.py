@@ -12,7 +12,7 @@ from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 import hf_gdn
 from hf_gdn import caches
 from hf_gdn.caches import SnapshotError
-from hf_gdn.caches.identity import layer_devices
+from hf_gdn.caches.snapshots.fingerprint import layer_devices
 from tests import tiny
 from tests.caches import held
 

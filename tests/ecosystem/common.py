@@ -26,20 +26,20 @@ def logits(model, ids, **kwargs):
 def counting() -> Iterator[list]:
     """A list that grows by one for every layer that runs through hf_gdn."""
     calls: list = []
-    classes = {c for f in patches.all_families().values() for c in type(f).__mro__ if "raw" in c.__dict__}
-    classes = {c for c in classes if not getattr(c.raw, "__isabstractmethod__", False)}
-    originals = {c: c.raw for c in classes}
+    classes = {c for f in patches.all_families().values() for c in type(f).__mro__ if "project" in c.__dict__}
+    classes = {c for c in classes if not getattr(c.project, "__isabstractmethod__", False)}
+    originals = {c: c.project for c in classes}
 
-    def counted(raw):
-        return lambda self, layer, x: calls.append(layer) or raw(self, layer, x)
+    def counted(projected):
+        return lambda self, layer, x: calls.append(layer) or projected(self, layer, x)
 
-    for c, raw in originals.items():
-        c.raw = counted(raw)
+    for c, projected in originals.items():
+        c.project = counted(projected)
     try:
         yield calls
     finally:
-        for c, raw in originals.items():
-            c.raw = raw
+        for c, projected in originals.items():
+            c.project = projected
 
 
 def runs_ours(model, ids) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from hf_gdn import operators, registry
 from hf_gdn.kernels import GATED_NORM, PROLOGUE_GDN, PROLOGUE_KDA, STEP_KDA, reference
-from hf_gdn.kernels.contract import Prepared
+from hf_gdn.kernels.contract import DeltaRuleInputs
 from hf_gdn.kernels.eager.gated_norm import gated_norm
 from hf_gdn.kernels.eager.prologue import prologue
 from hf_gdn.kernels.eager.step import step
@@ -22,58 +22,62 @@ BUDGET = 1e-5
 
 @pytest.fixture(params=FAMILIES)
 def inputs(request):
-    op, rule = FAMILIES[request.param]
-    return op.make_inputs(B=2, T=3, HK=4 if op is STEP_KDA else 2, HV=4, K=12, V=20, **rule)
+    op, spec = FAMILIES[request.param]
+    return op.make_inputs(B=2, T=3, HK=4 if op is STEP_KDA else 2, HV=4, K=12, V=20, **spec)
 
 
-def first(raw, tokens):
-    return type(raw)(*(x if x is None else x[:, :tokens] for x in raw))
+def first(projected, tokens):
+    return type(projected)(*(x if x is None else x[:, :tokens] for x in projected))
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
 def test_the_eager_step_is_the_oracles(inputs, tokens, width):
-    raw, weights, window = first(inputs["raw"], tokens), inputs["weights"], inputs["window"]
+    projected, weights, conv_state = first(inputs["projected"], tokens), inputs["weights"], inputs["conv_state"]
     weights = weights._replace(conv=torch.randn(weights.conv.shape[0], width), conv_bias=torch.randn(len(weights.conv)))
-    window = torch.randn(*window.shape[:2], width)
-    wanted = reference.step(double(raw), double(weights), inputs["rule"], window.double(), inputs["state"].double())
+    conv_state = torch.randn(*conv_state.shape[:2], width)
+    wanted = reference.step(
+        double(projected), double(weights), inputs["spec"], conv_state.double(), inputs["state"].double()
+    )
     state = inputs["state"].clone()
-    y = step(raw, weights, inputs["rule"], window, state)
-    for name, got, want in zip(("y", "window", "state"), (y, window, state), wanted):
+    y = step(projected, weights, inputs["spec"], conv_state, state)
+    for name, got, want in zip(("y", "conv_state", "state"), (y, conv_state, state), wanted):
         assert_close(name, got, want, BUDGET)
 
 
 def test_the_operator_passes_opcheck(inputs):
-    op = "step_kda" if inputs["raw"].a.dim() == 3 else "step_gdn"
-    tensors = *inputs["raw"][:6], *inputs["weights"], inputs["window"], inputs["state"]
+    op = "step_kda" if inputs["projected"].a.dim() == 3 else "step_gdn"
+    tensors = *inputs["projected"][:6], *inputs["weights"], inputs["conv_state"], inputs["state"]
     tensors = [x if x is None else x.contiguous() for x in tensors]
-    torch.library.opcheck(operators.STEP_OPERATORS[op], (*tensors, *inputs["rule"], "eager"))
+    torch.library.opcheck(operators.STEP_OPERATORS[op], (*tensors, *inputs["spec"], "eager"))
 
 
 def test_compiles_as_an_operator_without_a_break(inputs):
     """As a kernel that torch.compile cannot look into is called; in place."""
-    op = "step_kda" if inputs["raw"].a.dim() == 3 else "step_gdn"
+    op = "step_kda" if inputs["projected"].a.dim() == 3 else "step_gdn"
     kernel = registry.Kernel(op, "eager", step, lambda request: None)
 
-    def function(raw, window, state):
-        return operators.launch_step(kernel, raw, inputs["weights"], inputs["rule"], window, state) + 1
+    def function(projected, conv_state, state):
+        return operators.call_step(kernel, projected, inputs["weights"], inputs["spec"], conv_state, state) + 1
 
     results = []
     for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
-        window, state = inputs["window"].clone(), inputs["state"].clone()
-        results.append((call(inputs["raw"], window, state), window, state))
-    for name, got, want in zip(("y", "window", "state"), *results):
+        conv_state, state = inputs["conv_state"].clone(), inputs["state"].clone()
+        results.append((call(inputs["projected"], conv_state, state), conv_state, state))
+    for name, got, want in zip(("y", "conv_state", "state"), *results):
         assert_close(name, got, want, 1e-6)
 
 
 def test_few_tokens_at_once_or_one_by_one(inputs):
-    whole, parts = [inputs[name].clone() for name in ("window", "state")], []
-    at_once = step(inputs["raw"], inputs["weights"], inputs["rule"], *whole)
-    window, state = inputs["window"].clone(), inputs["state"].clone()
+    whole, parts = [inputs[name].clone() for name in ("conv_state", "state")], []
+    at_once = step(inputs["projected"], inputs["weights"], inputs["spec"], *whole)
+    conv_state, state = inputs["conv_state"].clone(), inputs["state"].clone()
     for t in range(3):
-        raw = type(inputs["raw"])(*(x if x is None else x[:, t : t + 1] for x in inputs["raw"]))
-        parts.append(step(raw, inputs["weights"], inputs["rule"], window, state))
-    for name, got, want in zip(("y", "window", "state"), (torch.cat(parts, 1), window, state), (at_once, *whole)):
+        projected = type(inputs["projected"])(*(x if x is None else x[:, t : t + 1] for x in inputs["projected"]))
+        parts.append(step(projected, inputs["weights"], inputs["spec"], conv_state, state))
+    for name, got, want in zip(
+        ("y", "conv_state", "state"), (torch.cat(parts, 1), conv_state, state), (at_once, *whole)
+    ):
         assert_close(name, got, want, BUDGET)
 
 
@@ -83,31 +87,31 @@ def test_few_tokens_at_once_or_one_by_one(inputs):
 @pytest.fixture(params=FAMILIES)
 def call(request):
     """Arguments of a prologue."""
-    op, rule = FAMILIES[request.param]
+    op, spec = FAMILIES[request.param]
     op, heads = (PROLOGUE_KDA, 4) if op is STEP_KDA else (PROLOGUE_GDN, 2)
-    return op.make_inputs(B=2, T=9, HK=heads, HV=4, K=12, V=20, bias=True, **rule)
+    return op.make_inputs(B=2, T=9, HK=heads, HV=4, K=12, V=20, bias=True, **spec)
 
 
 def operator(call):
-    kind = "kda" if call["raw"].a.dim() == 3 else "gdn"
+    kind = "kda" if call["projected"].a.dim() == 3 else "gdn"
     return f"prologue_{kind}"
 
 
 @pytest.mark.parametrize("context", ["cache", "empty", "none", "padded", "packed"])
 def test_the_eager_prologue_is_the_oracles(call, context):
     if context in ("empty", "none", "packed"):
-        call["window"] = None
+        call["conv_state"] = None
     if context == "none":
         call["keep"] = 0
     if context == "padded":
         call["lengths"] = torch.tensor([9, 2])
     if context == "packed":
-        call["raw"] = type(call["raw"])(*(x if x is None else x[:1] for x in call["raw"]))
+        call["projected"] = type(call["projected"])(*(x if x is None else x[:1] for x in call["projected"]))
         call["cu_seqlens"] = torch.tensor([0, 0, 2, 3, 9])
-    exact = dict(call, raw=double(call["raw"]), weights=double(call["weights"]))
-    exact["window"] = None if call["window"] is None else call["window"].double()
+    exact = dict(call, projected=double(call["projected"]), weights=double(call["weights"]))
+    exact["conv_state"] = None if call["conv_state"] is None else call["conv_state"].double()
     wanted = reference.prologue(**exact)
-    for name, got, want in zip(Prepared._fields, prologue(**call), wanted, strict=True):
+    for name, got, want in zip(DeltaRuleInputs._fields, prologue(**call), wanted, strict=True):
         if want is None:
             assert got is None
         else:
@@ -117,12 +121,14 @@ def test_the_eager_prologue_is_the_oracles(call, context):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_prologue_rounds_once(call, dtype):
     """q, k and v are within half a unit in the last place of what float32 gives, and the gates are float32."""
-    raw, weights = (
-        type(x)(*(y if y is None else y.to(dtype) for y in x)) for x in (call["raw"], call["weights"])
+    projected, weights = (
+        type(x)(*(y if y is None else y.to(dtype) for y in x)) for x in (call["projected"], call["weights"])
     )  # fmt: skip
-    made = prologue(raw, weights, call["rule"])
+    made = prologue(projected, weights, call["spec"])
     wanted = prologue(
-        type(raw)(*(x if x is None else x.float() for x in raw)), weights, call["rule"]._replace(decay_in_dtype=False)
+        type(projected)(*(x if x is None else x.float() for x in projected)),
+        weights,
+        call["spec"]._replace(decay_in_dtype=False),
     )
     for name, got, want in zip("qkv", made, wanted):
         assert got.dtype == dtype and torch.equal(got, want.to(dtype)), name
@@ -138,35 +144,36 @@ def test_autocast_leaves_the_prologue_alone(call):
 
 @pytest.mark.parametrize("keep", [4, 0])
 def test_the_prologues_operator(call, keep):
-    raw = [x if x is None else x.contiguous() for x in call["raw"][:6]]
-    window = call["window"] if keep else None
-    given = (*raw, *call["weights"][:4], *call["rule"][:3], window, keep, None, torch.tensor([9, 4]), "eager")
+    projected = [x if x is None else x.contiguous() for x in call["projected"][:6]]
+    conv_state = call["conv_state"] if keep else None
+    given = (*projected, *call["weights"][:4], *call["spec"][:3], conv_state, keep, None, torch.tensor([9, 4]), "eager")
     torch.library.opcheck(operators.PROLOGUE_OPERATORS[operator(call)], given)
 
 
 def test_prologue_and_norm_compile_as_operators_without_a_break(call):
     """As kernels that torch.compile cannot look into are called."""
-    weights, rule = call["weights"], call["rule"]
+    weights, spec = call["weights"], call["spec"]
     first = registry.Kernel(operator(call), "eager", prologue, lambda request: None)
     last = registry.Kernel("gated_norm", "eager", gated_norm, lambda request: None)
 
-    def function(raw, window):
-        made = operators.launch_prologue(
-            first, raw, weights, rule, window=window, keep=4, cu_seqlens=None, lengths=None
+    def function(projected, conv_state):
+        made = operators.call_prologue(
+            first, projected, weights, spec, conv_state=conv_state, keep=4, cu_seqlens=None, lengths=None
         )
-        return *made, operators.launch_norm(last, made.v, raw.z, weights.norm, rule) + 1
+        return *made, operators.call_norm(last, made.v, projected.z, weights.norm, spec) + 1
 
     results = [
-        f(call["raw"], call["window"]) for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager"))
+        f(call["projected"], call["conv_state"])
+        for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager"))
     ]
-    for name, got, want in zip((*Prepared._fields, "y"), *results, strict=True):
+    for name, got, want in zip((*DeltaRuleInputs._fields, "y"), *results, strict=True):
         assert_close(name, got, want, 1e-6)
 
 
 def test_the_norms_operator(call):
-    z, weight, rule = call["raw"].z.contiguous(), call["weights"].norm, call["rule"]
+    z, weight, spec = call["projected"].z.contiguous(), call["weights"].norm, call["spec"]
     o = torch.randn(2, 9, 4, 20)
-    torch.library.opcheck(operators.NORM_OPERATOR, (o, z, weight, *rule[4:], "eager"))
+    torch.library.opcheck(operators.NORM_OPERATOR, (o, z, weight, *spec[4:], "eager"))
 
 
 @pytest.mark.parametrize("gate", ["silu", "sigmoid"])

@@ -30,11 +30,11 @@ def inputs(family, B, T, width=4, dtype=torch.bfloat16, **kwargs):
 
 
 def check(call):
-    exact = dict(call, raw=double(call["raw"]), weights=double(call["weights"]))
-    exact["window"] = None if call["window"] is None else call["window"].double()
+    exact = dict(call, projected=double(call["projected"]), weights=double(call["weights"]))
+    exact["conv_state"] = None if call["conv_state"] is None else call["conv_state"].double()
     made = module.prologue(**call)
     for name, got, want in zip(NAMES, made, eager_prologue.prologue(**exact), strict=True):
-        assert_close(name, got, want, BUDGET[call["raw"].q.dtype])
+        assert_close(name, got, want, BUDGET[call["projected"].q.dtype])
     return made
 
 
@@ -59,7 +59,7 @@ def test_widths(width):
 def test_padded_and_packed(family):
     check(dict(inputs(family, 2, 200), lengths=torch.tensor([200, 3], device="cuda")))
     bounds = torch.tensor([0, 0, 1, 65, 66, 200], device="cuda")
-    check(dict(inputs(family, 1, 200), window=None, cu_seqlens=bounds))
+    check(dict(inputs(family, 1, 200), conv_state=None, cu_seqlens=bounds))
 
 
 @pytest.mark.parametrize("family", DIMS)
@@ -67,16 +67,16 @@ def test_bits_do_not_depend_on_batch_or_run(family):
     call = inputs(family, 9, 300)
     whole = module.prologue(**call)
     assert all(torch.equal(x, y) for x, y in zip(module.prologue(**call), whole))
-    raw = type(call["raw"])(*(x if x is None else x[4:5] for x in call["raw"]))
-    one = module.prologue(**dict(call, raw=raw, window=call["window"][4:5]))
+    projected = type(call["projected"])(*(x if x is None else x[4:5] for x in call["projected"]))
+    one = module.prologue(**dict(call, projected=projected, conv_state=call["conv_state"][4:5]))
     assert all(torch.equal(x, y[4:5]) for x, y in zip(one, whole))
 
 
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 @pytest.mark.parametrize("family", DIMS)
 def test_norm(family, dtype):
-    _, rule = FAMILIES[family]
+    _, spec = FAMILIES[family]
     HK, HV, K, V = DIMS[family]
-    call = GATED_NORM.make_inputs(B=3, T=100, HK=HK, HV=HV, K=K, V=V, dtype=dtype, device="cuda", **rule)
+    call = GATED_NORM.make_inputs(B=3, T=100, HK=HK, HV=HV, K=K, V=V, dtype=dtype, device="cuda", **spec)
     exact = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in call.items()}
     assert_close("y", norm_module.gated_norm(**call), eager_norm.gated_norm(**exact), BUDGET[dtype])

@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 BUDGET = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1.6e-2}
-NAMES = ("q", "k", "v", "g", "beta", "window")
+NAMES = ("q", "k", "v", "g", "beta", "conv_state")
 SHAPES = {  # B, T, HK, HV, K, V, width
     "one_token": (2, 1, 2, 4, 16, 16, 4),
     "fewer_than_the_window": (1, 2, 1, 2, 16, 8, 4),
@@ -44,28 +44,28 @@ SHAPES = {  # B, T, HK, HV, K, V, width
 
 
 def make(family, shape, **kwargs):
-    op, rule = FAMILIES[family]
+    op, spec = FAMILIES[family]
     B, T, HK, HV, K, V, width = SHAPES.get(shape, shape)
     if op is STEP_KDA:
         HK = HV
     op = PROLOGUE_KDA if op is STEP_KDA else PROLOGUE_GDN
-    return op.make_inputs(B=B, T=T, HK=HK, HV=HV, K=K, V=V, width=width, **{**rule, **kwargs})
+    return op.make_inputs(B=B, T=T, HK=HK, HV=HV, K=K, V=V, width=width, **{**spec, **kwargs})
 
 
-def check(raw, weights, rule, **kwargs):
+def check(projected, weights, spec, **kwargs):
     """Run the kernel, compare with the oracle, return what it made."""
-    exact = {n: x.double() if n == "window" and x is not None else x for n, x in kwargs.items()}
-    wanted = reference.prologue(double(raw), double(weights), rule, **exact)
-    made = module.prologue(raw, weights, rule, **kwargs)
+    exact = {n: x.double() if n == "conv_state" and x is not None else x for n, x in kwargs.items()}
+    wanted = reference.prologue(double(projected), double(weights), spec, **exact)
+    made = module.prologue(projected, weights, spec, **kwargs)
     for name, got, want in zip(NAMES, made, wanted, strict=True):
         if want is None:
             assert got is None
             continue
-        assert got.dtype == (torch.float32 if name in ("g", "beta") else raw.q.dtype) and got.is_contiguous()
-        if name == "window":
-            assert torch.equal(got.double(), want), "the window holds other tokens"
+        assert got.dtype == (torch.float32 if name in ("g", "beta") else projected.q.dtype) and got.is_contiguous()
+        if name == "conv_state":
+            assert torch.equal(got.double(), want), "the conv_state holds other tokens"
         else:
-            assert_close(name, got, want, BUDGET[raw.q.dtype])
+            assert_close(name, got, want, BUDGET[projected.q.dtype])
     return made
 
 
@@ -84,22 +84,31 @@ def test_families_and_dtypes(family, dtype):
 @pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear"])
 def test_without_a_cache_or_with_an_empty_one(family):
     inputs = make(family, "a_token_more")
-    check(**{**inputs, "window": None, "keep": 0})
-    check(**{**inputs, "window": None})
+    check(**{**inputs, "conv_state": None, "keep": 0})
+    check(**{**inputs, "conv_state": None})
 
 
 def test_a_window_wider_than_the_convolution():
     """A static cache may keep more columns than there are taps before a token."""
     inputs = make("qwen3_next", "width_3")
-    check(**{**inputs, "window": torch.randn(*inputs["window"].shape[:2], 7), "keep": 7})
+    check(**{**inputs, "conv_state": torch.randn(*inputs["conv_state"].shape[:2], 7), "keep": 7})
 
 
 @pytest.mark.parametrize("shift", [-60.0, -18.0, 25.0, 80.0])
 @pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear", "glm5_next"])
 def test_extreme_gates(family, shift):
     inputs = make(family, "fewer_than_the_window")
-    raw, weights = inputs["raw"], inputs["weights"]._replace(A_log=torch.zeros_like(inputs["weights"].A_log))
-    check(**{**inputs, "raw": raw._replace(a=raw.a + shift, b=raw.b + shift / 10), "weights": weights})
+    projected, weights = (
+        inputs["projected"],
+        inputs["weights"]._replace(A_log=torch.zeros_like(inputs["weights"].A_log)),
+    )
+    check(
+        **{
+            **inputs,
+            "projected": projected._replace(a=projected.a + shift, b=projected.b + shift / 10),
+            "weights": weights,
+        }
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear"])
@@ -107,7 +116,7 @@ def test_extreme_gates(family, shift):
 def test_padding_behind_the_rows(family, lengths):
     inputs = make(family, (2, 66, 1, 2, 8, 8, 4))
     check(**inputs, lengths=torch.tensor(lengths))
-    check(**{**inputs, "window": None}, lengths=torch.tensor(lengths))
+    check(**{**inputs, "conv_state": None}, lengths=torch.tensor(lengths))
 
 
 BOUNDS = ([0, 0, 1, 1, 65, 66, 130], [0, 64, 128], [0, 3, 5, 6, 70, 70])
@@ -118,14 +127,14 @@ BOUNDS = ([0, 0, 1, 1, 65, 66, 130], [0, 64, 128], [0, 3, 5, 6, 70, 70])
 @pytest.mark.parametrize("bounds", BOUNDS, ids=str)
 def test_packed_is_separate_to_the_bit(family, bounds, index):
     inputs = make(family, (1, bounds[-1], 1, 2, 8, 8, 4))
-    raw, weights, rule = inputs["raw"], inputs["weights"], inputs["rule"]
+    projected, weights, spec = inputs["projected"], inputs["weights"], inputs["spec"]
     packed = check(**inputs, cu_seqlens=torch.tensor(bounds, dtype=index))
     for first, last in pairwise(bounds):
         if first == last:
             continue
-        part = type(raw)(*(x if x is None else x[:, first:last] for x in raw))
-        for name, got, want in zip(NAMES, packed, module.prologue(part, weights, rule)):
-            if name != "window":
+        part = type(projected)(*(x if x is None else x[:, first:last] for x in projected))
+        for name, got, want in zip(NAMES, packed, module.prologue(part, weights, spec)):
+            if name != "conv_state":
                 assert torch.equal(got[:, first:last], want), f"{name} of tokens {first} to {last}"
 
 
@@ -133,16 +142,16 @@ def test_packed_is_separate_to_the_bit(family, bounds, index):
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 64, 69])
 def test_split_anywhere_is_the_whole_to_the_bit(family, at):
     inputs = make(family, (2, 70, 1, 2, 8, 8, 4), dtype=torch.bfloat16)
-    raw, weights, rule = inputs["raw"], inputs["weights"], inputs["rule"]
-    whole = module.prologue(raw, weights, rule, window=inputs["window"], keep=4)
-    parts, window = [], inputs["window"]
+    projected, weights, spec = inputs["projected"], inputs["weights"], inputs["spec"]
+    whole = module.prologue(projected, weights, spec, conv_state=inputs["conv_state"], keep=4)
+    parts, conv_state = [], inputs["conv_state"]
     for part in (slice(0, at), slice(at, None)):
-        piece = type(raw)(*(x if x is None else x[:, part] for x in raw))
-        *tensors, window = module.prologue(piece, weights, rule, window=window, keep=4)
+        piece = type(projected)(*(x if x is None else x[:, part] for x in projected))
+        *tensors, conv_state = module.prologue(piece, weights, spec, conv_state=conv_state, keep=4)
         parts.append(tensors)
     for name, one, other, want in zip(NAMES, *parts, whole):
         assert torch.equal(torch.cat([one, other], 1), want), name
-    assert torch.equal(window, whole.window)
+    assert torch.equal(conv_state, whole.conv_state)
 
 
 def test_bits_do_not_depend_on_the_tile(monkeypatch):
@@ -157,19 +166,19 @@ def test_bits_do_not_depend_on_the_tile(monkeypatch):
 
 
 def test_separate_projections_and_strided_windows():
-    """Layouts with tensors of their own instead of one interleaved, and a window that is a view."""
+    """Layouts with tensors of their own instead of one interleaved, and a conv_state that is a view."""
     inputs = make("qwen3_next", "odd_dims")
-    apart = type(inputs["raw"])(
-        *(None if x is None else x.clone(memory_format=torch.contiguous_format) for x in inputs["raw"])
+    apart = type(inputs["projected"])(
+        *(None if x is None else x.clone(memory_format=torch.contiguous_format) for x in inputs["projected"])
     )
-    window = inputs["window"].transpose(1, 2).contiguous().transpose(1, 2)
-    for x, y in zip(check(**inputs), check(**{**inputs, "raw": apart, "window": window})):
+    conv_state = inputs["conv_state"].transpose(1, 2).contiguous().transpose(1, 2)
+    for x, y in zip(check(**inputs), check(**{**inputs, "projected": apart, "conv_state": conv_state})):
         assert torch.equal(x, y)
 
 
 def test_what_is_given_stays():
     inputs = make("kimi_linear", "a_token_more")
-    tensors = [x for x in (*inputs["raw"], *inputs["weights"], inputs["window"]) if x is not None]
+    tensors = [x for x in (*inputs["projected"], *inputs["weights"], inputs["conv_state"]) if x is not None]
     before = [x.clone() for x in tensors]
     module.prologue(**inputs)
     assert all(torch.equal(x, y) for x, y in zip(tensors, before))
@@ -196,18 +205,18 @@ NORM_SHAPES = {
     "wide": (1, 9, 1, 2, 192),
     "no_rows": (1, 0, 1, 2, 16),
 }
-RULES = {name: rule for name, (_, rule) in FAMILIES.items() if name != "bailing_hybrid"}
+RULES = {name: spec for name, (_, spec) in FAMILIES.items() if name != "bailing_hybrid"}
 
 
-def make_norm(shape, rule, **kwargs):
+def make_norm(shape, spec, **kwargs):
     B, T, HK, HV, V = NORM_SHAPES[shape]
-    rule = {n: x for n, x in RULES[rule].items() if n in ("gate", "norm_in_fp32", "eps")}
-    return GATED_NORM.make_inputs(B=B, T=T, HK=HK, HV=HV, K=8, V=V, **rule, **kwargs)
+    spec = {n: x for n, x in RULES[spec].items() if n in ("gate", "norm_in_fp32", "eps")}
+    return GATED_NORM.make_inputs(B=B, T=T, HK=HK, HV=HV, K=8, V=V, **spec, **kwargs)
 
 
-def check_norm(o, z, weight, rule):
-    wanted = reference.gated_norm(o.double(), z.double(), weight.double(), rule)
-    y = norm_module.gated_norm(o, z, weight, rule)
+def check_norm(o, z, weight, spec):
+    wanted = reference.gated_norm(o.double(), z.double(), weight.double(), spec)
+    y = norm_module.gated_norm(o, z, weight, spec)
     assert y.dtype == o.dtype and y.is_contiguous()
     assert_close("y", y, wanted, BUDGET[o.dtype])
     return y
@@ -219,9 +228,9 @@ def test_norm_shapes(shape):
 
 
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
-@pytest.mark.parametrize("rule", RULES)
-def test_norm_rules_and_dtypes(rule, dtype):
-    check_norm(**make_norm("odd_dims", rule, dtype=dtype))
+@pytest.mark.parametrize("spec", RULES)
+def test_norm_rules_and_dtypes(spec, dtype):
+    check_norm(**make_norm("odd_dims", spec, dtype=dtype))
 
 
 def test_norm_rows_are_independent_to_the_bit():
@@ -236,10 +245,10 @@ def test_norm_rounds_as_plain_pytorch_does(rounded_bf16):
     """In bf16 the eager norm, which keeps the families' roundings, gives the same bits in all but a few places."""
     from hf_gdn.kernels.eager.gated_norm import gated_norm
 
-    for rule in ("qwen3_next", "kimi_linear"):
-        inputs = make_norm("more_than_a_program", rule, dtype=torch.bfloat16)
+    for spec in ("qwen3_next", "kimi_linear"):
+        inputs = make_norm("more_than_a_program", spec, dtype=torch.bfloat16)
         same = (norm_module.gated_norm(**inputs) == gated_norm(**inputs)).double().mean()
-        assert same > 0.98, f"{rule}: {same:.3f} of the numbers are the same"
+        assert same > 0.98, f"{spec}: {same:.3f} of the numbers are the same"
 
 
 def test_norm_of_zeros_and_large_numbers():

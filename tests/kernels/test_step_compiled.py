@@ -39,10 +39,10 @@ def compiled(kernel, target, num_warps, constexprs, T=None, bias=False) -> Compi
 def both(target, is_kda, heads=ROWS[-1], K=128, V=128, T=None, width=4, bias=False):
     BV, num_warps = tile_config(heads, K, V)
     common = dict(HK=32 if is_kda else 16, HV=32, K=K, V=V, BK=triton.next_power_of_2(K), WIDTH=width)
-    rule = dict(LOWER_BOUND=None, IS_KDA=is_kda, DECAY_IN_DTYPE=False)
+    spec = dict(LOWER_BOUND=None, IS_KDA=is_kda, DECAY_IN_DTYPE=False)
     finish = dict(BV=triton.next_power_of_2(V), BW=triton.next_power_of_2(width))
     finish |= dict(NORM_IN_FP32=is_kda, GATE_IS_SILU=not is_kda)
-    yield compiled(module._step_kernel, target, num_warps, {**common, **rule, "BV": BV}, T, bias)
+    yield compiled(module._step_kernel, target, num_warps, {**common, **spec, "BV": BV}, T, bias)
     yield compiled(module._finish_kernel, target, module.FINISH_CONFIG.num_warps, {**common, **finish}, T)
 
 

@@ -43,38 +43,44 @@ def test_bits_do_not_depend_on_batch_run_or_split():
     whole = check(whole_inputs)
     assert all(torch.equal(x, y) for x, y in zip(check(whole_inputs), whole))
     for B in (1, 32):
-        raw = type(whole_inputs["raw"])(*(x if x is None else x[:B] for x in whole_inputs["raw"]))
-        few = {**whole_inputs, "raw": raw, **{name: whole_inputs[name][:B] for name in ("window", "state")}}
+        projected = type(whole_inputs["projected"])(*(x if x is None else x[:B] for x in whole_inputs["projected"]))
+        few = {
+            **whole_inputs,
+            "projected": projected,
+            **{name: whole_inputs[name][:B] for name in ("conv_state", "state")},
+        }
         assert all(torch.equal(x, y[:B]) for x, y in zip(check(few), whole))
-    window, state, parts = whole_inputs["window"].clone(), whole_inputs["state"].clone(), []
+    conv_state, state, parts = whole_inputs["conv_state"].clone(), whole_inputs["state"].clone(), []
     for t in range(4):
-        raw = type(whole_inputs["raw"])(*(x if x is None else x[:, t : t + 1] for x in whole_inputs["raw"]))
-        parts.append(module.step(raw, whole_inputs["weights"], whole_inputs["rule"], window, state))
-    assert all(torch.equal(x, y) for x, y in zip((torch.cat(parts, 1), window, state), whole))
+        projected = type(whole_inputs["projected"])(
+            *(x if x is None else x[:, t : t + 1] for x in whole_inputs["projected"])
+        )
+        parts.append(module.step(projected, whole_inputs["weights"], whole_inputs["spec"], conv_state, state))
+    assert all(torch.equal(x, y) for x, y in zip((torch.cat(parts, 1), conv_state, state), whole))
 
 
 def test_nothing_is_written_beside_the_states():
     """Rows before and after those of the call stay what they are."""
     given = inputs("qwen3_next", 3, 2)
-    window, state = (
-        torch.full_like(x.repeat(3, *(1,) * (x.dim() - 1)), torch.nan) for x in (given["window"], given["state"])
+    conv_state, state = (
+        torch.full_like(x.repeat(3, *(1,) * (x.dim() - 1)), torch.nan) for x in (given["conv_state"], given["state"])
     )
-    window[3:6], state[3:6] = given["window"], given["state"]
-    module.step(given["raw"], given["weights"], given["rule"], window[3:6], state[3:6])
-    for x in (window, state):
+    conv_state[3:6], state[3:6] = given["conv_state"], given["state"]
+    module.step(given["projected"], given["weights"], given["spec"], conv_state[3:6], state[3:6])
+    for x in (conv_state, state):
         assert x[:3].isnan().all() and x[6:].isnan().all() and x[3:6].isfinite().all()
 
 
 def test_in_a_cuda_graph():
     """Replays move the same states on."""
     given = inputs("kimi_linear", 2, 1)
-    window, state = given["window"].clone(), given["state"].clone()
-    wanted = [module.step(given["raw"], given["weights"], given["rule"], window, state) for _ in range(3)]
-    again, states = given["window"].clone(), given["state"].clone()
+    conv_state, state = given["conv_state"].clone(), given["state"].clone()
+    wanted = [module.step(given["projected"], given["weights"], given["spec"], conv_state, state) for _ in range(3)]
+    again, states = given["conv_state"].clone(), given["state"].clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = module.step(given["raw"], given["weights"], given["rule"], again, states)
+        y = module.step(given["projected"], given["weights"], given["spec"], again, states)
     for want in wanted:
         graph.replay()
         assert torch.equal(y, want)
-    assert torch.equal(again, window) and torch.equal(states, state)
+    assert torch.equal(again, conv_state) and torch.equal(states, state)

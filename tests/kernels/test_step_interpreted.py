@@ -39,25 +39,25 @@ SHAPES = {  # B, T, HK, HV, K, V, width
 
 
 def make(family, shape, **kwargs):
-    op, rule = FAMILIES[family]
+    op, spec = FAMILIES[family]
     B, T, HK, HV, K, V, width = SHAPES.get(shape, shape)
     if op is STEP_KDA:
         HK = HV
-    return op.make_inputs(B=B, T=T, HK=HK, HV=HV, K=K, V=V, width=width, **{**rule, **kwargs})
+    return op.make_inputs(B=B, T=T, HK=HK, HV=HV, K=K, V=V, width=width, **{**spec, **kwargs})
 
 
 def check(inputs):
-    """Run the kernels, compare with the oracle, return y, window and state."""
-    raw, weights = double(inputs["raw"]), double(inputs["weights"])
-    wanted = reference.step(raw, weights, inputs["rule"], inputs["window"].double(), inputs["state"].double())
-    window, state = inputs["window"].clone(), inputs["state"].clone()
-    y = module.step(inputs["raw"], inputs["weights"], inputs["rule"], window, state)
-    assert y.dtype == inputs["raw"].q.dtype and window.dtype == inputs["window"].dtype
+    """Run the kernels, compare with the oracle, return y, conv_state and state."""
+    projected, weights = double(inputs["projected"]), double(inputs["weights"])
+    wanted = reference.step(projected, weights, inputs["spec"], inputs["conv_state"].double(), inputs["state"].double())
+    conv_state, state = inputs["conv_state"].clone(), inputs["state"].clone()
+    y = module.step(inputs["projected"], inputs["weights"], inputs["spec"], conv_state, state)
+    assert y.dtype == inputs["projected"].q.dtype and conv_state.dtype == inputs["conv_state"].dtype
     budget = BUDGET[y.dtype]
     assert_close("y", y, wanted[0], budget)
-    assert torch.equal(window.double(), wanted[1]), "the window holds other tokens"
+    assert torch.equal(conv_state.double(), wanted[1]), "the conv_state holds other tokens"
     assert_close("state", state, wanted[2], budget)
-    return y, window, state
+    return y, conv_state, state
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -82,8 +82,17 @@ def test_bias(family):
 def test_extreme_gates(family, shift):
     """softplus of -18 is 1.5e-8, which log(1 + e^x) would lose; of 25 it is 25."""
     inputs = make(family, "two_tokens")
-    raw, weights = inputs["raw"], inputs["weights"]._replace(A_log=torch.zeros_like(inputs["weights"].A_log))
-    check({**inputs, "raw": raw._replace(a=raw.a + shift, b=raw.b + shift / 10), "weights": weights})
+    projected, weights = (
+        inputs["projected"],
+        inputs["weights"]._replace(A_log=torch.zeros_like(inputs["weights"].A_log)),
+    )
+    check(
+        {
+            **inputs,
+            "projected": projected._replace(a=projected.a + shift, b=projected.b + shift / 10),
+            "weights": weights,
+        }
+    )
 
 
 def test_small_decays_are_kept():
@@ -109,12 +118,14 @@ def test_split_anywhere_is_the_whole_to_the_bit(family):
     inputs = make(family, (1, 7, 1, 2, 8, 16, 4), dtype=torch.bfloat16)
     whole = check(inputs)
     for cuts in ([1] * 7, [3, 4], [5, 1, 1]):
-        window, state, parts, start = inputs["window"].clone(), inputs["state"].clone(), [], 0
+        conv_state, state, parts, start = inputs["conv_state"].clone(), inputs["state"].clone(), [], 0
         for size in cuts:
-            part = type(inputs["raw"])(*(x if x is None else x[:, start : start + size] for x in inputs["raw"]))
-            parts.append(module.step(part, inputs["weights"], inputs["rule"], window, state))
+            part = type(inputs["projected"])(
+                *(x if x is None else x[:, start : start + size] for x in inputs["projected"])
+            )
+            parts.append(module.step(part, inputs["weights"], inputs["spec"], conv_state, state))
             start += size
-        for name, got, wanted in zip(("y", "window", "state"), (torch.cat(parts, 1), window, state), whole):
+        for name, got, wanted in zip(("y", "conv_state", "state"), (torch.cat(parts, 1), conv_state, state), whole):
             assert torch.equal(got, wanted), f"{cuts}: {name}"
 
 
@@ -132,16 +143,22 @@ def test_rows_are_independent():
     inputs = make("qwen3_next", (3, 2, 1, 2, 8, 8, 4))
     whole = check(inputs)
     for row in range(3):
-        raw = type(inputs["raw"])(*(x if x is None else x[row : row + 1] for x in inputs["raw"]))
-        alone = check({**inputs, "raw": raw, **{name: inputs[name][row : row + 1] for name in ("window", "state")}})
+        projected = type(inputs["projected"])(*(x if x is None else x[row : row + 1] for x in inputs["projected"]))
+        alone = check(
+            {
+                **inputs,
+                "projected": projected,
+                **{name: inputs[name][row : row + 1] for name in ("conv_state", "state")},
+            }
+        )
         assert all(torch.equal(x, y[row : row + 1]) for x, y in zip(alone, whole))
 
 
 def test_separate_projections():
     """Layouts with tensors of their own instead of one interleaved."""
     inputs = make("qwen3_next", "odd_dims")
-    apart = type(inputs["raw"])(
-        *(None if x is None else x.clone(memory_format=torch.contiguous_format) for x in inputs["raw"])
+    apart = type(inputs["projected"])(
+        *(None if x is None else x.clone(memory_format=torch.contiguous_format) for x in inputs["projected"])
     )
-    for x, y in zip(check(inputs), check({**inputs, "raw": apart})):
+    for x, y in zip(check(inputs), check({**inputs, "projected": apart})):
         assert torch.equal(x, y)

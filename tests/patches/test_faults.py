@@ -168,7 +168,7 @@ class Fault:
 
 
 def _in_projections(patch, family, fault):
-    patch.setattr(type(family), "raw", fault)
+    patch.setattr(type(family), "projected", fault)
 
 
 def _in_norm(patch, family, fault):
@@ -238,14 +238,14 @@ def test_a_later_layer_that_raises_leaves_each_layer_whole(rule, error, monkeypa
         model(ids[:, :12], **tiny.given(cache))
         done = copy.deepcopy(cache)
         model(ids[:, 12:], **tiny.given(done))
-        before, raw = [held(cache, n) for n in range(3)], type(family).raw
+        before, projected = [held(cache, n) for n in range(3)], type(family).project
 
         def second_fails(self, layer, x):
             if layer is tiny.mixer(model, 1):
                 raise error("injected")
-            return raw(self, layer, x)
+            return projected(self, layer, x)
 
-        monkeypatch.setattr(type(family), "raw", second_fails)
+        monkeypatch.setattr(type(family), "projected", second_fails)
         with pytest.raises(error, match="injected"):
             model(ids[:, 12:], **tiny.given(cache))
     assert same(held(cache, 0), held(done, 0))

@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, StaticCache
 
 import hf_gdn
-from hf_gdn import registry
-from hf_gdn.registry import BackendError
+from hf_gdn import log
+from hf_gdn.errors import BackendError
 from tests import tiny
 
 BUDGET = 1e-5
@@ -238,7 +238,7 @@ def test_the_wrong_cache_is_refused(model):
 def test_what_the_mixer_cannot_serve_goes_to_the_original(model, caplog, monkeypatch):
     layer, x = tiny.mixer(model), torch.randn(1, 5, 32)
     wanted = layer(x)
-    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(log, "warned", set())
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     with hf_gdn.patched(), caplog.at_level(logging.WARNING, "hf_gdn"):
         for _ in range(2):

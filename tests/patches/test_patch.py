@@ -14,9 +14,9 @@ from accelerate import cpu_offload, dispatch_model
 from transformers import cache_utils
 
 import hf_gdn
-from hf_gdn import patches, registry
+from hf_gdn import log, patches
+from hf_gdn.errors import BackendError
 from hf_gdn.patches import PatchError
-from hf_gdn.registry import BackendError
 from tests import tiny
 
 # Those that the installed transformers has.
@@ -123,7 +123,7 @@ def test_a_layer_with_a_forward_of_its_own_is_told_of(family, caplog, monkeypatc
         return hidden_states
 
     layer.forward = hub_forward.__get__(layer)
-    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(log, "warned", set())
     with caplog.at_level(logging.WARNING, "hf_gdn"):
         hf_gdn.patch()
     told = [
@@ -221,13 +221,13 @@ def test_models_dispatched_by_accelerate(family, how, when):
 def runs_ours(model, ids) -> bool:
     """Whether a forward goes through the mixer."""
     family = next(family for family in FAMILIES.values() if family.class_name == type(tiny.mixer(model)).__name__)
-    calls, raw = [], type(family).raw
-    type(family).raw = lambda self, layer, x: calls.append(1) or raw(self, layer, x)
+    calls, projected = [], type(family).project
+    type(family).project = lambda self, layer, x: calls.append(1) or projected(self, layer, x)
     try:
         with torch.no_grad():
             model(ids)
     finally:
-        type(family).raw = raw
+        type(family).project = projected
     return bool(calls)
 
 

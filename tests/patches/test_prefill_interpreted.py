@@ -37,7 +37,7 @@ def layer(family):
     return tiny.mixer(tiny.model(family))
 
 
-# One family of each rule and of beta up to 2; that all have the same forward is shown by the two tests of every family.
+# One family of each variant and one with beta up to 2: the two tests of every family show that all share a forward.
 some = pytest.mark.parametrize("family", ["qwen3_next", "olmo_hybrid", "kimi_linear"])
 
 
@@ -60,7 +60,7 @@ def test_prefill_is_the_originals_and_the_original_goes_on(family):
         with on_triton(family):
             got = read(ours)
         tiny.assert_close("prefill", got, wanted, BUDGET)
-        for name, one, other in zip(("window", "state"), states(ours), states(theirs)):
+        for name, one, other in zip(("conv_state", "state"), states(ours), states(theirs)):
             tiny.assert_close(name, one, other, BUDGET)
         tiny.assert_close("unpatched", run(layer, last, cache=ours), run(layer, last, cache=theirs), BUDGET)
 
@@ -139,7 +139,7 @@ def test_prefill_is_the_projections_and_few_launches(family, layer, monkeypatch)
     monkeypatch.setattr(GridExecutor, "__call__", counted)
     with on_triton(family), Operators() as seen, torch.no_grad():
         layer(x)
-    op = hf_gdn.patches.all_families()[family].op
+    op = hf_gdn.patches.all_families()[family].variant
     assert len(launches) == LAUNCHES[op], launches
     products = [name for name in seen.names if name in ("mm", "addmm", "bmm")]
     others = [name for name in seen.names if name not in ("mm", "addmm", "bmm", "empty_like")]
@@ -150,8 +150,8 @@ def test_prefill_is_the_projections_and_few_launches(family, layer, monkeypatch)
 @some
 def test_kernels_of_a_backend_go_together(family, layer, monkeypatch):
     """Prologue and norm are those of the delta rule's backend where it has them, the eager ones where it has not."""
-    seen, op = [], hf_gdn.patches.all_families()[family].op
-    for name in ("launch_prologue", "launch_norm"):
+    seen, op = [], hf_gdn.patches.all_families()[family].variant
+    for name in ("call_prologue", "call_norm"):
         launch = getattr(operators, name)
 
         def watched(kernel, *args, launch=launch, **kwargs):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contract import ACTIVATIONS, Raw, Rule, Weights
+from ..contract import ACTIVATIONS, LayerSpec, Projections, Weights
 
 
 def l2norm(x: Tensor) -> Tensor:
@@ -17,33 +17,33 @@ def l2norm(x: Tensor) -> Tensor:
 
 
 def activation(function: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function that a `Rule` names, or the function itself."""
+    """The function that a `LayerSpec` names, or the function itself."""
     return ACTIVATIONS[function] if isinstance(function, str) else function
 
 
-def log_decay(rule: Rule, weights: Weights, raw: Raw) -> Tensor:
+def log_decay(spec: LayerSpec, weights: Weights, projected: Projections) -> Tensor:
     """Natural-log decay, ``[B, T, HV]`` or ``[B, T, HV, K]``, in fp32."""
-    if raw.g is not None:
-        return raw.g.float()
-    assert raw.a is not None
-    a, heads = raw.a, raw.v.shape[2] * raw.v.shape[3]
+    if projected.g is not None:
+        return projected.g.float()
+    assert projected.a is not None
+    a, heads = projected.a, projected.v.shape[2] * projected.v.shape[3]
     per_channel = a.dim() == 3
     x = a.float() + weights.dt_bias.float().view(a.shape[2:])
     A = weights.A_log.float().exp().view((heads, 1) if per_channel else a.shape[2:])
     shape = (*a.shape[:2], heads, -1) if per_channel else (*a.shape[:2], heads)
-    if rule.lower_bound is not None:
-        g = rule.lower_bound * (A * x.view(shape)).sigmoid()
+    if spec.lower_bound is not None:
+        g = spec.lower_bound * (A * x.view(shape)).sigmoid()
     elif per_channel:
         g = -A * F.softplus(x).view(shape)  # before the view: aot_autograd takes its gradient's strides for others
     else:
         g = (-A * F.softplus(x)).reshape(shape)
-    return g.to(raw.q.dtype).float() if rule.decay_in_dtype else g
+    return g.to(projected.q.dtype).float() if spec.decay_in_dtype else g
 
 
-def writing_strength(rule: Rule, raw: Raw) -> Tensor:
+def writing_strength(spec: LayerSpec, projected: Projections) -> Tensor:
     """beta ``[B, T, HV]`` in the model's dtype."""
-    beta = raw.b.sigmoid().flatten(2)
-    return beta if rule.beta_scale == 1.0 else beta * rule.beta_scale
+    beta = projected.b.sigmoid().flatten(2)
+    return beta if spec.beta_scale == 1.0 else beta * spec.beta_scale
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, length: int, sequence: Tensor | None) -> Tensor:

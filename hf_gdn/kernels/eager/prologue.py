@@ -1,4 +1,4 @@
-"""Everything before the delta rule, in plain PyTorch: convolution, norms, gates, and the next convolution window.
+"""Everything before the delta rule, in plain PyTorch: convolution, norms, gates, and the next convolution state.
 
     q, k, v <- silu(conv(q | k | v)) ;  q, k <- l2norm ;  g, beta <- gates(a, b)
 
@@ -12,41 +12,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...registry import Kernel, register
-from ..contract import Prepared, Raw, Rule, Weights, state_dtype
+from ..contract import DeltaRuleInputs, LayerSpec, Projections, Weights, state_dtype
 from .math import activation, causal_conv, l2norm, log_decay, writing_strength
 from .runtime import why_not, without_autocast
 
 
 @without_autocast
 def prologue(
-    raw: Raw,
+    projected: Projections,
     weights: Weights,
-    rule: Rule,
+    spec: LayerSpec,
     *,
-    window: Tensor | None = None,
+    conv_state: Tensor | None = None,
     keep: int = 0,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> Prepared:
+) -> DeltaRuleInputs:
     """Everything before the delta rule.
 
     Args:
-        raw: of tokens ``[B, T]``.
+        projected: of tokens ``[B, T]``.
         weights: the convolution's and the gates'.
-        rule: its gates and its activation.
-        window: left context, the last inputs of the convolution: ``[B, C, keep]`` in raw's dtype; zeros when None. It
-            is not written to. Packed sequences do not see it.
-        keep: columns of the window that is returned, which ends at each row's last token; 0 for none.
+        spec: its gates and its activation.
+        conv_state: left context, the last inputs of the convolution: ``[B, C, keep]`` in the model's dtype; zeros when
+            None. It is not written to. Packed sequences do not see it.
+        keep: columns of the convolution state that is returned, which ends at each row's last token; 0 for none.
         cu_seqlens: ``[N + 1]`` boundaries of sequences packed along T, B = 1: the convolution stays inside each.
         lengths: ``[B]``, how many tokens a row has; those after them are padding, which neither decays nor writes.
     """
-    qkv = raw.joined()
-    batch, length, k_heads, k_dim = raw.q.shape
-    group, v_dim = raw.v.shape[3:]
+    qkv = projected.joined()
+    batch, length, k_heads, k_dim = projected.q.shape
+    group, v_dim = projected.v.shape[3:]
     x, recent, sequence = qkv.transpose(1, 2), None, None
     if keep:
-        x = F.pad(x, (keep, 0)) if window is None else torch.cat((window, x), -1)
-    g, beta = log_decay(rule, weights, raw), writing_strength(rule, raw).to(state_dtype(qkv.dtype))
+        x = F.pad(x, (keep, 0)) if conv_state is None else torch.cat((conv_state, x), -1)
+    g, beta = log_decay(spec, weights, projected), writing_strength(spec, projected).to(state_dtype(qkv.dtype))
     if lengths is not None:
         padding = torch.arange(length, device=qkv.device) >= lengths[:, None]
         g = g.masked_fill(padding.view(batch, length, *[1] * (g.dim() - 2)), 0.0)
@@ -60,9 +60,9 @@ def prologue(
         sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(length, device=qkv.device), right=True)
     out = causal_conv(x.transpose(1, 2), weights.conv, weights.conv_bias, length, sequence)
     sizes = (k_heads * k_dim, k_heads * k_dim, k_heads * group * v_dim)
-    q, k, v = activation(rule.activation)(out).split_with_sizes(sizes, -1)
+    q, k, v = activation(spec.activation)(out).split_with_sizes(sizes, -1)
     q, k = (l2norm(x.unflatten(2, (k_heads, k_dim))).to(qkv.dtype) for x in (q, k))
-    return Prepared(q, k, v.to(qkv.dtype).unflatten(2, (k_heads * group, v_dim)), g, beta, recent)
+    return DeltaRuleInputs(q, k, v.to(qkv.dtype).unflatten(2, (k_heads * group, v_dim)), g, beta, recent)
 
 
 for _op in ("prologue_gdn", "prologue_kda"):

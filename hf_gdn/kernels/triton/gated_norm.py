@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
-from ..contract import Rule
+from ..contract import LayerSpec
 from .math import norm_and_gate
 from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton, why_not
 
@@ -65,14 +65,14 @@ def _gated_norm_kernel(
     tl.store(p_y + o_r[:, None] * V + o_v[None, :], b_y.to(p_y.dtype.element_ty), mask=m)
 
 
-def gated_norm(o: Tensor, z: Tensor, weight: Tensor, rule: Rule) -> Tensor:
+def gated_norm(o: Tensor, z: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
     """RMS norm of o, gated by z; no gradients. All arithmetic is fp32, except where the model rounds.
 
     Args:
         o: ``[B, T, HV, V]`` in fp16, bf16 or fp32, contiguous; V up to 256.
         z: ``[B, T, HK, R, V]`` in o's dtype, R = HV / HK, contiguous in V.
         weight: ``[V]`` in any float dtype.
-        rule: its gate is silu or sigmoid.
+        spec: its gate is silu or sigmoid.
 
     Returns:
         ``[B, T, HV, V]`` in o's dtype, contiguous.
@@ -89,7 +89,7 @@ def gated_norm(o: Tensor, z: Tensor, weight: Tensor, rule: Rule) -> Tensor:
             p_z=z,
             p_w=weight,
             p_y=y,
-            eps=rule.eps,
+            eps=spec.eps,
             rows=rows,
             T=o.shape[1],
             **strides("bthr", z=z),
@@ -98,8 +98,8 @@ def gated_norm(o: Tensor, z: Tensor, weight: Tensor, rule: Rule) -> Tensor:
             V=V,
             BR=BR,
             BV=BV,
-            NORM_IN_FP32=rule.norm_in_fp32,
-            GATE_IS_SILU=rule.gate == "silu",
+            NORM_IN_FP32=spec.norm_in_fp32,
+            GATE_IS_SILU=spec.gate == "silu",
             num_warps=GATED_NORM_CONFIG.num_warps,
         )
     return y

@@ -93,15 +93,15 @@ def norm_and_gate(b_o, b_mean, b_w, b_z, eps, dtype: tl.constexpr, IN_FP32: tl.c
 
 
 @triton.jit
-def conv_silu_token(p_x, stride_t, p_window, p_weight, p_bias, m_c, i_t, WIDTH: tl.constexpr):
+def conv_silu_token(p_x, stride_t, p_conv_state, p_weight, p_bias, m_c, i_t, WIDTH: tl.constexpr):
     """silu of the convolution at token i_t, rounded as in the model. Pointers are at the channels, p_x at token 0 of
-    this call; the last column of the window is the token before it."""
+    this call; the last column of the convolution state is the token before it."""
     b_sum = tl.zeros(m_c.shape, tl.float32)
     for i in tl.static_range(WIDTH):
         at = i_t - (WIDTH - 1 - i)
         b_x = tl.load(p_x + at * stride_t, mask=only_if(m_c, at >= 0), other=0.0).to(tl.float32)
         if i < WIDTH - 1:
-            b_x += tl.load(p_window + (WIDTH + at), mask=only_if(m_c, at < 0), other=0.0).to(tl.float32)
+            b_x += tl.load(p_conv_state + (WIDTH + at), mask=only_if(m_c, at < 0), other=0.0).to(tl.float32)
         b_sum += b_x * tl.load(p_weight + i, mask=m_c, other=0.0).to(tl.float32)
     if p_bias is not None:
         b_sum += tl.load(p_bias, mask=m_c, other=0.0).to(tl.float32)
@@ -112,7 +112,7 @@ def conv_silu_token(p_x, stride_t, p_window, p_weight, p_bias, m_c, i_t, WIDTH: 
 def conv_silu_tile(
     p_x,
     stride_t,
-    p_window,
+    p_conv_state,
     p_weight,
     p_bias,
     i_t,
@@ -124,17 +124,17 @@ def conv_silu_tile(
     KEEP: tl.constexpr,
 ):
     """silu of the convolution at BT tokens from i_t of a sequence from start to end, ``[BT, channels]`` in fp32.
-    Pointers are at the channels, p_x at token 0; the window, if there is one, ends before that."""
+    Pointers are at the channels, p_x at token 0; the conv_state, if there is one, ends before that."""
     o_t = i_t + tl.arange(0, BT)
     m_t = o_t < end
     b_sum = tl.zeros([BT, m_c.shape[0]], tl.float32)
-    if p_window is not None and i_t == 0:
-        # The first tokens also read the window, row by row: there are few.
+    if p_conv_state is not None and i_t == 0:
+        # The first tokens also read the conv_state, row by row: there are few.
         for t in tl.static_range(WIDTH - 1):
             b_row = tl.zeros(m_c.shape, tl.float32)
             for i in tl.static_range(WIDTH - 1 - t):
                 if KEEP + t + i >= WIDTH - 1:
-                    b_x = tl.load(p_window + (KEEP + t + i - (WIDTH - 1)), mask=m_c, other=0.0).to(tl.float32)
+                    b_x = tl.load(p_conv_state + (KEEP + t + i - (WIDTH - 1)), mask=m_c, other=0.0).to(tl.float32)
                     b_row += b_x * tl.load(p_weight + i, mask=m_c, other=0.0).to(tl.float32)
             b_sum = tl.where((o_t == t)[:, None], b_row[None, :], b_sum)
     for i in tl.static_range(WIDTH):

@@ -1,6 +1,6 @@
 """Everything before the delta rule over whole sequences, in one kernel: prefill.
 
-    x <- silu(conv(window | x)) for x = q, k, v ;  q, k <- x / sqrt(sum x^2 + 1e-6)
+    x <- silu(conv(conv_state | x)) for x = q, k, v ;  q, k <- x / sqrt(sum x^2 + 1e-6)
     g <- -exp(A_log) softplus(a + dt_bias), or lower_bound sigmoid(exp(A_log) (a + dt_bias)) ;  beta <- sigmoid(b)
 
 The oracle is `hf_gdn.kernels.reference.prologue`. Inputs are views of the projections' outputs in the family's own
@@ -9,7 +9,7 @@ copy.
 
 A program serves some tokens of a sequence and one head: q and k of a key head, or v, decay and beta of a value head.
 Every tap of the convolution loads the tile again, shifted; all but the first load hit the nearest cache. The next
-window is written to a tensor of its own; the cache is updated after the rest of the call has run.
+The new convolution state is written to a tensor of its own; the cache is updated after the rest of the call has run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
-from ..contract import Prepared, Raw, Rule, Weights
+from ..contract import DeltaRuleInputs, LayerSpec, Projections, Weights
 from .chunks import CHUNK, chunks_of, locate_chunk
 from .math import conv_silu_tile, l2norm_rows, log_decay, writing_strength
 from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton, why_not
@@ -55,15 +55,15 @@ def prologue_config(BK: int, BV: int) -> PrologueConfig:
 
 
 @triton.jit
-def _last_inputs(p_x, stride_t, p_window, p_recent, length, m_c, KEEP: tl.constexpr, BW: tl.constexpr):
-    """The window after `length` tokens. Pointers are at the channels."""
+def _last_inputs(p_x, stride_t, p_conv_state, p_recent, length, m_c, KEEP: tl.constexpr, BW: tl.constexpr):
+    """The convolution state after `length` tokens. Pointers are at the channels."""
     o_w = tl.arange(0, BW)
     o_from = length - KEEP + o_w[None, :]
     m = m_c[:, None] & (o_w < KEEP)[None, :]
     b_x = tl.load(p_x[:, None] + o_from * stride_t, mask=m & (o_from >= 0), other=0.0)
-    if p_window is not None:
+    if p_conv_state is not None:
         m_old = m & (o_from < 0) & (o_from + KEEP >= 0)
-        b_x = tl.where(o_from < 0, tl.load(p_window[:, None] + KEEP + o_from, mask=m_old, other=0.0), b_x)
+        b_x = tl.where(o_from < 0, tl.load(p_conv_state[:, None] + KEEP + o_from, mask=m_old, other=0.0), b_x)
     tl.store(p_recent[:, None] + o_w[None, :], b_x, mask=m)
 
 
@@ -74,7 +74,7 @@ def _prologue_kernel(
     p_v,  # [B, T, HK, R, V]
     p_a,  # [B, T, HK, R], or [B, T, HK, R, K] with one decay per channel
     p_b,  # [B, T, HK, R]
-    p_window,  # [B, C, KEEP] contiguous, C = HK K + HK K + HV V; or None
+    p_conv_state,  # [B, C, KEEP] contiguous, C = HK K + HK K + HV V; or None
     p_weight,  # [C, WIDTH] contiguous
     p_bias,  # [C] or None
     p_A_log,  # [HV]
@@ -139,7 +139,7 @@ def _prologue_kernel(
     else:
         start = i_b * 0
         is_first = i_t == 0
-        p_context = p_window
+        p_context = p_conv_state
     length = i_b * 0 + T
     if p_lengths is not None:
         length = tl.load(p_lengths + i_b).to(tl.int64)
@@ -192,7 +192,7 @@ def _prologue_kernel(
             _last_inputs(
                 p_xq,
                 stride_qt,
-                None if p_window is None else p_window + (i_channel + o_q) * KEEP,
+                None if p_conv_state is None else p_conv_state + (i_channel + o_q) * KEEP,
                 p_recent + (i_channel + o_q) * KEEP,
                 length,
                 m_k,
@@ -202,7 +202,7 @@ def _prologue_kernel(
             _last_inputs(
                 p_xk,
                 stride_kt,
-                None if p_window is None else p_window + (i_channel + o_key) * KEEP,
+                None if p_conv_state is None else p_conv_state + (i_channel + o_key) * KEEP,
                 p_recent + (i_channel + o_key) * KEEP,
                 length,
                 m_k,
@@ -236,7 +236,7 @@ def _prologue_kernel(
             _last_inputs(
                 p_xv,
                 stride_vt,
-                None if p_window is None else p_window + (i_channel + o_value) * KEEP,
+                None if p_conv_state is None else p_conv_state + (i_channel + o_value) * KEEP,
                 p_recent + (i_channel + o_value) * KEEP,
                 length,
                 m_v,
@@ -265,33 +265,33 @@ def _prologue_kernel(
 
 
 def prologue(
-    raw: Raw,
+    projected: Projections,
     weights: Weights,
-    rule: Rule,
+    spec: LayerSpec,
     *,
-    window: Tensor | None = None,
+    conv_state: Tensor | None = None,
     keep: int = 0,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> Prepared:
+) -> DeltaRuleInputs:
     """Everything before the delta rule, in one launch; no gradients. All arithmetic is fp32.
 
     Args:
-        raw: of tokens ``[B, T]``, T from 1 up, in fp16, bf16 or fp32; a is given. K and V up to 256.
+        projected: of tokens ``[B, T]``, T from 1 up, in fp16, bf16 or fp32; a is given. K and V up to 256.
         weights: in any float dtype, conv contiguous. Width of the convolution up to 8.
-        rule: its activation is silu.
-        window: left context, the last inputs of the convolution: ``[B, C, keep]`` in raw's dtype; zeros when
+        spec: its activation is silu.
+        conv_state: left context, the last inputs of the convolution: ``[B, C, keep]`` in the model's dtype; zeros when
             None. Packed sequences do not see it.
-        keep: columns of the window that is returned, which ends at each row's last token; 0 for none.
+        keep: columns of the convolution state that is returned, which ends at each row's last token; 0 for none.
         cu_seqlens: ``[N + 1]`` boundaries of sequences packed along T, B = 1: the convolution stays inside each.
         lengths: ``[B]``, how many tokens a row has; those after them are padding, which neither decays nor writes.
 
     Returns:
-        q, k and v in raw's dtype, g and beta in fp32, and the window, all contiguous and new.
+        q, k and v in the model's dtype, g and beta in fp32, and the convolution state, all contiguous and new.
 
     Source: Gated Delta Networks (arXiv 2412.06464), figure 1; Kimi Linear (arXiv 2510.26692), section 3.
     """
-    q, k, v, a, b = raw[:5]
+    q, k, v, a, b = projected[:5]
     assert a is not None
     B, T, HK, K = q.shape
     R, V = v.shape[3:]
@@ -303,13 +303,13 @@ def prologue(
     def empty(*shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device=q.device)
 
-    made = Prepared(
+    made = DeltaRuleInputs(
         q=empty(B, T, HK, K, dtype=q.dtype),
         k=empty(B, T, HK, K, dtype=q.dtype),
         v=empty(B, T, HV, V, dtype=q.dtype),
         g=empty(B, T, HV, K) if is_kda else empty(B, T, HV),
         beta=empty(B, T, HV),
-        window=empty(B, C, keep, dtype=q.dtype) if keep else None,
+        conv_state=empty(B, C, keep, dtype=q.dtype) if keep else None,
     )
     chunks = chunks_of(B, T, cu_seqlens)
     BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
@@ -321,7 +321,7 @@ def prologue(
             p_v=v,
             p_a=a,
             p_b=b,
-            p_window=None if window is None else window.contiguous(),
+            p_conv_state=None if conv_state is None else conv_state.contiguous(),
             p_weight=weights.conv,
             p_bias=weights.conv_bias,
             p_A_log=weights.A_log,
@@ -332,8 +332,8 @@ def prologue(
             p_ov=made.v,
             p_og=made.g,
             p_obeta=made.beta,
-            p_recent=made.window,
-            beta_scale=rule.beta_scale,
+            p_recent=made.conv_state,
+            beta_scale=spec.beta_scale,
             T=T,
             **strides(q=q, k=k),
             **strides("bthr", v=v, a=a, b=b),
@@ -348,9 +348,9 @@ def prologue(
             KEEP=keep,
             BW=triton.next_power_of_2(max(keep, 1)),
             CHUNK=CHUNK,
-            LOWER_BOUND=rule.lower_bound,
+            LOWER_BOUND=spec.lower_bound,
             IS_KDA=is_kda,
-            DECAY_IN_DTYPE=rule.decay_in_dtype,
+            DECAY_IN_DTYPE=spec.decay_in_dtype,
             num_warps=config.num_warps,
             **chunks.arguments(),
         )

@@ -1,18 +1,18 @@
 """Everything between a layer's projections for the next few tokens, in two kernels, states updated in place: decoding.
 
-    x <- silu(conv(window | x)) for x = q, k, v ;  q, k <- x / sqrt(sum x^2 + 1e-6)
+    x <- silu(conv(conv_state | x)) for x = q, k, v ;  q, k <- x / sqrt(sum x^2 + 1e-6)
     g <- -exp(A_log) softplus(a + dt_bias), or lower_bound sigmoid(exp(A_log) (a + dt_bias)) ;  beta <- sigmoid(b)
     S <- diag(exp g) S ;  u = beta (v - S^T k) ;  S <- S + k u^T ;  o = K^-1/2 S^T q          (delta rule)
-    y <- norm(o) gate(z) ;  window <- the last tokens of (window | x)
+    y <- norm(o) gate(z) ;  conv_state <- the last tokens of (conv_state | x)
 
 The oracle is `hf_gdn.kernels.reference.step`. Inputs are views of the projections' outputs in the family's own layout:
 nothing is split, concatenated, cast or copied.
 
-There are two kernels for two reasons. A key head's window is read by the programs of all its value heads and of all
-tiles of V, so none of them may shift it while another may still read it. And the norm needs a head's whole row o, which
-tiles of V share. The first kernel only reads the windows and stores o before the norm; the second runs after it,
-applies the norm and shifts the windows. This costs one small launch, but no atomics, counters or memory that outlives
-the call.
+There are two kernels for two reasons. A key head's convolution state is read by the programs of all its value heads
+and of all tiles of V, so none of them may shift it while another may still read it. And the norm needs a head's whole
+row o, which tiles of V share. The first kernel only reads the convolution state and stores o before the norm; the
+second runs after it, applies the norm and shifts the convolution state. This costs one small launch, but no atomics,
+counters or memory that outlives the call.
 
 The delta rule is that of `tokens`: bits do not depend on the batch, the tile or how tokens are divided among calls.
 """
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
-from ..contract import Raw, Rule, Weights
+from ..contract import LayerSpec, Projections, Weights
 from .math import conv_silu_token, l2norm, log_decay, norm_and_gate, sum_rows, writing_strength
 from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton, why_not
 from .tokens import FP_FUSION, delta_rule_token, tile_config
 
-# The second kernel: a program has a row of V numbers at a time, or a head's windows.
+# The second kernel: a program has a row of V numbers at a time, or a head's convolution state.
 FINISH_CONFIG = LaunchConfig(num_warps=1, measured_on=NOT_MEASURED)
 
 
@@ -40,7 +40,7 @@ def _step_kernel(
     p_v,  # [B, T, HK, R, V]
     p_a,  # [B, T, HK, R], or [B, T, HV, K] with one decay per channel
     p_b,  # [B, T, HK, R]
-    p_window,  # [B, C, WIDTH] contiguous, C = HK K + HK K + HV V
+    p_conv_state,  # [B, C, WIDTH] contiguous, C = HK K + HK K + HV V
     p_weight,  # [C, WIDTH] contiguous
     p_bias,  # [C] or None
     p_A_log,  # [HV]
@@ -94,7 +94,7 @@ def _step_kernel(
 
     o_ck = i_hk * K + o_k  # channels of q; those of k follow, then those of v
     o_cv = 2 * HK * K + i_h * V + o_v
-    p_window += i_n * (2 * HK * K + HV * V) * WIDTH
+    p_conv_state += i_n * (2 * HK * K + HV * V) * WIDTH
     p_q += i_n * stride_qb + i_hk * stride_qh + o_k
     p_k += i_n * stride_kb + i_hk * stride_kh + o_k
     p_v += i_n * stride_vb + i_hk * stride_vh + i_r * stride_vr + o_v
@@ -112,7 +112,7 @@ def _step_kernel(
         b_q = conv_silu_token(
             p_q,
             stride_qt,
-            p_window + o_ck * WIDTH,
+            p_conv_state + o_ck * WIDTH,
             p_weight + o_ck * WIDTH,
             None if p_bias is None else p_bias + o_ck,
             m_k,
@@ -122,7 +122,7 @@ def _step_kernel(
         b_k = conv_silu_token(
             p_k,
             stride_kt,
-            p_window + (HK * K + o_ck) * WIDTH,
+            p_conv_state + (HK * K + o_ck) * WIDTH,
             p_weight + (HK * K + o_ck) * WIDTH,
             None if p_bias is None else p_bias + HK * K + o_ck,
             m_k,
@@ -132,7 +132,7 @@ def _step_kernel(
         b_v = conv_silu_token(
             p_v,
             stride_vt,
-            p_window + o_cv * WIDTH,
+            p_conv_state + o_cv * WIDTH,
             p_weight + o_cv * WIDTH,
             None if p_bias is None else p_bias + o_cv,
             m_v,
@@ -150,15 +150,15 @@ def _step_kernel(
 
 
 @triton.jit
-def _shift_window(p_x, stride_t, p_window, m_c, T, WIDTH: tl.constexpr, BW: tl.constexpr):
-    """Shift the convolution window ``[channels, WIDTH]`` by T tokens, in place. Pointers are at the channels."""
+def _shift_conv_state(p_x, stride_t, p_conv_state, m_c, T, WIDTH: tl.constexpr, BW: tl.constexpr):
+    """Shift the convolution state ``[channels, WIDTH]`` by T tokens, in place. Pointers are at the channels."""
     o_w = tl.arange(0, BW)[None, :]
     m = m_c[:, None] & (o_w < WIDTH)
-    o_from = o_w + T  # in (window | x)
-    b_old = tl.load(p_window[:, None] + o_from, mask=m & (o_from < WIDTH), other=0.0)
+    o_from = o_w + T  # in (conv_state | x)
+    b_old = tl.load(p_conv_state[:, None] + o_from, mask=m & (o_from < WIDTH), other=0.0)
     b_new = tl.load(p_x[:, None] + (o_from - WIDTH) * stride_t, mask=m & (o_from >= WIDTH), other=0.0)
     tl.debug_barrier()  # a column is read by one thread and written by another
-    tl.store(p_window[:, None] + o_w, tl.where(o_from < WIDTH, b_old, b_new), mask=m)
+    tl.store(p_conv_state[:, None] + o_w, tl.where(o_from < WIDTH, b_old, b_new), mask=m)
 
 
 @triton.jit(do_not_specialize_on_alignment=["T"])
@@ -167,7 +167,7 @@ def _finish_kernel(
     p_k,
     p_v,  # as in _step_kernel
     p_z,  # [B, T, HK, R, V]
-    p_window,  # [B, C, WIDTH] contiguous
+    p_conv_state,  # [B, C, WIDTH] contiguous
     p_norm,  # [V]
     p_o,  # [B, T, HV, V] contiguous, normed in place
     eps,
@@ -197,10 +197,11 @@ def _finish_kernel(
     NORM_IN_FP32: tl.constexpr,
     GATE_IS_SILU: tl.constexpr,
 ):
-    # A program for each value head of each sequence, for its rows and its window; then one for each key head's windows.
+    # A program for each value head of each sequence: its rows, and its part of the convolution state. Then one for each
+    # key head: q's and k's part.
     i_n = (tl.program_id(0) // (HV + HK)).to(tl.int64)
     i_h = tl.program_id(0) % (HV + HK)
-    p_window += i_n * (2 * HK * K + HV * V) * WIDTH
+    p_conv_state += i_n * (2 * HK * K + HV * V) * WIDTH
     # Block sizes differ, so the branches must not share names (Triton would unify their types).
     if i_h >= HV:
         i_key = i_h - HV
@@ -208,16 +209,16 @@ def _finish_kernel(
         m_k = o_k < K
         o_ck = i_key * K + o_k
         p_new_q = p_q + i_n * stride_qb + i_key * stride_qh + o_k
-        _shift_window(p_new_q, stride_qt, p_window + o_ck * WIDTH, m_k, T, WIDTH, BW)
+        _shift_conv_state(p_new_q, stride_qt, p_conv_state + o_ck * WIDTH, m_k, T, WIDTH, BW)
         p_new_k = p_k + i_n * stride_kb + i_key * stride_kh + o_k
-        _shift_window(p_new_k, stride_kt, p_window + (HK * K + o_ck) * WIDTH, m_k, T, WIDTH, BW)
+        _shift_conv_state(p_new_k, stride_kt, p_conv_state + (HK * K + o_ck) * WIDTH, m_k, T, WIDTH, BW)
     else:
         i_hk, i_r = i_h // (HV // HK), i_h % (HV // HK)
         o_v = tl.arange(0, BV)
         m_v = o_v < V
         o_cv = 2 * HK * K + i_h * V + o_v
         p_new_v = p_v + i_n * stride_vb + i_hk * stride_vh + i_r * stride_vr + o_v
-        _shift_window(p_new_v, stride_vt, p_window + o_cv * WIDTH, m_v, T, WIDTH, BW)
+        _shift_conv_state(p_new_v, stride_vt, p_conv_state + o_cv * WIDTH, m_v, T, WIDTH, BW)
         p_row = p_o + (i_n * T * HV + i_h) * V + o_v
         p_gate = p_z + i_n * stride_zb + i_hk * stride_zh + i_r * stride_zr + o_v
         b_w = tl.load(p_norm + o_v, mask=m_v, other=0.0).to(tl.float32)
@@ -231,23 +232,23 @@ def _finish_kernel(
             p_gate += stride_zt
 
 
-def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) -> Tensor:
-    """The next few tokens of a layer; window and state are updated in place. No gradients. All arithmetic is fp32.
+def step(projected: Projections, weights: Weights, spec: LayerSpec, conv_state: Tensor, state: Tensor) -> Tensor:
+    """The next few tokens of a layer; conv_state and state are updated in place. No gradients. All arithmetic is fp32.
 
     Args:
-        raw: of tokens ``[B, T]``, T from 1 up, in fp16, bf16 or fp32; a is given.
+        projected: of tokens ``[B, T]``, T from 1 up, in fp16, bf16 or fp32; a is given.
         weights: in any float dtype, conv contiguous; norm is given. Width of the convolution up to 8.
-        rule: its activation is silu, its gate silu or sigmoid.
-        window: ``[B, C, width]`` in raw's dtype, contiguous: the last inputs of the convolution, oldest first, over
-            q | k | v, as transformers keeps them.
+        spec: its activation is silu, its gate silu or sigmoid.
+        conv_state: ``[B, C, width]`` in the model's dtype, contiguous: the last inputs of the convolution, oldest
+            first, over q | k | v, as transformers keeps them.
         state: fp32 ``[B, HV, K, V]``, contiguous.
 
     Returns:
-        ``[B, T, HV, V]`` in raw's dtype, normed and gated, for the output projection.
+        ``[B, T, HV, V]`` in the model's dtype, normed and gated, for the output projection.
 
     Source: Gated Delta Networks (arXiv 2412.06464), figure 1; Kimi Linear (arXiv 2510.26692), section 3.
     """
-    q, k, v, a, b, z = raw[:6]
+    q, k, v, a, b, z = projected[:6]
     assert a is not None
     B, T, HK, K = q.shape
     R, V = v.shape[3:]
@@ -266,7 +267,7 @@ def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) 
             p_v=v,
             p_a=a,
             p_b=b,
-            p_window=window,
+            p_conv_state=conv_state,
             p_weight=weights.conv,
             p_bias=weights.conv_bias,
             p_A_log=weights.A_log,
@@ -274,7 +275,7 @@ def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) 
             p_state=state,
             p_o=o,
             scale=K**-0.5,
-            beta_scale=rule.beta_scale,
+            beta_scale=spec.beta_scale,
             T=T,
             **strides(q=q, k=k),
             **strides("bthr", v=v, a=a, b=b),
@@ -285,9 +286,9 @@ def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) 
             BK=BK,
             BV=BV,
             WIDTH=WIDTH,
-            LOWER_BOUND=rule.lower_bound,
+            LOWER_BOUND=spec.lower_bound,
             IS_KDA=is_kda,
-            DECAY_IN_DTYPE=rule.decay_in_dtype,
+            DECAY_IN_DTYPE=spec.decay_in_dtype,
             num_warps=num_warps,
             enable_fp_fusion=FP_FUSION,
         )
@@ -296,10 +297,10 @@ def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) 
             p_k=k,
             p_v=v,
             p_z=z,
-            p_window=window,
+            p_conv_state=conv_state,
             p_norm=weights.norm,
             p_o=o,
-            eps=rule.eps,
+            eps=spec.eps,
             T=T,
             **strides(q=q, k=k),
             **strides("bthr", v=v, z=z),
@@ -311,8 +312,8 @@ def step(raw: Raw, weights: Weights, rule: Rule, window: Tensor, state: Tensor) 
             BV=triton.next_power_of_2(V),
             WIDTH=WIDTH,
             BW=triton.next_power_of_2(WIDTH),
-            NORM_IN_FP32=rule.norm_in_fp32,
-            GATE_IS_SILU=rule.gate == "silu",
+            NORM_IN_FP32=spec.norm_in_fp32,
+            GATE_IS_SILU=spec.gate == "silu",
             num_warps=FINISH_CONFIG.num_warps,
             enable_fp_fusion=FP_FUSION,
         )

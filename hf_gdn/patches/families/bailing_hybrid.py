@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...kernels.contract import Rule
+from ...kernels.contract import LayerSpec
 from .kimi_linear import KimiLinear
 
 
@@ -18,10 +18,10 @@ class BailingHybrid(KimiLinear):
     model_name = "BailingHybridModel"
     about = "bounded decay or softplus, full-rank gates"
 
-    def rule(self, layer: Any) -> Rule:
+    def spec(self, layer: Any) -> LayerSpec:
         gate = layer.forget_gate
         return (
-            super().rule(layer)._replace(lower_bound=gate.lower_bound if gate.safe_gate else None, decay_in_dtype=True)
+            super().spec(layer)._replace(lower_bound=gate.lower_bound if gate.safe_gate else None, decay_in_dtype=True)
         )
 
     def forget(self, gate: Any, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from ...kernels.contract import ACTIVATIONS, Raw, Rule, Weights
+from ...kernels.contract import ACTIVATIONS, LayerSpec, Projections, Weights
 from ...upstream import modules
 
 
@@ -31,7 +31,7 @@ FEATURES = {
     "training": "tests/patches/test_models.py",
     "`torch.compile`, full graph": "tests/patches/test_models.py",
     "CUDA graphs": "tests/test_graphs.py",
-    "assistants, tokens taken back": "tests/caches/test_rewind.py",
+    "assistants, tokens rolled back": "tests/caches/test_rollback.py",
 }
 
 
@@ -46,7 +46,7 @@ def _must_call_norm(norm: Any) -> bool:
 
 
 def _known(activation: str) -> Any:
-    """An activation as a `Rule` has it, by transformers' name."""
+    """An activation as a `LayerSpec` has it, by transformers' name."""
     return activation if activation in ACTIVATIONS else ACT2FN[activation]
 
 
@@ -57,7 +57,7 @@ class Family(ABC):
         name: transformers' model type, the name users give.
         class_name: name of the layer class.
         model_name: name of the text model's class, whose forward calls the decoder layers.
-        op: ``"gdn"`` (one decay per head) or ``"kda"`` (one per channel).
+        variant: ``"gdn"`` (one decay per head) or ``"kda"`` (one per channel).
         about: what is particular to it in a few words, for the docs.
         cannot: features of `FEATURES` that it does not have, each with the reason.
         masks_always: the model hands its layers a mask of ones where there is no padding, single tokens included.
@@ -68,7 +68,7 @@ class Family(ABC):
     name: str
     class_name: str
     model_name: str
-    op: str
+    variant: str
     about: str
     cannot: tuple[tuple[str, str], ...] = ()
     masks_always: bool = False
@@ -89,34 +89,36 @@ class Family(ABC):
         return Dims(layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
 
     @abstractmethod
-    def raw(self, layer: Any, x: Tensor) -> Raw:
+    def project(self, layer: Any, x: Tensor) -> Projections:
         """Run the layer's input projections on ``[B, T, hidden]``."""
 
     def decays(self, layer: Any) -> Any:
         """The module that has A_log and dt_bias."""
         return layer
 
-    def rule(self, layer: Any) -> Rule:
+    def spec(self, layer: Any) -> LayerSpec:
         """How the layer's gates and norm are made."""
         norm = getattr(layer, self.norm_name)
-        return Rule(
+        return LayerSpec(
             activation=_known(layer.activation),
             gate=_known(getattr(norm, "activation", "silu")),
             eps=getattr(norm, "variance_epsilon", 0.0),
         )
 
-    def split(self, layer: Any, qkv: Tensor | tuple[Tensor, Tensor, Tensor], a: Tensor, b: Tensor, z: Tensor) -> Raw:
-        """`Raw` of projections ``[B, T, heads dim]`` that have q, k and v side by side or apart, a, b and z apart."""
+    def split(
+        self, layer: Any, qkv: Tensor | tuple[Tensor, Tensor, Tensor], a: Tensor, b: Tensor, z: Tensor
+    ) -> Projections:
+        """`Projections` of outputs ``[B, T, heads dim]``: qkv in one tensor or three; a, b and z apart."""
         k_heads, v_heads, k_dim, v_dim = self.dims(layer)
         group = v_heads // k_heads
         joined = qkv if isinstance(qkv, Tensor) else None
         sizes = (k_heads * k_dim, k_heads * k_dim, v_heads * v_dim)
         q, k, v = qkv if joined is None else joined.split_with_sizes(sizes, -1)
-        return Raw(
+        return Projections(
             q.unflatten(2, (k_heads, k_dim)),
             k.unflatten(2, (k_heads, k_dim)),
             v.unflatten(2, (k_heads, group, v_dim)),
-            a.unflatten(2, (k_heads, group)) if self.op == "gdn" else a,
+            a.unflatten(2, (k_heads, group)) if self.variant == "gdn" else a,
             b.unflatten(2, (k_heads, group)),
             z.unflatten(2, (k_heads, group, v_dim)),
             joined,

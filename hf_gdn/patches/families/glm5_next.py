@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...kernels.contract import Rule
+from ...kernels.contract import LayerSpec
 from .kimi_linear import KimiLinear
 
 
@@ -21,8 +21,8 @@ class Glm5Next(KimiLinear):
         ("CUDA graphs", "the indexer of its full attention asks the device which keys are there"),
     )
 
-    def rule(self, layer: Any) -> Rule:
-        return super().rule(layer)._replace(lower_bound=layer.forget_gate.safe_gate_lower_bound)
+    def spec(self, layer: Any) -> LayerSpec:
+        return super().spec(layer)._replace(lower_bound=layer.forget_gate.safe_gate_lower_bound)
 
 
 FAMILY = Glm5Next()

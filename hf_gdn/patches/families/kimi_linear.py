@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...kernels.contract import Raw, Rule
+from ...kernels.contract import LayerSpec, Projections
 from .base import Dims, Family, has_forward_hooks
 
 
@@ -16,7 +16,7 @@ class KimiLinear(Family):
     name = "kimi_linear"
     class_name = "KimiLinearDeltaAttention"
     model_name = "KimiLinearModel"
-    op = "kda"
+    variant = "kda"
     about = "softplus decay"
     norm_name, output_name = "o_norm", "o_proj"
     direct = ("conv1d", "forget_gate", "o_norm")
@@ -27,15 +27,15 @@ class KimiLinear(Family):
     def decays(self, layer: Any) -> Any:
         return layer.forget_gate
 
-    def raw(self, layer: Any, x: Tensor) -> Raw:
+    def project(self, layer: Any, x: Tensor) -> Projections:
         qkv, gate = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)), layer.forget_gate
         called = has_forward_hooks(gate)
         a = gate(x) if called else self.forget(gate, x)
-        raw = self.split(layer, qkv, a, layer.b_proj(x), self.gate(layer, x))
-        return raw._replace(a=None, g=a) if called else raw
+        projected = self.split(layer, qkv, a, layer.b_proj(x), self.gate(layer, x))
+        return projected._replace(a=None, g=a) if called else projected
 
-    def rule(self, layer: Any) -> Rule:
-        return super().rule(layer)._replace(norm_in_fp32=True)
+    def spec(self, layer: Any) -> LayerSpec:
+        return super().spec(layer)._replace(norm_in_fp32=True)
 
     def forget(self, gate: Any, x: Tensor) -> Tensor:
         """Projection of the forget gate, ``[B, T, H K]``."""

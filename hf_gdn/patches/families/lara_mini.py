@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...kernels.contract import Rule
+from ...kernels.contract import LayerSpec
 from .qwen3_5 import Qwen3_5
 
 
@@ -17,8 +17,8 @@ class LaraMini(Qwen3_5):
     about = "sliding-window attention beside it"
     cannot = (("CUDA graphs", "its sliding-window layers count tokens in Python, which a replay would not"),)
 
-    def rule(self, layer: Any) -> Rule:
-        return super().rule(layer)._replace(norm_in_fp32=True)
+    def spec(self, layer: Any) -> LayerSpec:
+        return super().spec(layer)._replace(norm_in_fp32=True)
 
 
 FAMILY = LaraMini()

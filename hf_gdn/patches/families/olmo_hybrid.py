@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...kernels.contract import Raw, Rule
+from ...kernels.contract import LayerSpec, Projections
 from .base import Family
 
 
@@ -16,16 +16,16 @@ class OlmoHybrid(Family):
     name = "olmo_hybrid"
     class_name = "OlmoHybridGatedDeltaNet"
     model_name = "OlmoHybridModel"
-    op = "gdn"
+    variant = "gdn"
     about = "β up to 2, K ≠ V"
     norm_name, output_name = "o_norm", "o_proj"
 
-    def raw(self, layer: Any, x: Tensor) -> Raw:
+    def project(self, layer: Any, x: Tensor) -> Projections:
         qkv = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
         return self.split(layer, qkv, layer.a_proj(x), layer.b_proj(x), layer.g_proj(x))
 
-    def rule(self, layer: Any) -> Rule:
-        return super().rule(layer)._replace(beta_scale=2.0 if layer.allow_neg_eigval else 1.0)
+    def spec(self, layer: Any) -> LayerSpec:
+        return super().spec(layer)._replace(beta_scale=2.0 if layer.allow_neg_eigval else 1.0)
 
 
 FAMILY = OlmoHybrid()

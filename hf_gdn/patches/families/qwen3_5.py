@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...kernels.contract import Raw
+from ...kernels.contract import Projections
 from .base import Family
 
 
@@ -16,10 +16,10 @@ class Qwen3_5(Family):
     name = "qwen3_5"
     class_name = "Qwen3_5GatedDeltaNet"
     model_name = "Qwen3_5TextModel"
-    op = "gdn"
+    variant = "gdn"
     about = "text tower too"
 
-    def raw(self, layer: Any, x: Tensor) -> Raw:
+    def project(self, layer: Any, x: Tensor) -> Projections:
         qkv = layer.in_proj_qkv(x)
         return self.split(layer, qkv, layer.in_proj_a(x), layer.in_proj_b(x), layer.in_proj_z(x))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..upstream import modules, tensors
+from ...upstream import modules, tensors
 
 SAMPLES = 32  # values read of every parameter
 # What a config says about loading, generating and training; the cache's numbers do not depend on it.

@@ -7,7 +7,7 @@ padding, and the rotary frequencies. In return it takes positions and masks from
 
 **Positions.** What counts is how far apart a query and a key are *inside the cache*. transformers caches keys that are
 already rotated, and rotary scores depend on differences only: between tokens in the window these are right as they are,
-and sinks are turned after the query from the key as it came, in fp32 (`sink_plan`). Two things keep that exact for
+and sinks are turned after the query from the key as it came, in fp32 (`plan`). Two things keep that exact for
 ever:
 
 - Positions do not grow with the stream. The angle of position p is p times a frequency, rounded in fp32: at a million
@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
-from ..upstream.configs import attention_implementation
-from ..upstream.tensors import mark_static_address
-from .sink_masks import as_mask, check_implementation, real_columns
-from .sink_plan import Piece, Sizes, Step, plan_piece, plan_step, turned
+from ...upstream.configs import attention_implementation
+from ...upstream.tensors import mark_static_address
+from .masks import as_mask, check_implementation, real_columns
+from .plan import MultiTokenPlan, SingleTokenPlan, Sizes, plan_piece, plan_step, turned
 
 __all__ = ["SinkCache", "SinkLayer"]
 
@@ -188,7 +188,7 @@ class SinkCache(Cache):
         self.sizes = Sizes(sink_tokens, window)
         self.latent = getattr(text, "kv_lora_rank", None) is not None
         self.inv_freq: Tensor | None = None  # [F], the model's own, known from the first forward on
-        self.plan: Step | Piece | None = None  # of the forward that is running
+        self.plan: SingleTokenPlan | MultiTokenPlan | None = None  # of the forward that is running
         self._counts: Tensor | None = None  # [3, B]: columns read, tokens read (without padding), base of positions
         self._taken: tuple[int, Tensor | int] = (0, 0)  # columns and tokens of the forward that is running
         super().__init__(

@@ -58,7 +58,7 @@ def turned(x: Tensor, angle: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Step:
+class SingleTokenPlan:
     """One token a row: it is written to its slot and the buffers themselves are read. Shapes and addresses stay."""
 
     sizes: Sizes
@@ -86,7 +86,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MultiTokenPlan:
     """Several tokens a row: they are read beside what is held, then those that stay are written to their slots."""
 
     sizes: Sizes
@@ -142,7 +142,7 @@ class Piece:
 
 def plan_step(
     sizes: Sizes, n: Tensor, base: Tensor, inv_freq: Tensor | None, counts: list[int] | None
-) -> tuple[Step, Tensor | None]:
+) -> tuple[SingleTokenPlan, Tensor | None]:
     """The plan of one token a row, and who sees what ``[B, 1, used]`` (None: all see all).
 
     `counts` is n ``[B]`` on the host; without it (under torch.compile, in a CUDA graph) nothing depends on numbers.
@@ -158,12 +158,12 @@ def plan_step(
     seen = None
     if counts is None or min(counts) + 1 < used:
         seen = (torch.arange(used, device=n.device) <= n[:, None])[:, None]
-    return Step(sizes, sizes.slot(n), used, inv_freq, arrives, turn), seen
+    return SingleTokenPlan(sizes, sizes.slot(n), used, inv_freq, arrives, turn), seen
 
 
 def plan_piece(
     sizes: Sizes, n: Tensor, base: Tensor, inv_freq: Tensor | None, counts: list[int], real: Tensor
-) -> tuple[Piece, Tensor, Tensor]:
+) -> tuple[MultiTokenPlan, Tensor, Tensor]:
     """The plan of a piece ``[B, T]`` whose tokens `real` tells from padding.
 
     Returns:
@@ -201,5 +201,5 @@ def plan_piece(
     else:
         parts = [(held < n)[:, None].expand(-1, length, -1), seen]
     parts[1] = parts[1] | (itself & real.logical_not()[..., None])  # padding sees itself: a row of nothing would be NaN
-    plan = Piece(sizes, begin, end, source, fresh, evicts, inv_freq, turn)
+    plan = MultiTokenPlan(sizes, begin, end, source, fresh, evicts, inv_freq, turn)
     return plan, torch.cat(parts, 2), token

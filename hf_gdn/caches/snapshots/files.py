@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import SnapshotError
-from ..files import write_whole
-from .snapshot_layers import Parts
-from .snapshots import Snapshot, check, check_model
+from ...errors import SnapshotError
+from ...files import write_whole
+from .api import Snapshot, check, check_model
+from .layers import Parts
 
 FORMAT = "hf_gdn.snapshot"
 VERSION = 1

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stat
 
 import hf_gdn
 import hf_gdn.caches
-from hf_gdn.caches import rewind
+from hf_gdn.caches import rollback
 from hf_gdn.loading.models import ASSETS
 from tests import tiny
 
@@ -79,9 +79,9 @@ def test_crops_beyond_the_last_crop(model, seed):
             new = [dice.randrange(1, 64) for _ in range(size)]
             text += new
             got = read(model, torch.tensor([new]), cache)
-            past = rewind.past_of(cache.layers[0])
-            assert beyond or past.reach >= min(len(text), rewind.RECORDED)
-            taken = dice.randrange(min(past.reach, size + rewind.RECORDED) + 1) if dice.random() < 0.7 else 0
+            past = rollback.history_of(cache.layers[0])
+            assert beyond or past.max_rollback >= min(len(text), rollback.RECORDED)
+            taken = dice.randrange(min(past.max_rollback, size + rollback.RECORDED) + 1) if dice.random() < 0.7 else 0
             beyond |= taken > size
             cache.crop(-taken if seed else torch.tensor(-taken))  # as generate() does
             wanted = read(model, torch.tensor([text]), None)[:, -size:]
@@ -93,11 +93,11 @@ def test_crops_beyond_the_last_crop(model, seed):
                 read(model, torch.tensor([text]), kept)
                 for one, other in zip(states(cache), states(kept)):
                     tiny.assert_close("state", one, other, BUDGET)
-            spans = starts(rewind.past_of(cache.layers[0]))
-            assert len(spans) <= 3 and sum(map(len, spans)) < 3 * rewind.RECORDED + 20
+            spans = starts(rollback.history_of(cache.layers[0]))
+            assert len(spans) <= 3 and sum(map(len, spans)) < 3 * rollback.RECORDED + 20
 
 
-def starts(past) -> list[rewind.Past]:
+def starts(past) -> list[rollback.History]:
     return [] if past is None else [past, *starts(past.earlier)]
 
 
@@ -140,14 +140,14 @@ def test_what_is_kept_does_not_grow(model):
     ids, _ = tiny.batch(1, 5)
     with hf_gdn.patched(strict=True):
         cache = recording(model)
-        for _ in range(3 * rewind.RECORDED // 5 + 60):
+        for _ in range(3 * rollback.RECORDED // 5 + 60):
             read(model, ids, cache)
-        spans = starts(rewind.past_of(cache.layers[0]))
-        assert len(spans) <= 3 and rewind.RECORDED <= spans[0].reach <= 3 * rewind.RECORDED
+        spans = starts(rollback.history_of(cache.layers[0]))
+        assert len(spans) <= 3 and rollback.RECORDED <= spans[0].max_rollback <= 3 * rollback.RECORDED
         whole = copy.deepcopy(cache)
-        cache.crop(-rewind.RECORDED)
+        cache.crop(-rollback.RECORDED)
         assert torch.isfinite(cache.layers[0].recurrent_states[0]).all()
-        whole.crop(-rewind.RECORDED)  # a copy has a past of its own
+        whole.crop(-rollback.RECORDED)  # a copy has a past of its own
         for got, wanted in zip(states(whole), states(cache)):
             assert torch.equal(got, wanted)
 
@@ -162,7 +162,7 @@ def test_more_than_was_recorded_is_refused_and_nothing_changed(model):
         cache.activate_past_recording()
         read(model, ids[:1, :4], cache)
         before = [state.clone() for state in states(cache)]
-        with pytest.raises(RuntimeError, match=r"crop\(-5\) takes 5 tokens back, the layer has recorded 4"):
+        with pytest.raises(RuntimeError, match=r"crop\(-5\) rolls 5 tokens back, the layer has recorded 4"):
             cache.crop(-5)
         assert all(torch.equal(x, y) for x, y in zip(states(cache), before))
         cache.crop(-4)

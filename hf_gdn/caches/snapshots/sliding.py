@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..errors import SnapshotError
-from .snapshot_layers import Change, Parts, fits
+from ...errors import SnapshotError
+from .layers import Change, Parts, fits
 
 _NAMES = {"sliding_keys": "keys", "sliding_values": "values"}
 

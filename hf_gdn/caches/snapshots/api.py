@@ -1,8 +1,8 @@
-"""Snapshots of caches: taken, put back, branched. A prefix is read once, however often it is gone on from.
+"""Take, restore and fork cache snapshots, so that a prefix is processed once and continued many times.
 
-transformers can give a cache of keys and values back to an earlier length; a recurrent state has no earlier length, it
-has to be kept. A `Snapshot` keeps a copy of everything a cache holds, independent of the cache's class: what a
-DynamicCache held can be put into a StaticCache and the other way round.
+transformers can crop keys and values to an earlier length; a recurrent state cannot be cropped, it has to be kept. A
+`Snapshot` is a copy of everything a cache holds, independent of the cache's class: what a DynamicCache held can be
+restored into a StaticCache and the other way round.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ..errors import SnapshotError
-from ..upstream import indexer_positions as positions
-from . import identity
-from .snapshot_kinds import BY_NAME, kind_of
-from .snapshot_layers import Kind, Parts, check_parts, row_dimension
+from ...errors import SnapshotError
+from ...upstream import indexer_positions as positions
+from .fingerprint import differences, fingerprint, layer_devices
+from .kinds import BY_NAME, kind_of
+from .layers import Kind, Parts, check_parts, row_dimension
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Snapshot:
     """What a cache held at some time; shares no memory with it.
 
     Attributes:
-        kinds: of every layer, a name of `hf_gdn.caches.snapshot_kinds.KINDS`.
+        kinds: of every layer, a name of `hf_gdn.caches.snapshots.kinds.KINDS`.
         layers: of every layer, its parts by name.
         length: tokens read.
         model: `fingerprint` of the model whose cache it was, None when that was not told.
@@ -121,7 +121,7 @@ def snapshot(cache: Cache, model: nn.Module | str | None = None) -> Snapshot:
         8
     """
     with torch.no_grad():
-        return read(cache)._with(lambda _, part: _own(part), model=_name(model))
+        return read(cache)._with(lambda _, part: own(part), model=_name(model))
 
 
 def restore(cache: Cache, snapshot: Snapshot, model: nn.Module | str | None = None) -> None:
@@ -155,7 +155,7 @@ def restore(cache: Cache, snapshot: Snapshot, model: nn.Module | str | None = No
     check_model(snapshot, model)
     devices = None
     if isinstance(model, nn.Module):
-        devices = identity.layer_devices(model, len(snapshot.layers))
+        devices = layer_devices(model, len(snapshot.layers))
     put(cache, snapshot, devices)
 
 
@@ -259,15 +259,16 @@ def check_model(found: Snapshot, model: nn.Module | str | None) -> None:
     name = _name(model) or ""
     if name != found.model:
         raise SnapshotError(
-            f"the snapshot is of another model: {identity.differences(found.model, name)} ({found.model}, here {name})"
+            f"the snapshot is of another model: {differences(found.model, name)} ({found.model}, here {name})"
         )
 
 
 def _name(model: nn.Module | str | None) -> str | None:
-    return identity.fingerprint(model) if isinstance(model, nn.Module) else model
+    return fingerprint(model) if isinstance(model, nn.Module) else model
 
 
-def _own(part: Tensor) -> Tensor:
+def own(part: Tensor) -> Tensor:
+    """A contiguous copy without gradients."""
     return part.detach().clone(memory_format=torch.contiguous_format)
 
 

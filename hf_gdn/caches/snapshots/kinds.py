@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import SnapshotError
-from . import snapshot_layers as layers
-from . import snapshot_sliding as sliding
-from .snapshot_layers import Kind
+from ...errors import SnapshotError
+from . import layers, sliding
+from .layers import Kind
 
 _KEYS = frozenset({"keys", "values"})
 _SLIDING_KEYS = frozenset({"sliding_keys", "sliding_values"})

@@ -1,4 +1,4 @@
-"""What each class of cache layers holds, and how it is restored. `snapshot_kinds` has the table of classes.
+"""What each class of cache layers holds, and how it is restored. `kinds` has the table of classes.
 
 Parts of a layer, by name: ``conv.<i>`` ``[B, C, width]`` (a window of token ids: ``[B, width]``) and ``recurrent.<i>``
 ``[B, HV, K, V]`` of a linear layer; ``keys`` and ``values`` ``[B, H, T, D]`` of an attention layer; with an indexer
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import SnapshotError
+from ...errors import SnapshotError
 
 Parts = dict[str, Tensor]
 Commit = Callable[[], None]
