@@ -29,7 +29,7 @@ FEATURES = {
     "cache continued": "tests/patches/test_padding.py",
     "beams, rows selected": "tests/caches/test_batch.py",
     "training": "tests/patches/test_models.py",
-    "`torch.compile`, full graph": "tests/patches/test_models.py",
+    "`torch.compile(fullgraph=True)`": "tests/patches/test_models.py",
     "CUDA graphs": "tests/test_graphs.py",
     "assistants, tokens rolled back": "tests/caches/test_rollback.py",
 }

@@ -14,7 +14,7 @@ class Qwen4Exp(Qwen3_5):
     about = "silu or sigmoid output gate; text tower"
     cannot = (
         ("packed by `position_ids`", "its full attention reads on across a restart"),
-        ("`torch.compile`, full graph", "the indexer of its full attention branches on data"),
+        ("`torch.compile(fullgraph=True)`", "the indexer of its full attention branches on data"),
         ("CUDA graphs", "the indexer's positions grow from step to step"),
     )
 
