@@ -405,12 +405,12 @@ def training(model):
 
 MODELS = {
     "has a forward hook": hooked,
-    "has one of accelerate's hooks": offloaded,
+    "has an accelerate hook": offloaded,
     "it is in training mode": training,
 }
 ARGUMENTS = {
-    "output_attentions is asked for": dict(output_attentions=True, return_dict_in_generate=True),
-    "output_hidden_states is asked for": dict(output_hidden_states=True, return_dict_in_generate=True),
+    "output_attentions is set": dict(output_attentions=True, return_dict_in_generate=True),
+    "output_hidden_states is set": dict(output_hidden_states=True, return_dict_in_generate=True),
 }
 
 
@@ -553,7 +553,7 @@ def test_state_that_python_keeps_cannot_be_a_graph(what, taped, caplog, monkeypa
     reasons = {
         "counter": "its cache's 'seen' change",
         "tensor": "its cache's 0 change",
-        "capture": "a step gives the cache another 0",
+        "capture": "a step changes the cache's 0",
         "model": "a step changes attributes of the model",
         "inputs": "its inputs change from step to step",
     }

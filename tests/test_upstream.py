@@ -57,7 +57,7 @@ def test_a_cache_is_taken_by_any_of_its_names():
         assert cache_names.look(given) == "held"
         assert cache_names.take(given) == "held" and given == {"other": 1}
     assert cache_names.take({"cache": None}) is None
-    with pytest.raises(TypeError, match="two caches were given"):
+    with pytest.raises(TypeError, match="expected one cache"):
         cache_names.take({"past_key_values": "one", "cache_params": "another"})
 
 

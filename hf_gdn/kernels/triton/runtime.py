@@ -1,4 +1,4 @@
-"""What every Triton kernel needs: Triton itself where it is installed, refusals, strides, and launch parameters."""
+"""Helpers of all Triton kernels: the import of Triton, refusals, strides, and launch parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ except ImportError:
     HAS_TRITON = False
 
     class _Missing:
-        """Stands in for triton, so that kernel modules can be imported (and refuse) without it."""
+        """Stand-in for triton, so that kernel modules can be imported without it; `why_not` then refuses all calls."""
 
         def __getattr__(self, name):
             return self
@@ -30,7 +30,7 @@ except ImportError:
 
     triton = tl = _Missing()
 
-# Decided by triton when it is imported, so it is read once here too.
+# Triton reads this when it is imported, so it is read once here, too.
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -39,10 +39,10 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """Launch parameters of one kernel. A kernel that also has tiles to choose derives a class of its own.
+    """Launch parameters of one kernel. Kernels with tile sizes derive their own class.
 
     Args:
-        measured_on: card and shapes at which these values were the fastest tried, or `NOT_MEASURED`.
+        measured_on: card and shapes for which these values were the fastest of those tried, or `NOT_MEASURED`.
         num_warps: warps per program.
     """
 
@@ -51,7 +51,7 @@ class LaunchConfig:
 
 
 def on_device(x: torch.Tensor):
-    """Context in which kernels are launched on x's device, whichever is the current one."""
+    """Context manager that makes x's device the current one for launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -69,7 +69,7 @@ def strides(letters: str = "bth", /, **tensors: torch.Tensor) -> dict[str, int]:
 
 
 def why_not(request: Request) -> str | None:
-    """Refusal common to the Triton kernels, or None."""
+    """The reason why all Triton kernels refuse a request, or None."""
     if not HAS_TRITON:
         return "needs the triton package, which is not installed"
     if request.device_type != "cuda" and not INTERPRET:
