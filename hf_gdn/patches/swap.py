@@ -61,14 +61,14 @@ def apply_swaps(old: Iterable[Swap], new: Iterable[Swap]) -> None:
         for place in {**before, **after}
         if before.get(place) is not after.get(place)
     }
-    for (cls, name), (gone, come) in changes.items():
+    for (cls, name), (previous, wanted) in changes.items():
         here = class_attribute(cls, name)
-        value = _value_after_swap(here, gone, come)
+        value = _value_after_swap(here, previous, wanted)
         if value is MISSING and here is not MISSING:
             delattr(cls, name)
         elif value is not here:
             setattr(cls, name, value)
-        elif come is None and gone is not None and here is not gone.original:
+        elif wanted is None and previous is not None and here is not previous.original:
             logger.warning(
                 "%s.%s was replaced by %s after hf_gdn patched it; the replacement is left in place",
                 cls.__name__,
@@ -86,15 +86,15 @@ def _update_bound_instances(changes: dict[type, tuple[Swap | None, Swap | None]]
     if not changes:
         return
     for instance in gc.get_referrers(*changes):
-        for cls, (gone, come) in changes.items():
+        for cls, (previous, wanted) in changes.items():
             if not isinstance(instance, cls):
                 continue
             for name in modules.HELD_FORWARDS:
                 function = getattr(instance.__dict__.get(name), "__func__", None)
-                moved = _value_after_swap(function, gone, come)
+                moved = _value_after_swap(function, previous, wanted)
                 if moved is not function:
                     instance.__dict__[name] = moved.__get__(instance)
-            theirs = foreign_forward(instance, come)
+            theirs = foreign_forward(instance, wanted)
             if theirs is not None:
                 warn_once(
                     f"some {cls.__name__} instances have their own forward, {theirs}, which runs instead of hf_gdn's "

@@ -292,7 +292,7 @@ def test_files_made_to_mislead(saved, smallest, tmp_path):
     found = caches.load(_written(tmp_path / "states", header, {**good, "layers.0.conv.7": good["layers.0.conv.0"]}))
     (cache,) = caches.fork(smallest[1], 1)
     before = held.everything(cache)
-    with pytest.raises(SnapshotError, match=r"has 1 states a layer, the snapshot conv\.7; nothing was restored"):
+    with pytest.raises(SnapshotError, match=r"has 1 states per layer, the snapshot conv\.7; nothing was restored"):
         caches.restore(cache, found)
     assert held.everything(cache) == before
 

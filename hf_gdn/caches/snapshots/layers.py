@@ -159,7 +159,9 @@ def blank_linear(layer: Any) -> Any:
 def prepare_linear(layer: Any, parts: Parts, device: torch.device | None, length: int) -> Commit:
     beyond = [name for name in parts if int(name.rpartition(".")[2]) >= layer.number_of_states]
     if beyond:
-        raise SnapshotError(f"the cache has {layer.number_of_states} states a layer, the snapshot {', '.join(beyond)}")
+        raise SnapshotError(
+            f"the cache has {layer.number_of_states} states per layer, the snapshot {', '.join(beyond)}"
+        )
     change = Change(layer)
     change.stale = [*(vars(layer).keys() - vars(blank_linear(layer)).keys())]  # such as the history of `rollback`
     new = change.new
