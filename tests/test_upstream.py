@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import DynamicCache, GenerationMixin, cache_utils, masking_utils
 
 import hf_gdn
@@ -313,6 +314,8 @@ def newer(monkeypatch):
 
 
 def test_a_newer_version_is_checked_once_and_serves(family, newer, monkeypatch):
+    if family == "olmo_hybrid" and Version(transformers.__version__) < Version("5.21"):
+        pytest.skip("the original layer is wrong when it is called by itself (docs/differences.md)")
     checks, difference = [], self_check.difference
     monkeypatch.setattr(self_check, "difference", lambda *given: checks.append(1) or difference(*given))
     model = tiny.model(family)

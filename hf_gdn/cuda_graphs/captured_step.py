@@ -104,6 +104,7 @@ class ModelGraphCache:
     Attributes:
         state, reason: results of `model_state`.
         warm: keys of steps that have run eagerly and can be captured.
+        waited: keys of steps whose first warm-up waited for the device.
         refused: keys of steps that cannot be captured, with the reason.
         steps: the captured steps, the most recently used last.
     """
@@ -112,6 +113,7 @@ class ModelGraphCache:
         self.state, self.reason = state, reason
         self.lock = threading.RLock()
         self.warm: set[Any] = set()
+        self.waited: set[Any] = set()
         self.refused: dict[Any, str] = {}
         self.steps: list[CapturedStep] = []
 

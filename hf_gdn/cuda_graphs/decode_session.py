@@ -78,14 +78,24 @@ class DecodeSession:
         return graph.run(tensors, cache)
 
     def _warm_up(self, known: ModelGraphCache, cache: Cache, key: Any, kwargs: dict[str, Any]) -> Any:
-        """Run the first step of each shape eagerly. It can be captured if it changes no Python state."""
+        """Run the first step of each shape eagerly. It can be captured if it changes no Python state and does not wait
+        for the device.
+
+        A first step may wait where later ones do not, for example to read a value that is then remembered. So a step
+        that waits gets one more warm-up. A capture that fails is worse than none: it may break PyTorch's allocator.
+        """
         before = [dict(attributes) for attributes in cache_state.attributes(cache)]
-        outputs = self.model(**kwargs)
+        with CAPTURES[kwargs["input_ids"].device.type].watch(kwargs["input_ids"].device) as waits:
+            outputs = self.model(**kwargs)
         name = cache_state.changed(cache_state.attributes(cache), before)
         if name is not None:
             self.unstable_reason = f"cache's {name!r}"
         elif model_state(self.model)[0] != known.state:
             known.refused[key] = "a step changes attributes of the model, which a replay would not do"
+        elif waits and key in known.waited:
+            known.refused[key] = f"a step waits for the device ({waits[0]})"
+        elif waits:
+            known.waited.add(key)
         else:
             self.unstable_reason = "inputs"
             known.warm.add(key)

@@ -5,6 +5,7 @@ All exist in torch 2.7 to 2.14.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "parts",
     "mark_static_address",
     "free_cublas_workspaces",
+    "abandon_pool",
     "compiler_error",
 ]
 
@@ -45,6 +47,19 @@ def mark_static_address(tensor: Tensor) -> None:
 def free_cublas_workspaces() -> None:
     """Free cuBLAS's workspaces. Those allocated during a capture belong to the memory pool of that graph."""
     torch._C._cuda_clearCublasWorkspaces()
+
+
+def abandon_pool(device: int, pool: tuple[int, int]) -> None:
+    """End the allocation to a graph's memory pool, and release the pool, after a capture that failed.
+
+    Below torch 2.12 ``capture_end`` raises before it ends the allocation (pytorch issues 180395 and 190348), and the
+    next ``torch.cuda.empty_cache()`` fails an internal assert. Later versions end it, and there is nothing to end.
+    """
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        function = getattr(torch._C, name, None)
+        if function is not None:
+            with contextlib.suppress(RuntimeError):
+                function(device, pool)
 
 
 def compiler_error() -> type[Exception]:

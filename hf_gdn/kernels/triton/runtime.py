@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
+import sysconfig
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -68,12 +71,29 @@ def strides(letters: str = "bth", /, **tensors: torch.Tensor) -> dict[str, int]:
     return dict(zip(_stride_names(letters, tuple(tensors)), sizes))
 
 
+@functools.cache
+def missing_build_tool() -> str | None:
+    """What Triton lacks to build its launchers, C modules that are compiled at a first launch; None if nothing."""
+    compiler = os.environ.get("CC") or "gcc or clang"
+    if not any(shutil.which(name.split()[0]) for name in compiler.split(" or ")):
+        return f"needs a C compiler for Triton's launchers; {compiler} is not on PATH (CC names another one)"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
+    headers = Path(sysconfig.get_paths(scheme)["include"])
+    if not (headers / "Python.h").is_file():
+        return (
+            f"needs Python's headers for Triton's launchers (python3-dev or python3-devel); {headers} has no Python.h"
+        )
+    return None
+
+
 def why_not(request: Request) -> str | None:
     """The reason why all Triton kernels refuse a request, or None."""
     if not HAS_TRITON:
         return "needs the triton package, which is not installed"
     if request.device_type != "cuda" and not INTERPRET:
         return f"needs a CUDA device; the tensors are on {request.device_type}"
+    if not INTERPRET and missing_build_tool() is not None:
+        return missing_build_tool()
     if request.dtype not in DTYPES:
         return f"serves float16, bfloat16 and float32; the tensors are {str(request.dtype).removeprefix('torch.')}"
     if max(request.head_k_dim, request.head_v_dim) > MAX_HEAD_DIM:
