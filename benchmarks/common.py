@@ -19,9 +19,9 @@ from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDelta
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 import hf_gdn
-from hf_gdn.eval import oracle
-from hf_gdn.eval.ceilings import captured, timer
+from hf_gdn.eval import kernel_oracle
 from hf_gdn.eval.machine import console, made_with
+from hf_gdn.eval.timing import captured, timer
 
 Row = dict[str, Any]
 Run = Callable[[], Any]
@@ -37,7 +37,7 @@ LAYERS = {
 
 def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     """Relative Frobenius error; infinite when `got` is not finite."""
-    return oracle.error({"y": got}, {"y": wanted})[0]
+    return kernel_oracle.error({"y": got}, {"y": wanted})[0]
 
 
 def time(run: Run, device: torch.device, graph: bool) -> float:

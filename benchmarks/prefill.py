@@ -31,9 +31,9 @@ import torch
 from common import LAYER, LAYERS, OP, Row, arguments, double, error, in_turns, make_layer, report, target, time
 
 from hf_gdn import kernels, registry
-from hf_gdn.eval import oracle, peers
-from hf_gdn.eval.cases import SHAPES, Case
-from hf_gdn.eval.ceilings import ceilings, peak_bytes
+from hf_gdn.eval import candidates, kernel_oracle
+from hf_gdn.eval.kernel_cases import SHAPES, Case
+from hf_gdn.eval.timing import ceilings, peak_bytes
 from hf_gdn.kernels.eager.gated_norm import gated_norm
 from hf_gdn.kernels.eager.prologue import prologue
 
@@ -65,9 +65,11 @@ WANTED = {
 }  # fmt: skip
 
 
-def prepared(rule: str, name: str, batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> oracle.Job:
+def prepared(
+    rule: str, name: str, batch: int, tokens: int, device: torch.device, dtype: torch.dtype
+) -> kernel_oracle.OracleCase:
     """Inputs, q and k normalised already as the prologue leaves them, and what is right."""
-    return oracle.prepare(Case(f"chunk_{rule}", name, batch, tokens, "forward", ""), device, dtype)
+    return kernel_oracle.prepare(Case(f"chunk_{rule}", name, batch, tokens, "forward", ""), device, dtype)
 
 
 def chunk(rule: str, device: torch.device, dtype: torch.dtype) -> registry.Kernel:
@@ -83,12 +85,12 @@ def ops(parts: set[str], device: torch.device, dtype: torch.dtype) -> Iterator[R
         for batch, tokens in sizes:
             job = prepared(rule, name, batch, tokens, device, dtype)
             run = functools.partial(fn, **{**job.inputs, "qk_l2norm": False})
-            found = oracle.error(dict(zip(("o", "final_state"), run())), job.wanted)[0]
+            found = kernel_oracle.error(dict(zip(("o", "final_state"), run())), job.wanted)[0]
             common = dict(what=name, batch=batch, tokens=tokens, error=found, budget=OP[dtype])
             if "op" in parts:
                 ms, before = time(run, device, graph), None
                 if batch == 1 and tokens <= 2048:  # it takes 64 GB for 8 x 2048 of KDA
-                    theirs = peers.kernels(f"chunk_{rule}", SHAPES[name].model_type)[0].fn
+                    theirs = candidates.candidates(f"chunk_{rule}", SHAPES[name].model_type)[0].fn
                     before = time(functools.partial(theirs, **{**job.inputs, "qk_l2norm": False}), device, graph=False)
                 yield dict(row="op", ms=ms, original_ms=before, **common)
             if "memory" in parts and (batch, tokens) == ((1, 8192) if graph else sizes[0]):
@@ -99,7 +101,7 @@ def ops(parts: set[str], device: torch.device, dtype: torch.dtype) -> Iterator[R
             for tokens in (4096, 131072):
                 job = prepared(rule, name, 1, tokens, device, dtype)
                 run = functools.partial(fn, **{**job.inputs, "qk_l2norm": False})
-                found = oracle.error(dict(zip(("o", "final_state"), run())), job.wanted)[0]
+                found = kernel_oracle.error(dict(zip(("o", "final_state"), run())), job.wanted)[0]
                 times.append(time(run, device, graph))
             common = dict(what=name, batch=1, tokens=131072, error=found, budget=OP[dtype])
             yield dict(row="growth", ms=None, value=times[1] / times[0], **common)
@@ -188,7 +190,7 @@ def even(device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
             job = prepared(rule, name, 1, tokens, device, dtype)
             inputs = {**job.inputs, "qk_l2norm": False}
             runs = [functools.partial(fn, **inputs) for fn in (recurrent, kernel.fn)]
-            found = max(oracle.error(dict(zip(("o", "final_state"), run())), job.wanted)[0] for run in runs)
+            found = max(kernel_oracle.error(dict(zip(("o", "final_state"), run())), job.wanted)[0] for run in runs)
             ms, chunked = (time(run, device, graph) for run in runs)
             common = dict(what=f"{rule}, {kernel.backend}", batch=1, tokens=tokens, error=found, budget=OP[dtype])
             yield dict(row="even", ms=ms, original_ms=chunked, **common)

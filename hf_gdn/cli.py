@@ -19,7 +19,7 @@ from . import __version__
 from .errors import BackendError, PatchError, RankFailure, UserError
 
 if TYPE_CHECKING:
-    from .eval.report import Job
+    from .eval.job import EvalJob
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -101,10 +101,10 @@ def _sizes(option: str, text: str) -> tuple[int, ...]:
         raise UserError(f"{option} {text}: expected whole numbers with commas between them, e.g. 1,8") from error
 
 
-def _job(kind: str, given: dict[str, Any]) -> Job:
+def _job(kind: str, given: dict[str, Any]) -> EvalJob:
     """A job from a command's options, as they are called in Python."""
-    from .eval import ppl, speed
-    from .eval.report import Job
+    from .eval import parity, speed
+    from .eval.job import EvalJob
     from .loading.models import Source
 
     names, config = given.pop("model") or (), given.pop("config")
@@ -125,25 +125,25 @@ def _job(kind: str, given: dict[str, Any]) -> Job:
         sources = tuple(Source(name, **where) for name in names)
     job: dict[str, Any] = {"text_field": given.pop("field", "text")}
     if kind != "speed":
-        job["ppl"] = ppl.Options(
+        job["ppl"] = parity.ParityOptions(
             _names(given.pop("mode")), given.pop("batch_size"), tuple(given.pop("tolerance") or ())
         )
     if kind != "ppl":
-        job["speed"] = speed.Options(
+        job["speed"] = speed.SpeedOptions(
             _sizes("--batch", given.pop("batch")),
             _sizes("--prompt", given.pop("prompt")),
             given.pop("new_tokens"),
             given.pop("rounds"),
             _names(given.pop("variant")),
         )
-    return Job(kind=kind, sources=sources, text=tuple(given.pop("text") or ()), **job, **given)
+    return EvalJob(kind=kind, sources=sources, text=tuple(given.pop("text") or ()), **job, **given)
 
 
 def _run(kind: str, given: dict[str, Any]) -> None:
-    from .eval import report
+    from .eval import job as jobs
 
     job = _job(kind, given)
-    _finish(job.output, lambda: report.main(job, _command()))
+    _finish(job.output, lambda: jobs.main(job, _command()))
 
 
 def _command() -> str:
@@ -295,10 +295,10 @@ def kernels(
     quiet: Quiet = False,
 ) -> None:
     """Time every op on every backend that serves it, error checked, against this machine's own ceilings."""
-    from .eval import report
-    from .eval.microbench import Options
+    from .eval import job as jobs
+    from .eval.kernel_bench import KernelBenchOptions
 
-    options = Options(
+    options = KernelBenchOptions(
         _names(shape),
         _names(op),
         _names(backend),
@@ -310,7 +310,7 @@ def kernels(
         gpu_graph,
         seconds,
     )
-    _finish(output, lambda: report.main_kernels(options, output, resume, quiet, _command()))
+    _finish(output, lambda: jobs.main_kernels(options, output, resume, quiet, _command()))
 
 
 @app.command()
@@ -329,11 +329,11 @@ def stream(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Perplexity along one long stream: attention sinks, a plain window, everything kept, the window read anew."""
-    from .eval import stream as job
+    from .eval import long_stream as job
     from .loading.models import Source
 
     sources = tuple(Source(name) for name in model or ())
-    options = job.Options(tokens, context, sinks)
+    options = job.StreamOptions(tokens, context, sinks)
     _finish(
         output,
         lambda: job.main(sources, tuple(text or ()), field, options, device, dtype, output, quiet, _command()),
@@ -365,9 +365,9 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Seed of the random number generator for sampling.")] = None,
 ) -> None:
     """Talk to a model in the terminal, for as long as you like, in fixed memory (attention sinks)."""
-    from . import chat as job
+    from .chat import terminal as job
 
-    options = job.Options(sink_tokens, window, max_new_tokens, temperature, top_p)
+    options = job.ChatOptions(sink_tokens, window, max_new_tokens, temperature, top_p)
     try:
         job.main(model, options, device, dtype, backend, seed)
     except KeyboardInterrupt:

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel as Model
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hf_gdn.loading.data import held_out_text, stdlib_files  # noqa: E402
+from hf_gdn.loading.stdlib_text import held_out_text, stdlib_files  # noqa: E402
 
 END, END_ID, VOCABULARY = "<|endoftext|>", 0, 1024
 WINDOW, BATCH, LEARNING_RATE, EVAL_WINDOWS, CUT = 512, 3, 3e-3, 64, 64

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UserError, reason
-from . import machine, report, sheets
+from . import job, machine, tables
 
 # Figures of a speed cell's sides and which way is better; `first_call_s` is shown without being judged.
 _SIDES = {
@@ -45,8 +45,8 @@ def load(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"report {path!r} cannot be read: {reason(error)}") from error
     schema = found.get("schema") if isinstance(found, dict) else None
-    if schema != report.SCHEMA:
-        raise UserError(f"report {path!r} has schema version {schema}; this hf_gdn reads version {report.SCHEMA}")
+    if schema != job.SCHEMA:
+        raise UserError(f"report {path!r} has schema version {schema}; this hf_gdn reads version {job.SCHEMA}")
     return found
 
 
@@ -60,7 +60,7 @@ def figures(found: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
             for statistic in ("ppl_original", "ppl_patched", "kl_mean"):
                 yield f"{name}: {statistic}", Figure(row["statistics"][statistic]["value"])
         for cell in result.get("speed", {}).get("cells", []):
-            name = f"{result['model']}, {sheets.cell_name(cell)}"
+            name = f"{result['model']}, {tables.cell_name(cell)}"
             yield f"{name}: counts", Figure(float(cell["counts"]), "higher")
             if "failed" in cell:
                 continue
@@ -71,7 +71,7 @@ def figures(found: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
             for measure, factor in cell["speedup"].items():
                 yield f"{name}: speed-up of {measure}", Figure(factor["median"], "higher")
     for row in found.get("kernels", []):
-        name = sheets.kernel_name(row)
+        name = tables.kernel_name(row)
         yield f"{name}: passed", Figure(float(row["passed"] is True), "higher")
         yield f"{name}: ms", Figure(row["ms"], "lower")
         yield f"{name}: extra_mib", Figure(row["extra_mib"], "lower")
@@ -135,7 +135,7 @@ def main(before: str, after: str, tolerance: float) -> bool:
     table = Table("", "before", "after", "after / before", "", title=f"{before} → {after}", title_justify="left")
     for change in found:
         style = {"REGRESSION": "red", "GONE": "red", "better": "green"}.get(change.verdict)
-        cells = (sheets.number(change.before), sheets.number(change.after), f"{change.ratio:.3f}", change.verdict)
+        cells = (tables.number(change.before), tables.number(change.after), f"{change.ratio:.3f}", change.verdict)
         table.add_row(escape(change.name), *cells, style=style)
     console.print(table)
     bad = [change.name for change in found if change.verdict in ("REGRESSION", "GONE")]

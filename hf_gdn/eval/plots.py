@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from . import sheets
-from .sheets import Sheet
+from . import tables
+from .tables import TextTable
 
 # Stand-in colours, as matplotlib writes them, and the CSS variables they become.
 FOREGROUND, GRID, ORIGINAL, PATCHED, THIRD = "#010203", "#010204", "#010205", "#010206", "#010207"
@@ -82,7 +82,7 @@ def _svg(figure: Figure, label: str) -> Markup:
     return Markup(text)
 
 
-def _speedup_plot(result: dict[str, Any]) -> tuple[Markup, Sheet]:
+def _speedup_plot(result: dict[str, Any]) -> tuple[Markup, TextTable]:
     cells = [cell for cell in result["speed"]["cells"] if cell["counts"]]
     measures, places = (("generate", PATCHED), ("decode", THIRD), ("prefill", ORIGINAL)), ("median", "low", "high")
     figure, (axes,) = _axes(0.9 + 0.75 * len(cells))
@@ -111,14 +111,14 @@ def _speedup_plot(result: dict[str, Any]) -> tuple[Markup, Sheet]:
     axes.set_xlabel("original time / patched time; line: lowest to highest turn")
     figure.legend(loc="outside upper center", ncols=3)
     rows = [
-        (sheets.cell_name(cell), *(f"{cell['speedup'][name][at]:.3f}" for name, _ in measures for at in places))
+        (tables.cell_name(cell), *(f"{cell['speedup'][name][at]:.3f}" for name, _ in measures for at in places))
         for cell in cells
     ]
     header = ("", *(f"{name}, {at}" for name, _ in measures for at in places))
-    return _svg(figure, "speed-up"), Sheet("Speed-up", header, rows)
+    return _svg(figure, "speed-up"), TextTable("Speed-up", header, rows)
 
 
-def _throughput_plot(result: dict[str, Any]) -> tuple[Markup, Sheet]:
+def _throughput_plot(result: dict[str, Any]) -> tuple[Markup, TextTable]:
     cells = [cell for cell in result["speed"]["cells"] if "failed" not in cell]
     series = sorted({(cell["variant"], cell["batch"]) for cell in cells})
     styles = dict(zip(series, itertools.cycle(("-", "--", ":", "-."))))
@@ -146,18 +146,18 @@ def _throughput_plot(result: dict[str, Any]) -> tuple[Markup, Sheet]:
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9)
     columns = [(measure, side) for measure, _ in measures for side, _ in sides]
     rows = [
-        (sheets.cell_name(cell), *(sheets.number(cell[side][measure]["median"]) for measure, side in columns))
+        (tables.cell_name(cell), *(tables.number(cell[side][measure]["median"]) for measure, side in columns))
         for cell in cells
     ]
     header = ("", *(f"{measure}, {side}" for measure, side in columns))
-    return _svg(figure, "tokens per second against prompt length"), Sheet("Tokens per second", header, rows)
+    return _svg(figure, "tokens per second against prompt length"), TextTable("Tokens per second", header, rows)
 
 
 def _deciding(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in result["parity"]["comparisons"] if row["decides"] and "against" not in row["name"]]
 
 
-def _histogram_plot(result: dict[str, Any]) -> tuple[Markup, Sheet]:
+def _histogram_plot(result: dict[str, Any]) -> tuple[Markup, TextTable]:
     comparisons = _deciding(result)
     figure, (axes,) = _axes(3.2)
     edges = comparisons[0]["kl_histogram"]["edges"]
@@ -186,10 +186,10 @@ def _histogram_plot(result: dict[str, Any]) -> tuple[Markup, Sheet]:
         for i in range(len(edges) - 1)
     ]
     header = ("KL divergence, nats", *(f"tokens, {row['name']}" for row in comparisons))
-    return _svg(figure, "histogram of KL divergences"), Sheet("KL divergence", header, rows)
+    return _svg(figure, "histogram of KL divergences"), TextTable("KL divergence", header, rows)
 
 
-def _trace_plot(result: dict[str, Any]) -> tuple[Markup, Sheet]:
+def _trace_plot(result: dict[str, Any]) -> tuple[Markup, TextTable]:
     comparisons = _deciding(result)
     traces = [row["trace"] for row in comparisons]
     figure, (axes,) = _axes(3.0)
@@ -206,14 +206,14 @@ def _trace_plot(result: dict[str, Any]) -> tuple[Markup, Sheet]:
     ]
     columns = [f"{row['name']}, {what}" for row in comparisons for what in ("mean", "largest")]
     header = ("scored before", "token of the text", *columns)
-    return _svg(figure, "difference of log-probabilities along the text"), Sheet("Along the text", header, rows)
+    return _svg(figure, "difference of log-probabilities along the text"), TextTable("Along the text", header, rows)
 
 
 def plots(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The plots of a model: title, a sentence, the SVG and its table."""
     found = []
 
-    def add(title: str, text: str, plot: tuple[Markup, Sheet]) -> None:
+    def add(title: str, text: str, plot: tuple[Markup, TextTable]) -> None:
         found.append({"title": title, "text": text, "svg": plot[0], "sheet": plot[1]})
 
     with matplotlib.rc_context(_STYLE):
@@ -227,7 +227,7 @@ def plots(result: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def stream(results: list[dict[str, Any]]) -> str:
+def perplexity_along_stream(results: list[dict[str, Any]]) -> str:
     """An SVG file: perplexity along the stream, every way of reading a line, every model a panel."""
     colours = {"fresh": "#222222", "sinks": "#0072b2", "window": "#e69f00", "dense": "#d55e00"}
     style: Any = {"svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}

@@ -25,8 +25,8 @@ from ..errors import UserError, reason
 from ..loading.models import Loaded, check_length
 from ..patches import patched, unpatched
 from ..upstream import configs, modules, tensors
-from .journal import Row, Work
 from .progress import Step
+from .resume import Row, Work
 
 # Two tokens whose logits are so close that rounding decides between them: this many units of the dtype's epsilon times
 # the largest logit. In fp32 the error is that of sums of thousands of terms, in 16 bits that of the last roundings.
@@ -34,7 +34,7 @@ _TIE = {"float32": 64.0, "float16": 4.0, "bfloat16": 4.0}
 
 
 @dataclass(frozen=True)
-class Options:
+class SpeedOptions:
     """What is timed: every combination of batch size, prompt length and variant.
 
     Args:
@@ -87,7 +87,7 @@ SIDES: dict[str, Callable[[list[str], str, str], AbstractContextManager[Any]]] =
 }
 
 
-def plan(options: Options, device: torch.device) -> list[Cell]:
+def plan(options: SpeedOptions, device: torch.device) -> list[Cell]:
     """The cells, with the device's defaults. Raises UserError for values that cannot be used."""
     unknown = [name for name in options.variants if name not in VARIANTS]
     if unknown or not options.variants:
@@ -299,8 +299,8 @@ def prompts(loaded: Loaded, ids: Tensor | None, batch: int, length: int) -> Tens
     return ids[(begin[:, None] + torch.arange(length)) % len(ids)]
 
 
-def measure(loaded: Loaded, ids: Tensor | None, options: Options, backend: str, work: Work) -> dict[str, Any]:
-    """Time a model; arguments as for `hf_gdn.eval.ppl.measure`, with the text's tokens `ids` for prompts.
+def measure(loaded: Loaded, ids: Tensor | None, options: SpeedOptions, backend: str, work: Work) -> dict[str, Any]:
+    """Time a model; arguments as for `hf_gdn.eval.parity.measure`, with the text's tokens `ids` for prompts.
 
     Returns:
         The "speed" part of a report (docs/report.md) in the main process, an empty dict in the others.

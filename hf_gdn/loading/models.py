@@ -15,7 +15,7 @@ from ..patches import all_families, families_in
 from ..upstream.configs import has_causal_model
 
 if TYPE_CHECKING:
-    from ..eval.ranks import Ranks
+    from ..eval.distributed import Processes
 
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -108,7 +108,7 @@ def _path(name: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- devices
 
 
-def pick_device(name: str | None, ranks: Ranks | None = None) -> torch.device:
+def pick_device(name: str | None, ranks: Processes | None = None) -> torch.device:
     """The device asked for, or the best there is; with several processes the one accelerate gave to this process."""
     if ranks is not None and ranks.device is not None:
         if name is not None and torch.device(name).index is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, reason
-from . import data
+from . import stdlib_text
 
 # Between documents, as it is usual for WikiText.
 JOIN = "\n\n"
@@ -53,7 +53,7 @@ class Windows:
 
 def embedded() -> Text:
     """The held-out modules of the Python standard library."""
-    return Text("held-out modules of the Python standard library", data.held_out_text())
+    return Text("held-out modules of the Python standard library", stdlib_text.held_out_text())
 
 
 def read_files(paths: Sequence[str], field: str = "text") -> Text:

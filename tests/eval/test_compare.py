@@ -7,7 +7,7 @@ import pytest
 
 from hf_gdn import cli
 from hf_gdn.errors import UserError
-from hf_gdn.eval import compare, report
+from hf_gdn.eval import compare, job
 from tests.eval.test_report import PARITY, SPEED, invoke
 
 
@@ -100,7 +100,7 @@ def test_reports_that_cannot_be_compared(whole, tmp_path, monkeypatch, capsys):
     bad.write_text("[1")
     good = tmp_path / "good.json"
     good.write_text(json.dumps(whole))
-    with pytest.raises(UserError, match=f"has schema version 1; this hf_gdn reads version {report.SCHEMA}"):
+    with pytest.raises(UserError, match=f"has schema version 1; this hf_gdn reads version {job.SCHEMA}"):
         compare.main(str(old), str(good), 0.05)
     with pytest.raises(UserError, match="'report', .*of 'ppl'"):
         compare.main(str(good), str(other), 0.05)

@@ -16,8 +16,8 @@ import transformers
 from typer.testing import CliRunner
 
 from hf_gdn import cli, patches, registry
-from hf_gdn.eval import output, report
-from hf_gdn.loading import data, models
+from hf_gdn.eval import job, writers
+from hf_gdn.loading import models, stdlib_text
 from tests import tiny
 
 PARITY = ("--context", "64", "--windows", "4")
@@ -59,7 +59,7 @@ def test_default_report(default_report, found):
     assert code == 0, err
     assert "PASSED" in out and "Traceback" not in err
     assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "report.csv", "report.html"}
-    assert found["passed"] and found["schema"] == report.SCHEMA and found["kind"] == "report"
+    assert found["passed"] and found["schema"] == job.SCHEMA and found["kind"] == "report"
     assert {r["model_type"] for r in found["results"]} == {"qwen3_next", "kimi_linear"}
     for result in found["results"]:
         rows = {row["name"]: row for row in result["parity"]["comparisons"]}
@@ -101,7 +101,7 @@ def test_every_key_is_documented(found, tmp_path):
     )
     kernels = json.loads((tmp_path / "report.json").read_text())
     text = (ROOT / "docs" / "report.md").read_text()
-    assert f"version {report.SCHEMA}" in text
+    assert f"version {job.SCHEMA}" in text
     keys = {*names(found), *names(kernels), *names(kernels["kernels"])}
     missing = sorted(key for key in keys if f"`{key}`" not in text)
     assert not missing, f"docs/report.md says nothing of {missing}"
@@ -115,7 +115,7 @@ def test_markdown_and_csv(default_report, found):
     assert "original: torch" not in markdown and "causal_conv1d_fn: torch" in markdown
     assert "command: hf-gdn report --context 64" in markdown
     rows = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text())))
-    assert tuple(rows[0]) == output.CSV_HEADER
+    assert tuple(rows[0]) == writers.CSV_HEADER
     by_name = {(row["model"], row["item"], row["side"], row["measure"]): row for row in rows}
     statistic = found["results"][0]["parity"]["comparisons"][0]["statistics"]["ppl_ratio"]
     row = by_name["kimi_linear-tiny", "prefill", "", "ppl_ratio"]
@@ -127,7 +127,7 @@ def test_markdown_and_csv(default_report, found):
 
 
 def test_json_has_no_nan():
-    assert json.loads(output.to_json({"a": [float("nan"), {"b": float("inf")}, 1.5]})) == {
+    assert json.loads(writers.to_json({"a": [float("nan"), {"b": float("inf")}, 1.5]})) == {
         "a": [None, {"b": None}, 1.5]
     }
 
@@ -177,8 +177,8 @@ def test_ppl_and_speed_are_halves_of_the_report(tmp_path):
 @pytest.mark.parametrize("name", models.embedded())
 def test_a_model_and_texts_of_ones_own(tmp_path, name):
     source = models.ASSETS / name
-    (tmp_path / "a.txt").write_text(data.held_out_text()[:100_000])
-    rows = data.held_out_text()[100_000:200_000].split("\n\n")
+    (tmp_path / "a.txt").write_text(stdlib_text.held_out_text()[:100_000])
+    rows = stdlib_text.held_out_text()[100_000:200_000].split("\n\n")
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in rows))
     code, _, err = run(
         "ppl", "--context", "256", "--windows", "8", "--model", str(source),

@@ -11,8 +11,8 @@ from transformers import CompileConfig, PreTrainedModel
 from hf_gdn import cuda_graphs, registry
 from hf_gdn.errors import UserError
 from hf_gdn.eval import speed
-from hf_gdn.eval.journal import Journal, Work
-from hf_gdn.eval.ranks import Ranks
+from hf_gdn.eval.distributed import Processes
+from hf_gdn.eval.resume import Journal, Work
 from hf_gdn.loading import models
 from tests import tiny
 from tests.tape import Tape
@@ -97,11 +97,11 @@ def test_tokens_same_tied_and_other():
 
 def run(options, backend="auto", folder=None, source=None, ids=None):
     loaded = models.load(source or models.Source("qwen3_next-tiny", random=True), CPU, torch.float32)
-    return speed.measure(loaded, ids, options, backend, Work(Ranks(), Journal(folder, {})))
+    return speed.measure(loaded, ids, options, backend, Work(Processes(), Journal(folder, {})))
 
 
 def test_every_combination_is_a_cell(tmp_path):
-    options = speed.Options((1, 2), (8, 16), 4, 2, ("eager", "static"))
+    options = speed.SpeedOptions((1, 2), (8, 16), 4, 2, ("eager", "static"))
     found = run(options, folder=tmp_path)
     cells = [(cell["variant"], cell["batch"], cell["prompt"]) for cell in found["cells"]]
     assert cells == [(v, b, p) for v in ("eager", "static") for b in (1, 2) for p in (8, 16)]
@@ -127,7 +127,7 @@ def test_compiled_runs_both_sides(tmp_path, monkeypatch):
     make = {"cache_implementation": "static", "compile_config": config}
     monkeypatch.setitem(speed.VARIANTS, "compile", (lambda: make, 1))
     source = models.Source("kimi_linear-tiny", random=True)
-    found = run(speed.Options((1,), (8,), 4, 1, ("compile",)), folder=tmp_path, source=source)
+    found = run(speed.SpeedOptions((1,), (8,), 4, 1, ("compile",)), folder=tmp_path, source=source)
     assert found["passed"] and len(seen) == 2  # one graph for the original, one for the patched model
 
 
@@ -143,7 +143,7 @@ def test_graph_captures_once_in_all_turns(tmp_path, monkeypatch):
 
     monkeypatch.setattr(PreTrainedModel, "get_compiled_call", compiled)
     source = models.Source("kimi_linear-tiny", random=True)
-    found = run(speed.Options((1,), (8,), 6, 2, ("graph",)), folder=tmp_path, source=source)
+    found = run(speed.SpeedOptions((1,), (8,), 6, 2, ("graph",)), folder=tmp_path, source=source)
     assert found["passed"] and len(asked) == 4  # the original's calls, two to warm up and two timed
     assert (Tape.recorded, Tape.replayed) == (1, 4 + 3 * 5)
 
@@ -166,7 +166,7 @@ def wrong():
 
 def test_a_fast_wrong_answer_does_not_count(wrong, tmp_path):
     loaded = models.Source("qwen3_next-tiny")
-    found = run(speed.Options((1,), (32,), 16, 1), wrong, tmp_path, loaded)
+    found = run(speed.SpeedOptions((1,), (32,), 16, 1), wrong, tmp_path, loaded)
     (cell,) = found["cells"]
     assert not found["passed"] and not cell["counts"] and cell["tokens"]["verdict"] == "other"
     assert math.isfinite(cell["tokens"]["gap"])
@@ -177,25 +177,28 @@ def test_what_cannot_be_compiled_is_said(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("out of memory: 7 GiB wanted")
 
     monkeypatch.setattr(speed, "generate", fails)
-    found = run(speed.Options((1,), (8,), 4, 1), folder=tmp_path)
+    found = run(speed.SpeedOptions((1,), (8,), 4, 1), folder=tmp_path)
     assert not found["passed"] and found["cells"][0]["failed"] == "OutOfMemoryError: out of memory: 7 GiB wanted"
 
 
 def test_defaults_follow_the_device():
-    assert [cell.key for cell in speed.plan(speed.Options(), CPU)] == [
+    assert [cell.key for cell in speed.plan(speed.SpeedOptions(), CPU)] == [
         "b1-p128-n64-eager", "b1-p512-n64-eager", "b4-p128-n64-eager", "b4-p512-n64-eager",
     ]  # fmt: skip
-    assert speed.plan(speed.Options(), torch.device("cuda"))[-1] == speed.Cell(8, 4096, 128, "eager")
+    assert speed.plan(speed.SpeedOptions(), torch.device("cuda"))[-1] == speed.Cell(8, 4096, 128, "eager")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (speed.Options(variants=("fast",)), "--variant fast is not known; variants: eager, static, compile, graph"),
-        (speed.Options(variants=("graph",)), "--variant graph needs a CUDA device; the model is on cpu"),
-        (speed.Options(batch=(0,)), "--batch, --prompt and --rounds must be at least 1"),
-        (speed.Options(rounds=0), "--rounds must be at least 1"),
-        (speed.Options(new_tokens=1), "--new-tokens at least 2"),
+        (
+            speed.SpeedOptions(variants=("fast",)),
+            "--variant fast is not known; variants: eager, static, compile, graph",
+        ),
+        (speed.SpeedOptions(variants=("graph",)), "--variant graph needs a CUDA device; the model is on cpu"),
+        (speed.SpeedOptions(batch=(0,)), "--batch, --prompt and --rounds must be at least 1"),
+        (speed.SpeedOptions(rounds=0), "--rounds must be at least 1"),
+        (speed.SpeedOptions(new_tokens=1), "--new-tokens at least 2"),
     ],
 )
 def test_bad_options(options, message):
@@ -205,7 +208,7 @@ def test_bad_options(options, message):
 
 def test_prompts_longer_than_the_model(tmp_path):
     with pytest.raises(UserError, match="prompt and new tokens together is 4098 tokens; qwen3_next-tiny .* takes 4096"):
-        run(speed.Options((1,), (4090,), 8), folder=tmp_path)
+        run(speed.SpeedOptions((1,), (4090,), 8), folder=tmp_path)
 
 
 def test_prompts_are_stretches_of_the_text():

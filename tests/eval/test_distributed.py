@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_gdn.errors import UserError
-from hf_gdn.eval.ranks import Ranks
+from hf_gdn.eval.distributed import Processes
 
 PPL = ["ppl", "--mode", "prefill,mixed", "--context", "64", "--windows", "7", "--batch-size", "2", "--device", "cpu"]
 
@@ -63,13 +63,13 @@ FAILING = """
 import os, sys
 from hf_gdn import cli
 from hf_gdn.errors import UserError
-from hf_gdn.eval import ppl
-compare = ppl._compare
+from hf_gdn.eval import parity
+compare = parity._compare
 def fails(*arguments):
     if os.environ["RANK"] == "1":
         raise {}("planted")
     return compare(*arguments)
-ppl._compare = fails
+parity._compare = fails
 cli.main()
 """
 
@@ -87,11 +87,11 @@ def test_a_failure_in_one_stops_both(kind, tmp_path):
 
 
 def test_one_process():
-    ranks = Ranks()
+    ranks = Processes()
     assert ranks.main and (ranks.index, ranks.count, ranks.shard, ranks.shards) == (0, 1, 0, 1)
     assert ranks.together(lambda: 7) == [7] and ranks.each(lambda: 7) == ranks.from_main(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         ranks.each(lambda: 1 / 0)
     ranks.close()
     with pytest.raises(UserError, match="--tp needs several processes"):
-        Ranks(tensor_parallel=True)
+        Processes(tensor_parallel=True)

@@ -12,7 +12,7 @@ import hf_gdn
 from hf_gdn import cli
 from hf_gdn.caches import SinkCache
 from hf_gdn.errors import UserError
-from hf_gdn.eval import perplexity, stream
+from hf_gdn.eval import forward_modes, long_stream
 from tests import tiny
 
 
@@ -30,22 +30,22 @@ IDS = tiny.batch(1, 700)[0][0]
 
 
 def test_through_a_cache_scores_every_token_but_the_first(model):
-    wanted = perplexity.log_probs(perplexity.prefill(model, IDS[None])[:, :-1], IDS[None, 1:])[0]
+    wanted = forward_modes.log_probs(forward_modes.prefill(model, IDS[None])[:, :-1], IDS[None, 1:])[0]
     for cache in (DynamicCache(config=model.config), SinkCache(model.config, 4, 696)):
         counted = []
-        got = stream.through(model, IDS, cache, counted.append)
+        got = long_stream.through(model, IDS, cache, counted.append)
         assert sum(counted) == 699 and torch.allclose(got, wanted, atol=1e-5)
-    narrow = stream.through(model, IDS, SinkCache(model.config, 4, 28), nothing)
+    narrow = long_stream.through(model, IDS, SinkCache(model.config, 4, 28), nothing)
     assert torch.allclose(narrow[:32], wanted[:32], atol=1e-5) and not torch.allclose(narrow, wanted, atol=1e-3)
 
 
 def test_windows_and_places_start_afresh(model):
     """Both know nothing of what is before their window."""
-    got = stream.fresh(model, IDS, 64, nothing)
+    got = long_stream.fresh(model, IDS, 64, nothing)
     assert got.isfinite().all()
     place = 64 + 32 * 3 - 2  # the last token but one of a window, so the same 63 tokens are before it
     places = torch.tensor([place, 650])
-    again = stream.re_read(model, IDS, places, 63, nothing)
+    again = long_stream.re_read(model, IDS, places, 63, nothing)
     assert again.isfinite().nonzero().flatten().tolist() == places.tolist()
     assert again[place].item() == pytest.approx(got[place].item(), abs=1e-5)
 
@@ -53,8 +53,8 @@ def test_windows_and_places_start_afresh(model):
 def test_ratio_is_on_the_tokens_that_both_have():
     nan = math.nan
     values, reference = torch.tensor([-1.0, -2.0, nan]), torch.tensor([nan, -1.0, -1.0])
-    assert stream._ratio(values, reference) == pytest.approx(math.e)
-    assert math.isnan(stream._ratio(values[2:], reference[2:]))
+    assert long_stream._ratio(values, reference) == pytest.approx(math.e)
+    assert math.isnan(long_stream._ratio(values[2:], reference[2:]))
 
 
 def test_command_prints_tables_and_draws(tmp_path, monkeypatch, capsys):
@@ -62,7 +62,7 @@ def test_command_prints_tables_and_draws(tmp_path, monkeypatch, capsys):
     text.write_text("def first(x):\n    return x[0]\n\n\n" * 60)
     monkeypatch.setattr(sys, "argv", ["hf-gdn", "stream", "--text", str(text), "--context", "64", "--tokens", "400",
                                       "--output", str(folder), "--quiet"])  # fmt: skip
-    monkeypatch.setattr(stream, "Options", lambda *given: _few(*given))
+    monkeypatch.setattr(long_stream, "StreamOptions", lambda *given: _few(*given))
     with pytest.raises(SystemExit) as done:
         cli.main()
     assert done.value.code == 0
@@ -71,14 +71,14 @@ def test_command_prints_tables_and_draws(tmp_path, monkeypatch, capsys):
     assert [result["model"] for result in report["results"]] == ["kimi_linear-tiny", "qwen3_next-tiny"]
     for result in report["results"]:
         ways = result["ways"]
-        assert set(ways) == set(stream.ABOUT) and result["ends"][-1] == result["tokens"] == 400
+        assert set(ways) == set(long_stream.ABOUT) and result["ends"][-1] == result["tokens"] == 400
         assert ways["fresh"]["ratio"] == 1 and ways["sinks"]["bytes"] < ways["dense"]["bytes"]
         assert ways["sinks"]["tokens_s"] > 0 and ways["re-read"]["scored"] <= 10
         assert result["model"] in printed
     assert (folder / "stream.svg").read_text().count("<svg") == 1
 
 
-_Options = stream.Options
+_Options = long_stream.StreamOptions
 
 
 def _few(*given):
@@ -88,10 +88,10 @@ def _few(*given):
 @pytest.mark.parametrize(
     "options, text",
     [
-        (stream.Options(context=4, sinks=4), "--sinks must be between 1"),
-        (stream.Options(tokens=600), "--tokens must be"),
+        (long_stream.StreamOptions(context=4, sinks=4), "--sinks must be between 1"),
+        (long_stream.StreamOptions(tokens=600), "--tokens must be"),
     ],
 )
 def test_options_that_make_no_sense(options, text):
     with pytest.raises(UserError, match=text):
-        stream.check(options)
+        long_stream.check(options)

@@ -1,4 +1,4 @@
-"""A report in words, as Markdown, CSV and JSON; `hf_gdn.eval.page` makes the HTML page."""
+"""A report in words, as Markdown, CSV and JSON; `hf_gdn.eval.html` makes the HTML page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from .sheets import GRADES, cell_name, kernel_name, number, sheets, tokens
+from .tables import GRADES, cell_name, kernel_name, number, of_report, tokens
 
 # ------------------------------------------------------------------------------------------------------------- verdict
 
@@ -119,7 +119,7 @@ def _kernels(layers: dict[str, str]) -> str:
 def to_markdown(report: dict[str, Any]) -> str:
     """The report as Markdown, to be pasted into a pull request."""
     lines = [f"# hf_gdn {report['kind']}, {report['date']}", "", f"**{verdict(report)}**", ""]
-    for sheet in sheets(report):
+    for sheet in of_report(report):
         lines += [f"### {sheet.title}", "", "| " + " | ".join(sheet.header) + " |", "|" + "---|" * len(sheet.header)]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in sheet.rows] + [""]
     lines += ["<details><summary>Machine, versions, kernels</summary>", ""]

@@ -14,7 +14,7 @@ import torch
 from ..errors import UserError
 from ..loading import models
 from ..registry import Request
-from . import peers
+from . import candidates
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ _TOKENS = 512  # where batches were asked for and tokens were not
 
 
 @dataclass(frozen=True)
-class Options:
+class KernelBenchOptions:
     """What is to be measured, and how; empty means the defaults.
 
     Args:
@@ -122,7 +122,7 @@ def key(case: Case) -> str:
     return f"{case.op}.{case.shape}.{case.batch}x{case.tokens}.{case.direction}.{quote(case.backend, safe='')}"
 
 
-def target(options: Options) -> tuple[torch.device, torch.dtype]:
+def target(options: KernelBenchOptions) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a run. Raises UserError where they cannot be used."""
     device = models.pick_device(options.device)
     name = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
@@ -132,7 +132,7 @@ def target(options: Options) -> tuple[torch.device, torch.dtype]:
     return device, models.DTYPES[name]
 
 
-def plan(options: Options) -> list[Case]:
+def plan(options: KernelBenchOptions) -> list[Case]:
     """The cases of a run, every backend of a call side by side, transformers first.
 
     Raises:
@@ -155,7 +155,7 @@ def plan(options: Options) -> list[Case]:
     return list(dict.fromkeys(cases))
 
 
-def left_out(options: Options) -> list[str]:
+def left_out(options: KernelBenchOptions) -> list[str]:
     """Why backends have no row in `plan`, a line each."""
     device, dtype = target(options)
     ops: dict[tuple[str, str], list[str]] = {}
@@ -173,11 +173,11 @@ def _known(name: str, values: Iterable[str], valid: Iterable[str]) -> None:
             raise UserError(f"--{name} {value} is not known; {name}s: {', '.join(valid)}")
 
 
-def _calls(options: Options) -> list[tuple[str, str, str]]:
+def _calls(options: KernelBenchOptions) -> list[tuple[str, str, str]]:
     """Shape, op and direction of what is to be measured, after checking all that no device is needed for."""
     _known("shape", options.shapes, SHAPES)
     _known("op", options.ops, OPS)
-    _known("backend", options.backends, peers.backends())
+    _known("backend", options.backends, candidates.backends())
     _known("direction", options.directions, DIRECTIONS)
     for name, values in (("batch", options.batch), ("tokens", options.tokens)):
         if any(value < 1 for value in values):
@@ -209,7 +209,7 @@ def _calls(options: Options) -> list[tuple[str, str, str]]:
     ]
 
 
-def _sizes(op: str, options: Options, device: torch.device) -> Iterable[tuple[int, int]]:
+def _sizes(op: str, options: KernelBenchOptions, device: torch.device) -> Iterable[tuple[int, int]]:
     """Pairs of batch and tokens."""
     cuda = device.type == "cuda"
     if op.startswith("recurrent"):
@@ -225,7 +225,7 @@ def _refusals(
     """Backend -> why it does not serve, or None, of those wanted that have a kernel of `op`."""
     request = SHAPES[shape].request(op, device, dtype)
     found = {}
-    for kernel in peers.kernels(op, SHAPES[shape].model_type):
+    for kernel in candidates.candidates(op, SHAPES[shape].model_type):
         if not wanted or kernel.backend in wanted:
             lacks = "has no backward" if direction == "backward" and not kernel.differentiable else None
             found[kernel.backend] = kernel.why_not(request) or lacks

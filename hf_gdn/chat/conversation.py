@@ -21,11 +21,11 @@ import torch
 from jinja2 import TemplateError
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from .caches import SinkCache
-from .errors import UserError, reason
-from .files import write_whole
-from .loading import models
-from .upstream import cache_names
+from ..caches import SinkCache
+from ..errors import UserError, reason
+from ..files import write_whole
+from ..loading import models
+from ..upstream import cache_names
 
 FORMAT, VERSION = "hf_gdn.chat", 1
 PIECE = 512  # tokens of a long input that are read at once
@@ -34,7 +34,7 @@ _ANSWER = "\ue000answer\ue000"  # stands for an answer in a rendered template; p
 
 
 @dataclass(frozen=True)
-class Options:
+class ChatOptions:
     """How to keep and how to answer.
 
     Args:
@@ -98,7 +98,7 @@ class _Show(TextStreamer):
 class Conversation:
     """What was said, as token ids, and the cache that has read it. The model must be patched."""
 
-    def __init__(self, loaded: models.Loaded, options: Options) -> None:
+    def __init__(self, loaded: models.Loaded, options: ChatOptions) -> None:
         self.loaded, self.options = loaded, options
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.cache, self.ids = self.empty(), list[int]()
@@ -206,6 +206,6 @@ class Conversation:
         return f"{kept}\ncache: {self.cache.nbytes:,} bytes\nlast turn: {'; '.join(rates)}"
 
 
-def window(name: str, options: Options) -> int:
+def window(name: str, options: ChatOptions) -> int:
     """The window asked for, or the default."""
     return options.window or (EMBEDDED_WINDOW if name in models.embedded() else WINDOW)

@@ -34,7 +34,7 @@ FUNCTIONS = {
 _FLASH_QLA = ((9, 0), (10, 0), (10, 3), (12, 0))
 
 
-def kernels(op: str, model_type: str) -> list[Kernel]:
+def candidates(op: str, model_type: str) -> list[Kernel]:
     """All that may serve `op` at the shapes of a model type: transformers, the registry's in order, FlashQLA."""
     mine = [_transformers(op, model_type), *registry.kernels(op)]
     return [*mine, _flash_qla()] if op == "chunk_gdn" else mine

@@ -9,12 +9,12 @@ import unicodedata
 import torch
 from rich.console import Console
 
-from .caches import SinkCache
-from .conversation import Conversation, Interrupt, Options, window
-from .errors import UserError, reason
-from .loading import models
-from .patches import layer_kernels, patch, patched
-from .registry import check_backend
+from ..caches import SinkCache
+from ..errors import UserError, reason
+from ..loading import models
+from ..patches import layer_kernels, patch, patched
+from ..registry import check_backend
+from .conversation import ChatOptions, Conversation, Interrupt, window
 
 HELP = """/reset       begin anew
 /save FILE   write the conversation, as text and token ids
@@ -88,7 +88,7 @@ def _turn(chat: Conversation, console: Console) -> bool:
 
 
 def main(
-    name: str | None, options: Options, device: str | None, dtype: str | None, backend: str, seed: int | None
+    name: str | None, options: ChatOptions, device: str | None, dtype: str | None, backend: str, seed: int | None
 ) -> None:
     """Talk until the user ends it. Raises UserError, before weights are loaded where that is possible."""
     with contextlib.suppress(ImportError):

@@ -20,18 +20,16 @@ from ..loading import models, texts
 from ..loading.models import Loaded, Source
 from ..patches import layer_kernels, patched
 from ..upstream import configs
-from . import journal as journals
-from . import machine, microbench, page, ppl, progress, sheets, speed
-from . import output as formats
-from .journal import Journal, Work, put
-from .ranks import Ranks
+from . import html, kernel_bench, machine, parity, progress, speed, tables, writers
+from .distributed import Processes
+from .resume import Journal, Work, prepare, put
 
 # Version of the layout of report.json (docs/report.md).
 SCHEMA = 2
 
 
 @dataclass(frozen=True)
-class Job:
+class EvalJob:
     """What to run. "report" is parity and speed, "ppl" and "speed" one of them.
 
     Args:
@@ -60,14 +58,14 @@ class Job:
     context: int = 512
     stride: int | None = None
     windows: int = 16
-    ppl: ppl.Options = field(default_factory=ppl.Options)
-    speed: speed.Options = field(default_factory=speed.Options)
+    ppl: parity.ParityOptions = field(default_factory=parity.ParityOptions)
+    speed: speed.SpeedOptions = field(default_factory=speed.SpeedOptions)
     output: str = "hf-gdn-report"
     resume: bool = False
     quiet: bool = False
 
 
-def _check(job: Job) -> None:
+def _check(job: EvalJob) -> None:
     """Raise UserError for what can be seen to be wrong before anything is loaded."""
     try:
         registry.check_backend(job.backend)
@@ -77,16 +75,16 @@ def _check(job: Job) -> None:
         raise UserError("--text and --dataset were both given; expected one of them")
     if job.context < 2 or job.windows < 0:
         raise UserError(f"--context must be at least 2 and --windows 0 or more, got {job.context} and {job.windows}")
-    ppl.check(job.ppl)
+    parity.check(job.ppl)
 
 
-def _read_text(job: Job) -> texts.Text:
+def _read_text(job: EvalJob) -> texts.Text:
     if job.dataset is not None:
         return texts.read_dataset(job.dataset, job.split, job.text_field)
     return texts.read_files(job.text, job.text_field) if job.text else texts.embedded()
 
 
-def _tokens(job: Job, loaded: Loaded, text: texts.Text) -> tuple[Tensor, str]:
+def _tokens(job: EvalJob, loaded: Loaded, text: texts.Text) -> tuple[Tensor, str]:
     """Tokens ``[L]`` to be scored, and where they are from; random ones for a model without tokenizer."""
     if loaded.tokenizer is not None:
         return texts.tokenize(loaded.tokenizer, text), text.source
@@ -95,7 +93,7 @@ def _tokens(job: Job, loaded: Loaded, text: texts.Text) -> tuple[Tensor, str]:
     return torch.randint(0, loaded.config.vocab_size, (length,), generator=random), "random tokens"
 
 
-def evaluate(job: Job, source: Source, text: texts.Text, device: torch.device, work: Work) -> dict[str, Any]:
+def evaluate(job: EvalJob, source: Source, text: texts.Text, device: torch.device, work: Work) -> dict[str, Any]:
     """Evaluate one model: its entry in the report, in the main process; an empty dict in the others."""
     dtype = models.pick_dtype(job.dtype, source.name, device)
     ranks = work.ranks
@@ -115,17 +113,17 @@ def evaluate(job: Job, source: Source, text: texts.Text, device: torch.device, w
     return result
 
 
-def _measure(job: Job, loaded: Loaded, ids: Tensor, origin: str, work: Work, result: dict[str, Any]) -> None:
+def _measure(job: EvalJob, loaded: Loaded, ids: Tensor, origin: str, work: Work, result: dict[str, Any]) -> None:
     """Fill in the parts of a result that the job asks for."""
     if job.kind != "speed":
         windows = texts.windows(ids, job.context, job.stride, job.windows or None, origin)
-        result["parity"] = ppl.measure(loaded, windows, origin, job.ppl, job.backend, work)
+        result["parity"] = parity.measure(loaded, windows, origin, job.ppl, job.backend, work)
     if job.kind != "ppl":
         prompts = None if loaded.tokenizer is None else ids
         result["speed"] = speed.measure(loaded, prompts, job.speed, job.backend, work)
 
 
-def _manifest(job: Job, loaded: Loaded) -> dict[str, Any]:
+def _manifest(job: EvalJob, loaded: Loaded) -> dict[str, Any]:
     """What is evaluated and on which code it runs. Raises PatchError where the model's family cannot be patched."""
     with patched(loaded.families, backend=job.backend, strict=True):
         kernels = layer_kernels(loaded.model)
@@ -154,7 +152,7 @@ def _describe(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def build(job: Job, ranks: Ranks, command: str) -> dict[str, Any]:
+def build(job: EvalJob, ranks: Processes, command: str) -> dict[str, Any]:
     """Run a job.
 
     Returns:
@@ -186,25 +184,25 @@ def build(job: Job, ranks: Ranks, command: str) -> dict[str, Any]:
         "results": results,
         "passed": all(result["passed"] for result in results),
     }
-    write(report, journals.prepare(job.output))
+    write(report, prepare(job.output))
     journal.remove()
     return report
 
 
 def build_kernels(
-    options: microbench.Options, output: str, resume: bool, quiet: bool, ranks: Ranks, command: str
+    options: kernel_bench.KernelBenchOptions, output: str, resume: bool, quiet: bool, ranks: Processes, command: str
 ) -> dict[str, Any]:
     """Time kernels; arguments and result as for `build`."""
     options = replace(options, device=str(models.pick_device(options.device, ranks)))
-    cases = {microbench.key(case): case for case in ranks.each(lambda: microbench.plan(options))}
-    device, dtype = microbench.target(options)
+    cases = {kernel_bench.key(case): case for case in ranks.each(lambda: kernel_bench.plan(options))}
+    device, dtype = kernel_bench.target(options)
     journal = ranks.main_only(lambda: _journal({"kind": "kernels", **asdict(options)}, device, output, resume))
     with progress.bars(ranks.main and not quiet) as bars:
         work = Work(ranks, journal, bars)
         step = bars.add("kernels", len(work.todo(cases)), "rows")
 
         def compute(key: str) -> dict[str, Any]:
-            row = microbench.measure(cases[key], options)
+            row = kernel_bench.measure(cases[key], options)
             step(1)
             return row
 
@@ -212,37 +210,37 @@ def build_kernels(
         if journal is None:
             return {}
         with bars.busy("this machine's ceilings"):
-            limits = microbench.ceilings(device, dtype)
-    rows = microbench.with_shares(microbench.with_ratios(rows), limits)
+            limits = kernel_bench.ceilings(device, dtype)
+    rows = kernel_bench.with_shares(kernel_bench.with_ratios(rows), limits)
     report = {
         **_head("kernels", command, ranks, device),
         "ceilings": limits,
-        "left_out": microbench.left_out(options),
+        "left_out": kernel_bench.left_out(options),
         "results": [],
         "kernels": rows,
         "passed": all(row["passed"] is not False for row in rows),
     }
-    write(report, journals.prepare(output))
+    write(report, prepare(output))
     journal.remove()
     return report
 
 
 def _journal(told: dict[str, Any], device: torch.device, output: str, resume: bool) -> Journal:
     told = {**told, "schema": SCHEMA, "machine": machine.machine(device), "versions": machine.versions()}
-    return Journal(journals.prepare(output), told, resume)
+    return Journal(prepare(output), told, resume)
 
 
-def _head(kind: str, command: str, ranks: Ranks, device: torch.device) -> dict[str, Any]:
+def _head(kind: str, command: str, ranks: Processes, device: torch.device) -> dict[str, Any]:
     """What every report says of itself."""
     made = machine.made_with(kind, command, device)
     return {"schema": SCHEMA, "hf_gdn": __version__, "processes": ranks.count, **made}
 
 
 FILES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "report.json": formats.to_json,
-    "report.md": formats.to_markdown,
-    "report.csv": formats.to_csv,
-    "report.html": page.to_html,
+    "report.json": writers.to_json,
+    "report.md": writers.to_markdown,
+    "report.csv": writers.to_csv,
+    "report.html": html.to_html,
 }
 
 
@@ -257,29 +255,29 @@ def show(report: dict[str, Any], folder: str, quiet: bool) -> None:
     """Print the report; when quiet, its verdict alone."""
     console = machine.console()
     if not quiet:
-        for sheet in sheets.sheets(report):
+        for sheet in tables.of_report(report):
             table = Table(
                 *sheet.header, title=sheet.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
             )
             for row in sheet.rows:
                 table.add_row(*map(escape, row))
             console.print(table)
-        for name, value in formats.conditions(report):
+        for name, value in writers.conditions(report):
             console.print(f"{name}: {value}", style="dim", highlight=False, markup=False)
     style = "bold green" if report["passed"] else "bold red"
-    console.print(formats.verdict(report), style=style, highlight=False, markup=False)
+    console.print(writers.verdict(report), style=style, highlight=False, markup=False)
     console.print(f"wrote {', '.join(str(Path(folder) / name) for name in FILES)}", highlight=False, markup=False)
 
 
-def main(job: Job, command: str) -> int:
+def main(job: EvalJob, command: str) -> int:
     """Run a job, write its report and show it. Returns the exit code (docs/report.md), in all processes."""
-    ranks = Ranks(job.device, any(source.tensor_parallel for source in job.sources))
+    ranks = Processes(job.device, any(source.tensor_parallel for source in job.sources))
     return _main(job.output, job.quiet, ranks, lambda: build(job, ranks, command))
 
 
-def main_kernels(options: microbench.Options, output: str, resume: bool, quiet: bool, command: str) -> int:
+def main_kernels(options: kernel_bench.KernelBenchOptions, output: str, resume: bool, quiet: bool, command: str) -> int:
     """The same for kernels."""
-    ranks = Ranks(options.device)
+    ranks = Processes(options.device)
     return _main(output, quiet, ranks, lambda: build_kernels(options, output, resume, quiet, ranks, command))
 
 
@@ -290,7 +288,7 @@ def exit_code(report: dict[str, Any]) -> int:
     return 0 if report["passed"] else 1
 
 
-def _main(output: str, quiet: bool, ranks: Ranks, run: Callable[[], dict[str, Any]]) -> int:
+def _main(output: str, quiet: bool, ranks: Processes, run: Callable[[], dict[str, Any]]) -> int:
     try:
         report = run()
         if ranks.main:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_gdn import registry
-from hf_gdn.eval import cases, microbench, oracle, peers
+from hf_gdn.eval import candidates, kernel_bench, kernel_cases, kernel_oracle
 
 TINY = {"gdn": "qwen3_next-tiny", "kda": "kimi_linear-tiny"}
 OPS = ("chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda")
@@ -27,7 +27,7 @@ def test_flash_qla_is_called_by_its_signature(monkeypatch):
         eager = registry.get("chunk_gdn", "eager").fn
         return eager(q, k, v, g, beta, scale=scale, initial_state=initial_state, qk_l2norm=use_qk_l2norm_in_kernel)
 
-    kernel = peers.kernels("chunk_gdn", "qwen3_next")[-1]
+    kernel = candidates.candidates("chunk_gdn", "qwen3_next")[-1]
     asked = registry.Request("chunk_gdn", "cuda", torch.bfloat16, 16, 32, 128, 128)
     with monkeypatch.context() as absent:
         absent.setattr(importlib.util, "find_spec", lambda name: None)
@@ -47,10 +47,10 @@ def test_flash_qla_is_called_by_its_signature(monkeypatch):
         assert kernel.why_not(dataclasses.replace(asked, **changes)) == text
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert kernel.why_not(asked) == "serves compute capabilities 9.0, 10.0, 10.3, 12.0; this device has 8.0"
-    job = oracle.prepare(
-        cases.Case("chunk_gdn", TINY["gdn"], 1, 70, "forward", "flash_qla"), torch.device("cpu"), torch.float32
+    job = kernel_oracle.prepare(
+        kernel_cases.Case("chunk_gdn", TINY["gdn"], 1, 70, "forward", "flash_qla"), torch.device("cpu"), torch.float32
     )
-    assert oracle.error(oracle.call(kernel.fn, job.inputs, None)(), job.wanted)[0] < 1e-5
+    assert kernel_oracle.error(kernel_oracle.call(kernel.fn, job.inputs, None)(), job.wanted)[0] < 1e-5
     assert seen == {"final": True, "l2norm": True}
 
 
@@ -60,18 +60,18 @@ def test_fla_does_not_hand_its_row_to_flash_qla(monkeypatch):
             monkeypatch.delenv("FLA_FLASH_QLA", raising=False)
         else:
             monkeypatch.setenv("FLA_FLASH_QLA", before)
-        with peers.on_its_own("fla"):
+        with candidates.on_its_own("fla"):
             assert os.environ["FLA_FLASH_QLA"] == "0"
         assert os.environ.get("FLA_FLASH_QLA") == before
-        with peers.on_its_own("eager"):
+        with candidates.on_its_own("eager"):
             assert os.environ.get("FLA_FLASH_QLA") == before
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_transformers_own_torch_function(op):
-    function = peers.torch_function(op, cases.SHAPES[TINY[op[-3:]]].model_type)
+    function = candidates.torch_function(op, kernel_cases.SHAPES[TINY[op[-3:]]].model_type)
     assert function.__module__.startswith("transformers.models.") and not hasattr(function, "__wrapped__")
-    kernel = peers.kernels(op, "no_such_model")[0]
+    kernel = candidates.candidates(op, "no_such_model")[0]
     request = registry.Request(op, "cpu", torch.float32, 1, 1, 8, 8)
     assert (
         kernel.why_not(request) == "needs model type 'no_such_model', which this version of transformers does not have"
@@ -80,13 +80,13 @@ def test_transformers_own_torch_function(op):
 
 def test_transformers_that_leave_the_heads_to_the_layer(monkeypatch):
     """Older versions expect q and k with the value heads' number."""
-    function = peers.torch_function("chunk_gdn", "qwen3_next")
+    function = candidates.torch_function("chunk_gdn", "qwen3_next")
 
     def older(q, k, v, **kwargs):
         assert q.shape[2] == k.shape[2] == v.shape[2]
         return function(q, k, v, **kwargs)
 
-    monkeypatch.setattr(peers, "torch_function", lambda op, model_type: older)
-    case = cases.Case("chunk_gdn", TINY["gdn"], 1, 70, "forward", "transformers")
-    row = microbench.measure(case, cases.Options(device="cpu", seconds=1e-3))
+    monkeypatch.setattr(candidates, "torch_function", lambda op, model_type: older)
+    case = kernel_cases.Case("chunk_gdn", TINY["gdn"], 1, 70, "forward", "transformers")
+    row = kernel_bench.measure(case, kernel_cases.KernelBenchOptions(device="cpu", seconds=1e-3))
     assert row["passed"], row

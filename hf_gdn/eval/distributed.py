@@ -1,6 +1,6 @@
 """The processes of a run: one, or several started by ``accelerate launch`` or ``torchrun``.
 
-Whatever can fail runs through `Ranks.each`: all processes learn of a failure in one of them and stop with its text,
+Whatever can fail runs through `Processes.each`: all processes learn of a failure in one of them and stop with its text,
 so none is left waiting for another.
 """
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 _PATIENCE = datetime.timedelta(days=7)
 
 
-class Ranks:
+class Processes:
     """The processes of this run.
 
     Args:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..errors import UserError, reason
 from ..files import write_whole
+from .distributed import Processes
 from .progress import Bars
-from .ranks import Ranks
 
 Row = dict[str, Any]
 
@@ -127,7 +127,7 @@ class Work:
         prefix: of the rows' keys, so that the rows of two models differ.
     """
 
-    ranks: Ranks
+    ranks: Processes
     journal: Journal | None
     bars: Bars = field(default_factory=Bars)
     prefix: str = ""

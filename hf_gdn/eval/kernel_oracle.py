@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import registry
-from .cases import SHAPES, Case
+from .kernel_cases import SHAPES, Case
 
 # Results by name: "o", "final_state" and, of a backward, "dq", "dk", ...
 Results = dict[str, Tensor]
@@ -33,7 +33,7 @@ _GRADIENTS = tuple(f"d{name}" for name in _TENSORS)
 
 
 @dataclass(frozen=True)
-class Job:
+class OracleCase:
     """A call and what it has to give.
 
     Args:
@@ -49,10 +49,10 @@ class Job:
     oracle: str
 
 
-_last: dict[tuple, Job] = {}  # the one job at hand, since rows of the same call on other backends follow
+_last: dict[tuple, OracleCase] = {}  # the one job at hand, since rows of the same call on other backends follow
 
 
-def prepare(case: Case, device: torch.device, dtype: torch.dtype) -> Job:
+def prepare(case: Case, device: torch.device, dtype: torch.dtype) -> OracleCase:
     """The job of a case, remembered until one of another call is asked for.
 
     Raises:
@@ -79,7 +79,7 @@ def prepare(case: Case, device: torch.device, dtype: torch.dtype) -> Job:
             like = (inputs["v"], inputs["initial_state"])
             o, state = (torch.randn(x.shape, generator=random).to(device, x.dtype) for x in like)
             weights = o, state
-        _last[name] = Job(inputs, weights, *_truth(case.op, inputs, weights))
+        _last[name] = OracleCase(inputs, weights, *_truth(case.op, inputs, weights))
     return _last[name]
 
 

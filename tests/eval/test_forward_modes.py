@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hf_gdn
-from hf_gdn.eval import perplexity
+from hf_gdn.eval import forward_modes
 from tests import tiny
 
 
@@ -22,19 +22,19 @@ class Successor(torch.nn.Module):
         return SimpleNamespace(logits=logits, **(cache or tiny.given(None)))
 
 
-@pytest.mark.parametrize("mode", perplexity.MODES)
+@pytest.mark.parametrize("mode", forward_modes.MODES)
 def test_by_hand(mode):
     ids = torch.tensor([[0, 1, 2, 0]])  # 1/2, 1/2, 1/8
     done = []
-    scores = perplexity.log_probs(perplexity.MODES[mode](Successor(), ids[:, :-1], done.append), ids[:, 1:])
+    scores = forward_modes.log_probs(forward_modes.MODES[mode](Successor(), ids[:, :-1], done.append), ids[:, 1:])
     assert scores.exp().tolist() == [pytest.approx([0.5, 0.5, 0.125])] and sum(done) == 3
-    assert perplexity.perplexity(scores) == pytest.approx(32 ** (1 / 3))
+    assert forward_modes.perplexity(scores) == pytest.approx(32 ** (1 / 3))
 
 
 def test_all_ways_agree(family):
     ids, _ = tiny.batch()
     model = tiny.model(family)
-    whole = perplexity.prefill(model, ids)
-    for mode in perplexity.MODES.values():
+    whole = forward_modes.prefill(model, ids)
+    for mode in forward_modes.MODES.values():
         with hf_gdn.patched():
             assert (mode(model, ids) - whole).abs().max() < 1e-4

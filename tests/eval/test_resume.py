@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from hf_gdn.errors import UserError
-from hf_gdn.eval.journal import Journal, Work, prepare, put
-from hf_gdn.eval.ranks import Ranks
+from hf_gdn.eval.distributed import Processes
+from hf_gdn.eval.resume import Journal, Work, prepare, put
 
 JOB = {"context": 512, "models": ["a"]}
 
 
 def work(journal, prefix=""):
-    return Work(Ranks(), journal, prefix=prefix)
+    return Work(Processes(), journal, prefix=prefix)
 
 
 def test_rows_come_back_as_they_were(tmp_path):

@@ -10,13 +10,13 @@ import torch
 
 from hf_gdn import registry
 from hf_gdn.errors import UserError
-from hf_gdn.eval import cases, ceilings, microbench, oracle, sheets
-from hf_gdn.eval.microbench import Case, Options
+from hf_gdn.eval import kernel_bench, kernel_cases, kernel_oracle, tables, timing
+from hf_gdn.eval.kernel_bench import Case, KernelBenchOptions
 from hf_gdn.loading import models
 
 TINY = {"gdn": "qwen3_next-tiny", "kda": "kimi_linear-tiny"}
 OPS = ("chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda")
-FAST = Options(device="cpu", seconds=1e-3)
+FAST = KernelBenchOptions(device="cpu", seconds=1e-3)
 CEILINGS = {"copy_gb_s": 10.0, "matmul_tflop_s": 0.1}
 
 
@@ -44,9 +44,9 @@ def backend(name, make, ops=OPS, **changes):
 
 
 def printed(rows):
-    rows = microbench.with_shares(microbench.with_ratios(rows), CEILINGS)
-    tables = sheets.sheets({"results": [], "kernels": rows, "ceilings": CEILINGS})
-    return "\n".join("  ".join(row) for sheet in tables for row in [(sheet.title,), sheet.header, *sheet.rows])
+    rows = kernel_bench.with_shares(kernel_bench.with_ratios(rows), CEILINGS)
+    found = tables.of_report({"results": [], "kernels": rows, "ceilings": CEILINGS})
+    return "\n".join("  ".join(row) for sheet in found for row in [(sheet.title,), sheet.header, *sheet.rows])
 
 
 def forgetful(fn):
@@ -58,7 +58,7 @@ def forgetful(fn):
 
 
 def test_default_plan_of_a_cpu():
-    found = cases.plan(Options(device="cpu"))
+    found = kernel_cases.plan(KernelBenchOptions(device="cpu"))
     calls = [(c.op, c.shape, c.batch, c.tokens) for c in found if c.backend == "eager"]
     qwen, kimi = "qwen3_next-80b", "kimi_linear-48b"
     assert calls == [
@@ -71,7 +71,7 @@ def test_default_plan_of_a_cpu():
 
 
 def test_default_plan_of_cuda(cuda):
-    found = cases.plan(Options(directions=("forward", "backward")))
+    found = kernel_cases.plan(KernelBenchOptions(directions=("forward", "backward")))
     eager = [(c.op, c.batch, c.tokens) for c in found if c.backend == "eager" and c.direction == "forward"]
     for op in ("chunk_gdn", "chunk_kda"):
         sizes = [(1, 512), (1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 2048), (16, 4096)]
@@ -84,24 +84,30 @@ def test_default_plan_of_cuda(cuda):
     for op in ("recurrent_gdn", "recurrent_kda"):
         assert [call[1:] for call in eager if call[0] == op] == [(b, 1) for b in (1, 8, 32, 128, 256)]
     assert not any(c.direction == "backward" for c in found if c.op.startswith("recurrent"))
-    assert microbench.target(Options()) == (torch.device("cuda"), torch.bfloat16)
+    assert kernel_bench.target(KernelBenchOptions()) == (torch.device("cuda"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_keys_are_unique_file_names(everything, cuda):
-    options = Options(directions=cases.DIRECTIONS, shapes=tuple(cases.SHAPES) if everything else ())
+    options = KernelBenchOptions(
+        directions=kernel_cases.DIRECTIONS, shapes=tuple(kernel_cases.SHAPES) if everything else ()
+    )
     with backend("odd/name.1", lambda fn: fn), backend("odd", lambda fn: fn):
-        keys = [microbench.key(c) for c in cases.plan(options)]
+        keys = [kernel_bench.key(c) for c in kernel_cases.plan(options)]
     assert len(set(keys)) == len(keys) > 50
     assert all(re.fullmatch(r"[\w.%-]+", key) and len(key) < 100 for key in keys)
 
 
 def test_sizes_asked_for():
-    options = Options(shapes=(TINY["gdn"],), device="cpu", backends=("eager",), batch=(2, 3, 2), tokens=(5, 7))
-    calls = [(c.op, c.batch, c.tokens) for c in cases.plan(options)]
+    options = KernelBenchOptions(
+        shapes=(TINY["gdn"],), device="cpu", backends=("eager",), batch=(2, 3, 2), tokens=(5, 7)
+    )
+    calls = [(c.op, c.batch, c.tokens) for c in kernel_cases.plan(options)]
     pairs = [("chunk_gdn", b, t) for b in (2, 3) for t in (5, 7)]
     assert calls == [*pairs, ("recurrent_gdn", 2, 1), ("recurrent_gdn", 3, 1)]
-    calls = [(c.batch, c.tokens) for c in cases.plan(dataclasses.replace(options, ops=("chunk_gdn",), tokens=()))]
+    calls = [
+        (c.batch, c.tokens) for c in kernel_cases.plan(dataclasses.replace(options, ops=("chunk_gdn",), tokens=()))
+    ]
     assert calls == [(2, 512), (3, 512)]
 
 
@@ -137,32 +143,34 @@ def test_sizes_asked_for():
 )  # fmt: skip
 def test_bad_options(changes, text):
     with pytest.raises(UserError) as error:
-        cases.plan(Options(**{"device": "cpu", **changes}))
+        kernel_cases.plan(KernelBenchOptions(**{"device": "cpu", **changes}))
     assert text in str(error.value)
 
 
 def test_a_backend_without_a_backward():
-    options = Options(device="cpu", shapes=(TINY["kda"],), ops=("chunk_kda",), directions=cases.DIRECTIONS)
+    options = KernelBenchOptions(
+        device="cpu", shapes=(TINY["kda"],), ops=("chunk_kda",), directions=kernel_cases.DIRECTIONS
+    )
     with backend("forward_only", lambda fn: fn, differentiable=False):
-        found = [(c.backend, c.direction) for c in cases.plan(options)]
+        found = [(c.backend, c.direction) for c in kernel_cases.plan(options)]
         assert ("forward_only", "forward") in found and ("forward_only", "backward") not in found
-        assert "forward_only is left out of chunk_kda: it has no backward" in cases.left_out(options)
+        assert "forward_only is left out of chunk_kda: it has no backward" in kernel_cases.left_out(options)
         with pytest.raises(UserError, match="'forward_only' cannot serve chunk_kda at kimi_linear-tiny: has no backw"):
-            cases.plan(dataclasses.replace(options, backends=("forward_only",)))
+            kernel_cases.plan(dataclasses.replace(options, backends=("forward_only",)))
 
 
 def test_what_is_left_out_says_why():
-    lines = cases.left_out(Options(device="cpu"))
+    lines = kernel_cases.left_out(KernelBenchOptions(device="cpu"))
     everything = "chunk_gdn, recurrent_gdn, chunk_kda, recurrent_kda"
     assert any(line.startswith(f"triton is left out of {everything}: it needs a CUDA device") for line in lines)
     assert "flash_qla is left out of chunk_gdn: it needs " in str(lines)
 
 
-@pytest.mark.parametrize("name", sorted(cases.SHAPES))
+@pytest.mark.parametrize("name", sorted(kernel_cases.SHAPES))
 def test_shapes_are_those_of_transformers(name):
     from transformers import AutoConfig
 
-    shape, part = cases.SHAPES[name], 8 if name.endswith("-tp8") else 1
+    shape, part = kernel_cases.SHAPES[name], 8 if name.endswith("-tp8") else 1
     folder = models.ASSETS / name
     read = AutoConfig.from_pretrained(folder) if folder.is_dir() else AutoConfig.for_model(shape.model_type)
     config = read.get_text_config()
@@ -177,21 +185,21 @@ def test_shapes_are_those_of_transformers(name):
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-@pytest.mark.parametrize("direction", cases.DIRECTIONS)
+@pytest.mark.parametrize("direction", kernel_cases.DIRECTIONS)
 @pytest.mark.parametrize("tokens", [70, 300])
 @pytest.mark.parametrize("op", ["chunk_gdn", "chunk_kda"])
 def test_chunk_rows(op, tokens, direction):
-    rows = [microbench.measure(case(op, name, tokens, direction), FAST) for name in ("transformers", "eager")]
+    rows = [kernel_bench.measure(case(op, name, tokens, direction), FAST) for name in ("transformers", "eager")]
     for row in rows:
         assert row["passed"] and row["error"] < row["budget"] == 1e-5 and row["note"] is None
         assert row["oracle"] == ("loop" if tokens == 70 else "eager float64")
         assert 0 < row["low"] <= row["ms"] <= row["high"] and row["runs"] >= 3 and row["first_ms"] > 0
-        work = ceilings.flops(
+        work = timing.flops(
             op, batch=1, tokens=tokens, k_heads=row["k_heads"], v_heads=4, k_dim=32, v_dim=32,
             backward=direction == "backward",
         )  # fmt: skip
         assert row["tflop_s"] == pytest.approx(work / row["ms"] / 1e9) and row["gb_s"] > 0 and row["extra_mib"] > 0
-    rows = microbench.with_ratios(microbench.with_shares(rows, CEILINGS))
+    rows = kernel_bench.with_ratios(kernel_bench.with_shares(rows, CEILINGS))
     assert rows[0]["speedup"] == rows[0]["memory_ratio"] == 1
     assert rows[1]["speedup"] == pytest.approx(rows[0]["ms"] / rows[1]["ms"])
     assert rows[1]["share_compute"] == pytest.approx(10 * rows[1]["tflop_s"])
@@ -203,15 +211,15 @@ def test_chunk_rows(op, tokens, direction):
 @pytest.mark.parametrize("op", ["recurrent_gdn", "recurrent_kda"])
 def test_decode_rows(op, dtype):
     for name in ("transformers", "eager"):
-        row = microbench.measure(case(op, name, batch=3), dataclasses.replace(FAST, dtype=dtype))
+        row = kernel_bench.measure(case(op, name, batch=3), dataclasses.replace(FAST, dtype=dtype))
         assert row["passed"] and row["ms"] > 0 and row["oracle"] == "loop" and row["dtype"] == dtype, row
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_prints_no_time_for_a_wrong_result(op):
     with backend("broken", forgetful):
-        rows = [microbench.measure(case(op, name), FAST) for name in ("transformers", "eager", "broken")]
-    rows = microbench.with_shares(microbench.with_ratios(rows), CEILINGS)
+        rows = [kernel_bench.measure(case(op, name), FAST) for name in ("transformers", "eager", "broken")]
+    rows = kernel_bench.with_shares(kernel_bench.with_ratios(rows), CEILINGS)
     assert [row["passed"] for row in rows] == [True, True, False]
     wrong = rows[2]
     times = ("ms", "low", "high", "runs", "first_ms", "tflop_s", "gb_s", "share_compute", "share_bandwidth", "speedup")
@@ -232,23 +240,23 @@ def test_a_wrong_gradient_has_no_time():
         return call
 
     with backend("skewed", make):
-        assert microbench.measure(case("chunk_gdn", "skewed"), FAST)["passed"]
-        row = microbench.measure(case("chunk_gdn", "skewed", direction="backward"), FAST)
+        assert kernel_bench.measure(case("chunk_gdn", "skewed"), FAST)["passed"]
+        row = kernel_bench.measure(case("chunk_gdn", "skewed", direction="backward"), FAST)
     assert row["passed"] is False and row["ms"] is None and row["worst"] == "dv"
     assert row["error"] == pytest.approx(0.5, rel=1e-3)
 
 
 def test_what_is_not_finite_or_out_of_shape_is_wrong():
     with backend("nan", lambda fn: lambda *a, **kw: tuple(x * float("nan") for x in fn(*a, **kw))):
-        row = microbench.measure(case("chunk_gdn", "nan"), FAST)
+        row = kernel_bench.measure(case("chunk_gdn", "nan"), FAST)
     assert row["passed"] is False and row["error"] is None and row["worst"] == "o"
     with backend("flat", lambda fn: lambda *a, **kw: (fn(*a, **kw)[0][..., :1], fn(*a, **kw)[1])):
-        assert microbench.measure(case("chunk_gdn", "flat"), FAST)["passed"] is False
+        assert kernel_bench.measure(case("chunk_gdn", "flat"), FAST)["passed"] is False
 
 
 def test_decoding_not_in_place_is_wrong():
     with backend("copying", lambda fn: lambda *a, inplace=False, **kw: fn(*a, **kw)):
-        row = microbench.measure(case("recurrent_kda", "copying"), FAST)
+        row = kernel_bench.measure(case("recurrent_kda", "copying"), FAST)
     assert row["passed"] is False and row["worst"] == "final_state"
 
 
@@ -265,7 +273,7 @@ def test_a_failing_backend_is_a_row(error, passed, note):
         raise error
 
     with backend("failing", lambda fn: fail):
-        row = microbench.measure(case("chunk_gdn", "failing"), FAST)
+        row = kernel_bench.measure(case("chunk_gdn", "failing"), FAST)
     assert row["passed"] is passed and row["note"] == note and row["ms"] is None
     assert note in printed([row])
 
@@ -273,29 +281,31 @@ def test_a_failing_backend_is_a_row(error, passed, note):
 def test_the_oracle_of_long_calls_is_checked_and_kept(monkeypatch):
     calls = []
     eager = registry.get("chunk_gdn", "eager")
-    monkeypatch.setattr(oracle, "LOOP", 16)
-    oracle._last.clear()
+    monkeypatch.setattr(kernel_oracle, "LOOP", 16)
+    kernel_oracle._last.clear()
 
     def get(op, name):
         return dataclasses.replace(eager, fn=lambda *a, **kw: calls.append(1) or eager.fn(*a, **kw))
 
     monkeypatch.setattr(registry, "get", get)
-    job = oracle.prepare(case("chunk_gdn", "eager"), torch.device("cpu"), torch.float32)
+    job = kernel_oracle.prepare(case("chunk_gdn", "eager"), torch.device("cpu"), torch.float32)
     assert job.oracle == "eager float64" and len(calls) == 2
-    assert oracle.prepare(case("chunk_gdn", "other"), torch.device("cpu"), torch.float32) is job
+    assert kernel_oracle.prepare(case("chunk_gdn", "other"), torch.device("cpu"), torch.float32) is job
     monkeypatch.setattr(registry, "get", lambda op, name: dataclasses.replace(eager, fn=forgetful(eager.fn)))
     with pytest.raises(RuntimeError, match="of the float64 eager kernel is .* off the oracle, allowed 1e-10"):
-        oracle.prepare(case("chunk_gdn", "eager", tokens=71), torch.device("cpu"), torch.float32)
+        kernel_oracle.prepare(case("chunk_gdn", "eager", tokens=71), torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("direction", cases.DIRECTIONS)
+@pytest.mark.parametrize("direction", kernel_cases.DIRECTIONS)
 @pytest.mark.parametrize("op", ["chunk_gdn", "chunk_kda"])
 def test_the_oracle_by_groups_of_heads_is_the_oracle(op, direction, monkeypatch):
     found = []
     for elements in (1 << 22, 1):
-        oracle._last.clear()
-        monkeypatch.setattr(oracle, "_ELEMENTS", elements)
-        found.append(oracle.prepare(case(op, "eager", 9, direction, 2), torch.device("cpu"), torch.float32).wanted)
+        kernel_oracle._last.clear()
+        monkeypatch.setattr(kernel_oracle, "_ELEMENTS", elements)
+        found.append(
+            kernel_oracle.prepare(case(op, "eager", 9, direction, 2), torch.device("cpu"), torch.float32).wanted
+        )
     assert found[0].keys() == found[1].keys() and len(found[0]) == (8 if direction == "backward" else 2)
     for name, whole in found[0].items():
         torch.testing.assert_close(found[1][name], whole, rtol=1e-12, atol=1e-13)
@@ -303,18 +313,18 @@ def test_the_oracle_by_groups_of_heads_is_the_oracle(op, direction, monkeypatch)
     shapes = dict(zip(("dq", "dk", "dv", "dg", "dbeta", "dinitial_state"), inputs.values()))
     if direction == "backward" and op == "chunk_kda":
         assert all(found[0][name].shape == x.shape for name, x in shapes.items())
-    oracle._last.clear()
+    kernel_oracle._last.clear()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gpu_graph", [False, True])
 @pytest.mark.parametrize("op", OPS)
 def test_rows_on_a_gpu(op, gpu_graph):
-    options = Options(
+    options = KernelBenchOptions(
         shapes=(TINY[op[-3:]],), ops=(op,), device="cuda", seconds=0.01, gpu_graph=gpu_graph,
         tokens=() if op.startswith("recurrent") else (70,),
-        directions=("forward",) if op.startswith("recurrent") else cases.DIRECTIONS,
+        directions=("forward",) if op.startswith("recurrent") else kernel_cases.DIRECTIONS,
     )  # fmt: skip
-    rows = [microbench.measure(c, options) for c in cases.plan(options)]
+    rows = [kernel_bench.measure(c, options) for c in kernel_cases.plan(options)]
     ours = [row for row in rows if row["backend"] in ("transformers", "triton", "eager")]
     assert ours and all(row["passed"] and row["ms"] > 0 for row in ours), ours

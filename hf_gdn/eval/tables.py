@@ -15,7 +15,7 @@ GRADES = {
 
 
 @dataclass(frozen=True)
-class Sheet:
+class TextTable:
     """A table of strings."""
 
     title: str
@@ -61,7 +61,7 @@ def tokens(cell: dict[str, Any]) -> str:
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def sheets(report: dict[str, Any]) -> list[Sheet]:
+def of_report(report: dict[str, Any]) -> list[TextTable]:
     """The report's tables."""
     found = []
     for result in report["results"]:
@@ -74,7 +74,7 @@ def sheets(report: dict[str, Any]) -> list[Sheet]:
     return found
 
 
-def _parity_sheet(result: dict[str, Any]) -> Sheet:
+def _parity_sheet(result: dict[str, Any]) -> TextTable:
     header = ("tokens compared", "PPL original", "PPL patched", "ratio", "KL mean", "KL 99 %", "same top %", "verdict")
     rows: list[tuple[str, ...]] = []
     for row in result["parity"]["comparisons"]:
@@ -91,10 +91,10 @@ def _parity_sheet(result: dict[str, Any]) -> Sheet:
                 GRADES[row["grade"]] if row["decides"] else f"({row['grade']})",
             )
         )
-    return Sheet(f"{result['model']}: is it the same model?", header, rows)
+    return TextTable(f"{result['model']}: is it the same model?", header, rows)
 
 
-def statistics_sheet(result: dict[str, Any]) -> Sheet:
+def statistics_sheet(result: dict[str, Any]) -> TextTable:
     """All statistics of a result's comparisons, a column a comparison."""
     comparisons = result["parity"]["comparisons"]
     names = {
@@ -117,10 +117,10 @@ def statistics_sheet(result: dict[str, Any]) -> Sheet:
         for name, label in names.items()
     ]
     rows.append(("tokens", *(f"{row['statistics']['tokens']:,}" for row in comparisons)))
-    return Sheet(f"{result['model']}: all statistics", ("", *(row["name"] for row in comparisons)), rows)
+    return TextTable(f"{result['model']}: all statistics", ("", *(row["name"] for row in comparisons)), rows)
 
 
-def _speed_sheet(result: dict[str, Any]) -> Sheet:
+def _speed_sheet(result: dict[str, Any]) -> TextTable:
     header = (
         "run",
         "first token, ms",
@@ -154,7 +154,7 @@ def _speed_sheet(result: dict[str, Any]) -> Sheet:
                 tokens(cell) + ("" if cell["repeatable"] else "; not the same in every turn"),
             )
         )
-    return Sheet(f"{result['model']}: how fast is it? (original → patched; batch × prompt)", header, rows)
+    return TextTable(f"{result['model']}: how fast is it? (original → patched; batch × prompt)", header, rows)
 
 
 def _factor(value: dict[str, float]) -> str:
@@ -162,7 +162,7 @@ def _factor(value: dict[str, float]) -> str:
     return f"{value['median']:.2f}× ({value['low']:.2f}–{value['high']:.2f})"
 
 
-def spread_sheet(result: dict[str, Any]) -> Sheet:
+def spread_sheet(result: dict[str, Any]) -> TextTable:
     """Median, lowest and highest of what was timed in turns."""
     measures = ("ttft_ms", "tpot_ms", "prefill_tokens_s", "decode_tokens_s", "generate_tokens_s")
     rows = [
@@ -171,7 +171,7 @@ def spread_sheet(result: dict[str, Any]) -> Sheet:
         for side in ("original", "patched")
         if "failed" not in cell
     ]
-    return Sheet(f"{result['model']}: spread (median, lowest to highest)", ("run", "", *measures), rows)
+    return TextTable(f"{result['model']}: spread (median, lowest to highest)", ("run", "", *measures), rows)
 
 
 def _spread(value: dict[str, float]) -> str:
@@ -188,7 +188,7 @@ def kernel_name(row: dict[str, Any]) -> str:
     return f"{row['op']}{backward}, {row['shape']}, {row['batch']} × {row['tokens']}, {row['backend']}"
 
 
-def _kernel_sheets(report: dict[str, Any]) -> list[Sheet]:
+def _kernel_sheets(report: dict[str, Any]) -> list[TextTable]:
     """A table for every op, shape and direction."""
     header = ("B × T", "backend", "ms", "TFLOP/s", "GB/s", "speed-up", "extra MiB", "first call, ms", "error")
     tables: dict[str, list[tuple[str, ...]]] = {}
@@ -197,7 +197,7 @@ def _kernel_sheets(report: dict[str, Any]) -> list[Sheet]:
         how = ", CUDA graph" if row["gpu_graph"] else ""
         title = f"{row['op']}{backward}, {row['shape']}, {row['dtype']}{how}"
         tables.setdefault(title, []).append(_kernel_cells(row))
-    return [Sheet(title, header, rows) for title, rows in tables.items()]
+    return [TextTable(title, header, rows) for title, rows in tables.items()]
 
 
 def _kernel_cells(row: dict[str, Any]) -> tuple[str, ...]:

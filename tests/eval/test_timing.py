@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_gdn import registry
-from hf_gdn.eval import ceilings
+from hf_gdn.eval import timing
 
 SMALL = dict(batch=3, tokens=5, k_heads=1, v_heads=2, k_dim=2, v_dim=3)
 
@@ -25,10 +25,10 @@ SMALL = dict(batch=3, tokens=5, k_heads=1, v_heads=2, k_dim=2, v_dim=3)
     ],
 )
 def test_useful_work_by_hand(op, flops, moved):
-    assert ceilings.flops(op, **SMALL) == flops and ceilings.flops(op, backward=True, **SMALL) == 3 * flops
+    assert timing.flops(op, **SMALL) == flops and timing.flops(op, backward=True, **SMALL) == 3 * flops
     assert 3 * 2 * 4 * 2 * 3 == 144  # the state: three sequences of two heads
-    assert ceilings.moved_bytes(op, itemsize=2, **SMALL) == sum(moved)
-    assert ceilings.moved_bytes(op, itemsize=2, backward=True, **SMALL) == 3 * moved[0] + 2 * moved[1]
+    assert timing.moved_bytes(op, itemsize=2, **SMALL) == sum(moved)
+    assert timing.moved_bytes(op, itemsize=2, backward=True, **SMALL) == 3 * moved[0] + 2 * moved[1]
 
 
 def test_products_are_counted_as_the_eager_kernel_makes_them():
@@ -40,16 +40,16 @@ def test_products_are_counted_as_the_eager_kernel_makes_them():
     with FlopCounterMode(display=False) as counter:
         registry.get("chunk_gdn", "eager").fn(**inputs)
     dims = dict(batch=1, tokens=64, k_heads=2, v_heads=4, k_dim=32, v_dim=48)
-    assert counter.get_total_flops() == ceilings.flops("chunk_gdn", **dims)
+    assert counter.get_total_flops() == timing.flops("chunk_gdn", **dims)
 
 
 def test_moved_bytes_give_the_floors_that_were_measured_against():
     """An H200 copies 4.27 TB/s: a decode step of 32 heads, 128 x 128, cannot take less than 1.0 µs a sequence."""
     dims = dict(k_heads=16, v_heads=32, k_dim=128, v_dim=128, itemsize=2)
     for batch in (1, 256):
-        floor = ceilings.moved_bytes("recurrent_gdn", batch=batch, tokens=1, **dims) / 4.27e12
+        floor = timing.moved_bytes("recurrent_gdn", batch=batch, tokens=1, **dims) / 4.27e12
         assert floor == pytest.approx(1e-6 * batch, rel=0.03)
-    assert ceilings.moved_bytes("chunk_gdn", batch=1, tokens=8192, **dims) / 4.27e9 == pytest.approx(0.048, rel=0.02)
+    assert timing.moved_bytes("chunk_gdn", batch=1, tokens=8192, **dims) / 4.27e9 == pytest.approx(0.048, rel=0.02)
 
 
 def test_ceilings_of_this_machine(monkeypatch):
@@ -60,8 +60,8 @@ def test_ceilings_of_this_machine(monkeypatch):
         used.append(seconds)
         return [20.0, 12.5]
 
-    monkeypatch.setattr(ceilings, "timer", lambda device, gpu_graph=False: stub)
-    found = ceilings.ceilings(torch.device("cpu"), torch.float16)
+    monkeypatch.setattr(timing, "timer", lambda device, gpu_graph=False: stub)
+    found = timing.ceilings(torch.device("cpu"), torch.float16)
     assert found["copy_gb_s"] == pytest.approx(2 * 2**28 / 12.5e-3 / 1e9)
     assert found["matmul_tflop_s"] == pytest.approx(2 * 256**3 / 12.5e-3 / 1e12)  # 10 ms: no larger one is tried
     assert len(used) == 3
@@ -69,11 +69,11 @@ def test_ceilings_of_this_machine(monkeypatch):
 
 def test_timers():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert ceilings.timer(cpu) is ceilings.clocked and ceilings.timer(gpu) is ceilings.evented
-    assert ceilings.timer(gpu, gpu_graph=True) is ceilings.repeated
-    assert len(ceilings.samples(lambda: 1.0, 0.01)) == 10
-    assert len(ceilings.samples(lambda: 1e3, 0.01)) == ceilings.FEWEST
-    assert len(ceilings.samples(lambda: 1e-6, 1)) == ceilings.MOST
+    assert timing.timer(cpu) is timing.clocked and timing.timer(gpu) is timing.evented
+    assert timing.timer(gpu, gpu_graph=True) is timing.repeated
+    assert len(timing.samples(lambda: 1.0, 0.01)) == 10
+    assert len(timing.samples(lambda: 1e3, 0.01)) == timing.FEWEST
+    assert len(timing.samples(lambda: 1e-6, 1)) == timing.MOST
 
 
 @pytest.fixture
@@ -122,10 +122,10 @@ def test_graph_replays_are_timed_and_python_calls_are(pretended):
         return len(calls)
 
     device = torch.device("cuda")
-    assert ceilings.evented(run, 0.03, device) == pytest.approx([3.0] * 10)
+    assert timing.evented(run, 0.03, device) == pytest.approx([3.0] * 10)
     calls.clear()
-    replay = ceilings.captured(run, device)
+    replay = timing.captured(run, device)
     assert len(calls) == 4 and pretended.captures == 1 and pretended.replays == 0  # three to warm up, one captured
     assert replay() == 4 and pretended.replays == 1 and len(calls) == 4
-    assert ceilings.repeated(replay, 0.01, device) == pytest.approx([0.25] * 10)
+    assert timing.repeated(replay, 0.01, device) == pytest.approx([0.25] * 10)
     assert pretended.replays == 1 + 2 + 4 * 11 and len(calls) == 4

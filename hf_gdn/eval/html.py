@@ -6,14 +6,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from . import output, plots, sheets
-from .sheets import Sheet
+from . import plots, tables, writers
+from .tables import TextTable
 
 
 def _tiles(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The few figures to be seen first."""
     tiles = []
-    factors = output.speedups(result)
+    factors = writers.speedups(result)
     if factors:
         low, high = f"{min(factors):.2f}", f"{max(factors):.2f}"
         tiles.append(("generation speed", f"{low}×" if low == high else f"{low}–{high}×"))
@@ -21,7 +21,7 @@ def _tiles(result: dict[str, Any]) -> list[tuple[str, str]]:
         rows = [row["statistics"] for row in result["parity"]["comparisons"] if row["decides"]]
         furthest = max(rows, key=lambda row: abs((row["ppl_ratio"]["value"] or 0) - 1))
         tiles.append(("perplexity ratio, furthest from 1", f"{furthest['ppl_ratio']['value']:.7f}"))
-        tiles.append(("mean KL divergence, largest", sheets.number(max(row["kl_mean"]["value"] for row in rows), 4)))
+        tiles.append(("mean KL divergence, largest", tables.number(max(row["kl_mean"]["value"] for row in rows), 4)))
         tiles.append(("same top token, least", f"{min(row['same_top']['value'] for row in rows):.2f} %"))
     return tiles
 
@@ -37,23 +37,23 @@ def to_html(report: dict[str, Any]) -> str:
     )
     models = []
     for result in report["results"]:
-        more = [sheets.statistics_sheet(result)] if "parity" in result else []
-        more += [sheets.spread_sheet(result)] if "speed" in result else []
-        more.append(Sheet("Kernels by layer", ("layer", "patched"), list(result["kernels"].items())))
+        more = [tables.statistics_sheet(result)] if "parity" in result else []
+        more += [tables.spread_sheet(result)] if "speed" in result else []
+        more.append(TextTable("Kernels by layer", ("layer", "patched"), list(result["kernels"].items())))
         models.append(
             {
                 "name": result["model"],
                 "tiles": _tiles(result),
                 "plots": plots.plots(result),
-                "sheets": sheets.sheets({"results": [result]}),
+                "sheets": tables.of_report({"results": [result]}),
                 "more": more,
             }
         )
-    kernels = sheets.sheets({**report, "results": []})
-    return environment.get_template("page.html.jinja").render(
+    kernels = tables.of_report({**report, "results": []})
+    return environment.get_template("report.html.jinja").render(
         report=report,
-        verdict=output.verdict(report),
+        verdict=writers.verdict(report),
         models=models,
         kernels=kernels,
-        conditions=output.conditions(report),
+        conditions=writers.conditions(report),
     )

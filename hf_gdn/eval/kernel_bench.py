@@ -2,8 +2,8 @@
 
 A row holds the latency (median, 10th and 90th percentile), the useful TFLOP/s and GB/s and their shares of what this
 machine reaches in a matrix product and in a copy, the peak of extra memory, the speed-up over transformers' torch
-function, and beside every time the relative error against the float64 oracle. `hf_gdn.eval.cases` says what is
-measured, `hf_gdn.eval.ceilings` how work and time are taken, `hf_gdn.eval.oracle` what is right.
+function, and beside every time the relative error against the float64 oracle. `hf_gdn.eval.kernel_cases` says what is
+measured, `hf_gdn.eval.timing` how work and time are taken, `hf_gdn.eval.kernel_oracle` what is right.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from ..errors import reason
-from . import oracle, peers
-from .cases import SHAPES, Case, Options, key, left_out, plan, target
-from .ceilings import captured, ceilings, clock, flops, moved_bytes, peak_bytes, timer
+from . import candidates, kernel_oracle
+from .kernel_cases import SHAPES, Case, KernelBenchOptions, key, left_out, plan, target
+from .timing import captured, ceilings, clock, flops, moved_bytes, peak_bytes, timer
 
 __all__ = [
     "SHAPES",
     "Case",
-    "Options",
+    "KernelBenchOptions",
     "ceilings",
     "key",
     "left_out",
@@ -44,7 +44,7 @@ ERROR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.6e-2}
 # ------------------------------------------------------------------------------------------------------------- a row
 
 
-def measure(case: Case, options: Options) -> Row:
+def measure(case: Case, options: KernelBenchOptions) -> Row:
     """One row of the table, JSON. Lists of rows are completed by `with_ratios` and `with_shares`.
 
     Returns:
@@ -97,8 +97,8 @@ def measure(case: Case, options: Options) -> Row:
     )
     row["budget"] = ERROR[dtype]
     try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), peers.on_its_own(case.backend):
-            job = oracle.prepare(case, device, dtype)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), candidates.on_its_own(case.backend):
+            job = kernel_oracle.prepare(case, device, dtype)
             row["oracle"] = job.oracle
             _fill(row, case, job, options)
     except torch.OutOfMemoryError:
@@ -108,15 +108,17 @@ def measure(case: Case, options: Options) -> Row:
     return row
 
 
-def _fill(row: Row, case: Case, job: oracle.Job, options: Options) -> None:
+def _fill(row: Row, case: Case, job: kernel_oracle.OracleCase, options: KernelBenchOptions) -> None:
     """Check the backend's result and, if it is right, time it."""
     device, dtype = target(options)
     shape = SHAPES[case.shape]
-    kernel = next(kernel for kernel in peers.kernels(case.op, shape.model_type) if kernel.backend == case.backend)
+    kernel = next(
+        kernel for kernel in candidates.candidates(case.op, shape.model_type) if kernel.backend == case.backend
+    )
     inplace, backward = case.op.startswith("recurrent"), case.direction == "backward"
 
-    def right(got: oracle.Results) -> bool:
-        off, row["worst"] = oracle.error(got, job.wanted)
+    def right(got: kernel_oracle.Results) -> bool:
+        off, row["worst"] = kernel_oracle.error(got, job.wanted)
         row["error"] = off if math.isfinite(off) else None
         row["passed"] = off <= row["budget"]
         row["note"] = None if row["passed"] else f"wrong result: {row['worst']}"
@@ -124,7 +126,7 @@ def _fill(row: Row, case: Case, job: oracle.Job, options: Options) -> None:
 
     try:
         with torch.enable_grad() if backward else torch.inference_mode():
-            run = plain = oracle.call(kernel.fn, job.inputs, job.weights, inplace)
+            run = plain = kernel_oracle.call(kernel.fn, job.inputs, job.weights, inplace)
             first, got = clock(plain, device)
             if not right(got):
                 return
@@ -136,7 +138,7 @@ def _fill(row: Row, case: Case, job: oracle.Job, options: Options) -> None:
                 if not right(run()):
                     return
             elif inplace:  # repeated on one state, the gate of the check fades it to denormal numbers, slow on CPUs
-                run = oracle.call(kernel.fn, {**job.inputs, "g": job.inputs["g"] * 0.04}, None, inplace)
+                run = kernel_oracle.call(kernel.fn, {**job.inputs, "g": job.inputs["g"] * 0.04}, None, inplace)
             took = sorted(timer(device, options.gpu_graph)(run, options.seconds, device))
             peak = peak_bytes(plain, device)
     except torch.OutOfMemoryError:

@@ -33,8 +33,8 @@ from ..loading import models, texts
 from ..loading.models import Loaded, Source
 from ..patches import patch, patched
 from ..upstream import cache_names
-from . import journal, machine, perplexity, plots, progress
-from .sheets import number
+from . import forward_modes, machine, plots, progress, resume
+from .tables import number
 
 BINS, PIECE = 50, 256
 ABOUT = {
@@ -53,7 +53,7 @@ class PlainWindow(SinkCache):
 
 
 @dataclass(frozen=True)
-class Options:
+class StreamOptions:
     """What is read and kept.
 
     Args:
@@ -71,7 +71,7 @@ class Options:
     timed: int = 200
 
 
-def check(options: Options) -> None:
+def check(options: StreamOptions) -> None:
     """Raise UserError for options that make no sense."""
     if not 1 <= options.sinks < options.context:
         raise UserError(f"--sinks must be between 1 and --context less one, got {options.sinks} of {options.context}")
@@ -89,7 +89,7 @@ def through(model: Any, ids: Tensor, cache: Any, step: Callable[[int], None]) ->
     for at in range(0, len(ids) - 1, PIECE):
         piece, targets = ids[at : at + PIECE][: len(ids) - 1 - at], ids[at + 1 : at + 1 + PIECE]
         logits = model(piece[None].to(model.device), **cache_names.as_argument(cache)).logits
-        found.append(perplexity.log_probs(logits, targets[None])[0])
+        found.append(forward_modes.log_probs(logits, targets[None])[0])
         step(len(piece))
     return torch.cat(found)
 
@@ -101,7 +101,7 @@ def fresh(model: Any, ids: Tensor, context: int, step: Callable[[int], None]) ->
     windows = texts.windows(ids, context, context // 2)
     for window, begin, first in zip(windows.ids, windows.begin.tolist(), windows.first.tolist()):
         logits = model(window[None].to(model.device), use_cache=False).logits
-        scored = perplexity.log_probs(logits[:, first - 1 : -1], window[None, first:])[0]
+        scored = forward_modes.log_probs(logits[:, first - 1 : -1], window[None, first:])[0]
         found[begin + first - 1 : begin + context - 1] = scored
         step(len(scored))
     return found
@@ -114,7 +114,7 @@ def re_read(model: Any, ids: Tensor, places: Tensor, context: int, step: Callabl
     for place in places.tolist():
         before = ids[max(0, place + 1 - context) : place + 1]
         logits = model(before[None].to(model.device), use_cache=False).logits[:, -1:]
-        found[place] = perplexity.log_probs(logits, ids[None, place + 1 : place + 2])[0, 0]
+        found[place] = forward_modes.log_probs(logits, ids[None, place + 1 : place + 2])[0, 0]
         step(1)
     return found
 
@@ -135,7 +135,7 @@ def seconds_per_token(read: Callable[[int], Any], tokens: int, device: torch.dev
 # ------------------------------------------------------------------------------------------------------------ a measure
 
 
-def measure(loaded: Loaded, ids: Tensor, options: Options, bars: progress.Bars) -> dict[str, Any]:
+def measure(loaded: Loaded, ids: Tensor, options: StreamOptions, bars: progress.Bars) -> dict[str, Any]:
     """Read a stream ``[L]`` in all ways.
 
     Returns:
@@ -177,10 +177,10 @@ def measure(loaded: Loaded, ids: Tensor, options: Options, bars: progress.Bars) 
         scored = values.isfinite()
         by_stretch = [_ratio(values[a:b], found["fresh"][a:b]) for a, b in stretches]
         ways[name] = {
-            "perplexity": perplexity.perplexity(values[scored]),
+            "perplexity": forward_modes.perplexity(values[scored]),
             "scored": int(scored.sum()),
             "ratio": _ratio(values, found["fresh"]),
-            "stretches": [perplexity.perplexity(values[a:b]) if scored[a:b].all() else None for a, b in stretches],
+            "stretches": [forward_modes.perplexity(values[a:b]) if scored[a:b].all() else None for a, b in stretches],
             "worst": max(by_stretch, key=lambda r: abs(math.log(r))) if scored.all() else None,
             "bytes": held.get(name),
             "tokens_s": rate.get(name),
@@ -228,7 +228,7 @@ def main(
     sources: tuple[Source, ...],
     paths: tuple[str, ...],
     field: str,
-    options: Options,
+    options: StreamOptions,
     device: str | None,
     dtype: str | None,
     output: str,
@@ -239,7 +239,7 @@ def main(
     check(options)
     place = models.pick_device(device)
     text = texts.read_files(paths, field) if paths else texts.embedded()
-    folder = journal.prepare(output)
+    folder = resume.prepare(output)
     results = []
     with progress.bars(not quiet) as bars, patched():
         for source in sources or tuple(Source(name) for name in models.embedded()):
@@ -248,8 +248,11 @@ def main(
             results.append(measure(loaded, texts.tokenize(loaded.tokenizer, text), options, bars))
     head = machine.made_with("stream", command, place)
     report = {**head, "text": text.source, "options": asdict(options), "results": results}
-    for name, made in (("stream.json", json.dumps(report, indent=1) + "\n"), ("stream.svg", plots.stream(results))):
-        journal.put(Path(folder) / name, lambda path, made=made: path.write_text(made, encoding="utf-8"))
+    for name, made in (
+        ("stream.json", json.dumps(report, indent=1) + "\n"),
+        ("stream.svg", plots.perplexity_along_stream(results)),
+    ):
+        resume.put(Path(folder) / name, lambda path, made=made: path.write_text(made, encoding="utf-8"))
     console = machine.console()
     for result in results:
         header, rows = table(result)

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from hf_gdn.eval import output, page
+from hf_gdn.eval import html, writers
 from tests.eval.test_report import default_report, found  # noqa: F401, fixtures
 
 VOID = {"meta", "link", "br", "img", "input"}
@@ -43,7 +43,7 @@ class Tags(HTMLParser):
 
 
 def test_one_file_that_loads_nothing(found):  # noqa: F811
-    text = page.to_html(found)
+    text = html.to_html(found)
     tags = Tags(text)
     assert not tags.open and len(tags.ids) == len(set(tags.ids))
     assert all(place.startswith(("#", "data:")) for place in tags.loaded)
@@ -53,7 +53,7 @@ def test_one_file_that_loads_nothing(found):  # noqa: F811
 
 
 def test_verdict_first_and_tables_behind_plots(found):  # noqa: F811
-    text = page.to_html(found)
+    text = html.to_html(found)
     assert text.index("PASSED") < text.index("kimi_linear-tiny: is it") < text.index("Manifest")
     assert len(re.findall(r"</svg>\s*<details><summary>Table</summary>", text)) == 8
     for word in ("Speed-up", "Tokens per second", "KL divergence", "Along the text", "causal_conv1d_fn: torch"):
@@ -63,7 +63,7 @@ def test_verdict_first_and_tables_behind_plots(found):  # noqa: F811
 
 def test_names_are_escaped(found):  # noqa: F811
     result = {**found["results"][0], "model": "<script>alert(1)</script>"}
-    assert "<script" not in page.to_html({**found, "results": [result]})
+    assert "<script" not in html.to_html({**found, "results": [result]})
 
 
 def test_a_report_without_a_finite_figure(found):  # noqa: F811
@@ -81,10 +81,10 @@ def test_a_report_without_a_finite_figure(found):  # noqa: F811
         {"batch": 1, "prompt": 8, "new_tokens": 4, "variant": "eager", "counts": False, "failed": "OutOfMemoryError: x"}
     ]
     report = {**found, "results": [result], "passed": False}
-    text = page.to_html(report)
+    text = html.to_html(report)
     assert "FAILED" in text and "NOT FINITE (NaN, first at token 1 (patched, prefill, window 0))" in text
-    assert "OutOfMemoryError: x" in text and "OutOfMemoryError: x" in output.to_markdown(report)
-    assert json.loads(output.to_json(report))["results"][0]["parity"]["comparisons"][0]["trace"]["mean"][0] is None
+    assert "OutOfMemoryError: x" in text and "OutOfMemoryError: x" in writers.to_markdown(report)
+    assert json.loads(writers.to_json(report))["results"][0]["parity"]["comparisons"][0]["trace"]["mean"][0] is None
 
 
 @pytest.fixture(scope="module")
