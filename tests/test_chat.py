@@ -16,7 +16,8 @@ import transformers
 
 import hf_gdn
 from hf_gdn import cli
-from hf_gdn.chat.conversation import ChatOptions, Conversation, Interrupt
+from hf_gdn.chat.conversation import Conversation, Interrupt
+from hf_gdn.chat.options import ChatOptions
 from hf_gdn.errors import UserError
 from hf_gdn.loading import models
 from tests import tiny
@@ -40,8 +41,13 @@ class Terminal:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "200"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "hf_gdn", "chat", *arguments],
-            stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True, preexec_fn=own,
-        )  # fmt: skip
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=own,
+        )
         os.close(theirs)
         self.ours, self.seen = ours, ""
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,42 +24,12 @@ from ..errors import UserError, reason
 from ..files import write_whole
 from ..loading import models
 from ..upstream import cache_names
+from .options import ChatOptions
 
 FORMAT, VERSION = "hf_gdn.chat", 1
 PIECE = 512  # tokens of a long input that are read at once
 WINDOW, EMBEDDED_WINDOW = 4092, 508  # the embedded models were trained on 512 tokens
 _ANSWER = "\ue000answer\ue000"  # stands for an answer in a rendered template; private use, so no text has it
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """How to keep and how to answer.
-
-    Args:
-        sinks, window: first and last tokens that full-attention layers keep; window None for the default.
-        new_tokens: of an answer, at most.
-        temperature, top_p: of sampling; 0 is greedy; None for what the model's generation_config says.
-    """
-
-    sinks: int = 4
-    window: int | None = None
-    new_tokens: int = 512
-    temperature: float | None = None
-    top_p: float | None = None
-
-    def sampling(self) -> dict[str, Any]:
-        """Arguments of ``generate``. Raises UserError for values that make no sense."""
-        t, p = self.temperature, self.top_p
-        if t is not None and not 0 <= t < math.inf:
-            raise UserError(f"--temperature must be 0, which is greedy, or more, got {t}")
-        if p is not None and not 0 < p <= 1:
-            raise UserError(f"--top-p must be above 0 and at most 1, got {p}")
-        if t == 0 and p is not None:
-            raise UserError("--temperature 0 is greedy, and --top-p samples; expected one of them")
-        if t == 0:
-            return dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-        given = {name: value for name, value in (("temperature", t), ("top_p", p)) if value is not None}
-        return dict(given, do_sample=True) if given else {}
 
 
 class Interrupt(StoppingCriteria):

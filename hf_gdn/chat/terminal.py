@@ -12,9 +12,11 @@ from rich.console import Console
 from ..caches import SinkCache
 from ..errors import UserError, reason
 from ..loading import models
+from ..loading.options import DeviceOptions
 from ..patches import layer_kernels, patch, patched
 from ..registry import check_backend
-from .conversation import ChatOptions, Conversation, Interrupt, window
+from .conversation import Conversation, Interrupt, window
+from .options import ChatOptions
 
 HELP = """/reset       begin anew
 /save FILE   write the conversation, as text and token ids
@@ -87,33 +89,35 @@ def _turn(chat: Conversation, console: Console) -> bool:
     return True
 
 
-def main(
-    name: str | None, options: ChatOptions, device: str | None, dtype: str | None, backend: str, seed: int | None
-) -> None:
+def main(name: str | None, options: ChatOptions, where: DeviceOptions) -> None:
     """Talk until the user ends it. Raises UserError, before weights are loaded where that is possible."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  editing and history of lines, where the system has it
 
     options.sampling()
+    if where.threads is not None:
+        torch.set_num_threads(where.threads)
     try:
-        check_backend(backend)
+        check_backend(options.backend)
     except ValueError as error:
         raise UserError(f"--backend: {error}") from error
     source = models.Source(name if name is not None else models.embedded()[-1])
-    place = models.pick_device(device)
-    number = models.pick_dtype(dtype, source.name, place)
+    place = models.pick_device(where.device)
+    number = models.pick_dtype(where.dtype, source.name, place)
     try:
         SinkCache(models.read_config(source), options.sinks, window(source.name, options))
     except ValueError as error:
         raise UserError(f"model {source.name!r} cannot chat: {reason(error)}") from error
-    with patched(backend=backend) as now:
+    with patched(backend=options.backend) as now:
         if not now.active:
             raise UserError("HF_GDN_DISABLE is set, and a chat runs on patched models alone")
         loaded = models.load(source, place, number)
-        patch(loaded.families, backend=backend, strict=True)  # which raises where transformers does not fit them
+        patch(
+            loaded.families, backend=options.backend, strict=True
+        )  # which raises where transformers does not fit them
         layer_kernels(loaded.model)  # a backend that cannot serve says so before anything is typed
-        if seed is not None:
-            torch.manual_seed(seed)
+        if options.seed is not None:
+            torch.manual_seed(options.seed)
         chat, console = Conversation(loaded, options), Console()
         sizes = f"{options.sinks} + {window(source.name, options):,} tokens kept"
         console.print(

@@ -35,8 +35,12 @@ _FLASH_QLA = ((9, 0), (10, 0), (10, 3), (12, 0))
 
 
 def candidates(op: str, model_type: str) -> list[Kernel]:
-    """All that may serve `op` at the shapes of a model type: transformers, the registry's in order, FlashQLA."""
-    mine = [_transformers(op, model_type), *registry.kernels(op)]
+    """All that may serve `op` at the shapes of a model type: transformers, the registry's in order, FlashQLA.
+
+    transformers has functions of the delta rule alone.
+    """
+    mine = [_transformers(op, model_type)] if op in FUNCTIONS else []
+    mine += registry.kernels(op)
     return [*mine, _flash_qla()] if op == "chunk_gdn" else mine
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..upstream import cache_names
 
-Step = Callable[[int], None]
+OnProgress = Callable[[int], None]
 
 
 def _nothing(tokens: int) -> None:
@@ -19,26 +19,26 @@ def _nothing(tokens: int) -> None:
 
 
 @torch.inference_mode()
-def prefill(model: Any, ids: Tensor, step: Step = _nothing) -> Tensor:
+def prefill(model: Any, ids: Tensor, on_progress: OnProgress = _nothing) -> Tensor:
     """Logits ``[B, T, vocabulary]`` of tokens ``[B, T]`` in one forward: runs the chunk kernels."""
     logits = model(ids.to(model.device), use_cache=False).logits
-    step(ids.numel())
+    on_progress(ids.numel())
     return logits
 
 
 @torch.inference_mode()
-def decode(model: Any, ids: Tensor, step: Step = _nothing) -> Tensor:
+def decode(model: Any, ids: Tensor, on_progress: OnProgress = _nothing) -> Tensor:
     """The same, one token a forward through the cache: runs the recurrent kernels."""
-    return _continued(model, ids, 0, step)
+    return _continued(model, ids, 0, on_progress)
 
 
 @torch.inference_mode()
-def mixed(model: Any, ids: Tensor, step: Step = _nothing) -> Tensor:
+def mixed(model: Any, ids: Tensor, on_progress: OnProgress = _nothing) -> Tensor:
     """The same, the first half in one forward, the rest token by token: what `generate` does."""
-    return _continued(model, ids, max(1, ids.shape[1] // 2), step)
+    return _continued(model, ids, max(1, ids.shape[1] // 2), on_progress)
 
 
-def _continued(model: Any, ids: Tensor, prefix: int, step: Step) -> Tensor:
+def _continued(model: Any, ids: Tensor, prefix: int, on_progress: OnProgress) -> Tensor:
     ids = ids.to(model.device)
     cache, logits = None, []
     pieces = ([ids[:, :prefix]] if prefix else []) + list(ids[:, prefix:].split(1, 1))
@@ -46,7 +46,7 @@ def _continued(model: Any, ids: Tensor, prefix: int, step: Step) -> Tensor:
         out = model(piece, **cache_names.as_argument(cache), use_cache=True)
         cache = cache_names.of_outputs(out)
         logits.append(out.logits)
-        step(piece.numel())
+        on_progress(piece.numel())
     return torch.cat(logits, 1)
 
 

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from . import plots, tables, writers
-from .tables import TextTable
+from . import plots, summary, tables
+from .results import ModelResult, Report
 
 
-def _tiles(result: dict[str, Any]) -> list[tuple[str, str]]:
+def _tiles(result: ModelResult) -> list[tuple[str, str]]:
     """The few figures to be seen first."""
     tiles = []
-    factors = writers.speedups(result)
+    factors = summary.speedups(result)
     if factors:
         low, high = f"{min(factors):.2f}", f"{max(factors):.2f}"
         tiles.append(("generation speed", f"{low}×" if low == high else f"{low}–{high}×"))
-    if "parity" in result:
-        rows = [row["statistics"] for row in result["parity"]["comparisons"] if row["decides"]]
-        furthest = max(rows, key=lambda row: abs((row["ppl_ratio"]["value"] or 0) - 1))
-        tiles.append(("perplexity ratio, furthest from 1", f"{furthest['ppl_ratio']['value']:.7f}"))
-        tiles.append(("mean KL divergence, largest", tables.number(max(row["kl_mean"]["value"] for row in rows), 4)))
-        tiles.append(("same top token, least", f"{min(row['same_top']['value'] for row in rows):.2f} %"))
+    if result.parity is not None:
+        rows = [row.statistics for row in result.parity.deciding()]
+        furthest = max(rows, key=lambda row: abs(row.ppl_ratio.value - 1))
+        tiles.append(("perplexity ratio, furthest from 1", f"{furthest.ppl_ratio.value:.7f}"))
+        tiles.append(("mean KL divergence, largest", tables.number(max(row.kl_mean.value for row in rows), 4)))
+        tiles.append(("same top token, least", f"{min(row.same_top.value for row in rows):.2f} %"))
+    if result.stream is not None:
+        sinks, dense = result.stream.ways["sinks"], result.stream.ways["dense"]
+        tiles.append(("perplexity with sinks, to that of the training length", f"{sinks.ratio:.3f}"))
+        if sinks.bytes is not None and dense.bytes is not None:
+            tiles.append(("cache with sinks, of all tokens'", f"{sinks.bytes / dense.bytes:.0%}"))
     return tiles
 
 
-def to_html(report: dict[str, Any]) -> str:
+def to_html(report: Report) -> str:
     """The report as a page that loads nothing from anywhere."""
     environment = Environment(
         loader=PackageLoader("hf_gdn.eval", "."),
@@ -35,25 +40,20 @@ def to_html(report: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    models = []
-    for result in report["results"]:
-        more = [tables.statistics_sheet(result)] if "parity" in result else []
-        more += [tables.spread_sheet(result)] if "speed" in result else []
-        more.append(TextTable("Kernels by layer", ("layer", "patched"), list(result["kernels"].items())))
-        models.append(
-            {
-                "name": result["model"],
-                "tiles": _tiles(result),
-                "plots": plots.plots(result),
-                "sheets": tables.of_report({"results": [result]}),
-                "more": more,
-            }
-        )
-    kernels = tables.of_report({**report, "results": []})
+    models = [
+        {
+            "name": result.model,
+            "tiles": _tiles(result),
+            "plots": plots.plots(result),
+            "tables": tables.of_model(result),
+            "details": tables.details(result),
+        }
+        for result in report.results
+    ]
     return environment.get_template("report.html.jinja").render(
         report=report,
-        verdict=writers.verdict(report),
+        verdict=summary.verdict(report),
         models=models,
-        kernels=kernels,
-        conditions=writers.conditions(report),
+        tables=tables.of_report(replace(report, results=[])),
+        conditions=summary.conditions(report),
     )

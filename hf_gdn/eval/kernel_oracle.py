@@ -1,11 +1,13 @@
 """What a call has to give, in float64, and how far a result is from it.
 
-The oracle is the loop over tokens where there are 256 or fewer. Beyond, it is the eager chunk kernel in float64, whose
-output, final state and gradients have first to agree with the loop's on 256 tokens of a key head.
+The oracle is the loop over tokens where there are 256 or fewer, and for the ops around the delta rule. Beyond, it is
+the eager chunk kernel in float64, whose output, final state and gradients have first to agree with the loop's on 256
+tokens of a key head.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +17,10 @@ import torch
 from torch import Tensor
 
 from .. import registry
-from .kernel_cases import SHAPES, Case
+from ..loading.shapes import SHAPES
+from ..upstream.tensors import tree_map_only
+from .accuracy import EXACT_ERROR
+from .kernel_cases import Case, is_decode, is_delta_rule
 
 # Results by name: "o", "final_state" and, of a backward, "dq", "dk", ...
 Results = dict[str, Tensor]
@@ -24,8 +29,6 @@ Weights = tuple[Tensor, Tensor] | None
 
 # Tokens up to which the oracle is the loop, and of which the float64 eager kernel is compared with it.
 LOOP = 256
-# Error allowed there: sums of some 256 x 128 terms in float64, 2^15 times 2^-53, and room for their chain.
-EXACT = 1e-10
 # Elements of a tensor [B, T, heads, dim] that the oracle works on at once: it takes the heads in groups.
 _ELEMENTS = 1 << 22
 _TENSORS = ("q", "k", "v", "g", "beta", "initial_state")
@@ -37,49 +40,63 @@ class OracleCase:
     """A call and what it has to give.
 
     Args:
-        inputs: keyword arguments of a kernel, q and k normalised by it.
+        op: the op.
+        inputs: keyword arguments of a kernel.
         weights: of o and of the final state in the loss, random; None for a forward alone.
         wanted: float64 results.
         oracle: what gave them, ``"loop"`` or ``"eager float64"``.
     """
 
+    op: str
     inputs: dict[str, Any]
     weights: Weights
     wanted: Results
     oracle: str
 
+    def call(self, fn: Callable[..., Any], fading: float = 1.0) -> Callable[[], Results]:
+        """What is checked and timed: a call of a kernel. A decode step goes on from the state of the call before.
 
-_last: dict[tuple, OracleCase] = {}  # the one job at hand, since rows of the same call on other backends follow
+        Args:
+            fn: the kernel.
+            fading: factor on the logarithm of the decay, for a step that is repeated on one state: the gates of the
+                check would fade it to denormal numbers, which are slow on CPUs.
+        """
+        if not is_delta_rule(self.op):
+            return _call_layer_op(fn, self.inputs, fading)
+        inputs = self.inputs if fading == 1 else {**self.inputs, "g": self.inputs["g"] * fading}
+        return call(fn, inputs, self.weights, is_decode(self.op))
 
 
-def prepare(case: Case, device: torch.device, dtype: torch.dtype) -> OracleCase:
-    """The job of a case, remembered until one of another call is asked for.
+_last: dict[tuple, OracleCase] = {}  # the one case at hand, since rows of the same call on other backends follow
+
+
+def prepare(case: Case, device: torch.device, dtype: torch.dtype, normalized: bool = False) -> OracleCase:
+    """A case with its results, remembered until one of another call is asked for.
+
+    Args:
+        case: what is called; its backend plays no part.
+        device, dtype: of the inputs.
+        normalized: q and k come normalized; otherwise the kernel is to do it.
 
     Raises:
         RuntimeError: the float64 eager kernel does not agree with the loop.
     """
-    name = (case.op, case.shape, case.batch, case.tokens, case.direction, device, dtype)
+    name = (case.op, case.shape, case.batch, case.tokens, case.direction, device, dtype, normalized)
     if name not in _last:
         _last.clear()
-        shape, op = SHAPES[case.shape], registry.ops()[case.op]
-        inputs = op.make_inputs(
-            B=case.batch,
-            T=case.tokens,
-            HK=shape.k_heads,
-            HV=shape.v_heads,
-            K=shape.k_dim,
-            V=shape.v_dim,
-            dtype=dtype,
-            device=device,
-        )
-        inputs["qk_l2norm"] = True
+        sizes = dict(SHAPES[case.shape].sizes, dtype=dtype, device=device)
+        inputs = registry.ops()[case.op].make_inputs(B=case.batch, T=case.tokens, **sizes)
         weights = None
+        if not is_delta_rule(case.op):
+            _last[name] = OracleCase(case.op, inputs, None, _truth_of_layer_op(case.op, inputs), "loop")
+            return _last[name]
+        inputs["qk_l2norm"] = not normalized
         if case.direction == "backward":
             random = torch.Generator().manual_seed(1)
             like = (inputs["v"], inputs["initial_state"])
             o, state = (torch.randn(x.shape, generator=random).to(device, x.dtype) for x in like)
             weights = o, state
-        _last[name] = OracleCase(inputs, weights, *_truth(case.op, inputs, weights))
+        _last[name] = OracleCase(case.op, inputs, weights, *_truth(case.op, inputs, weights))
     return _last[name]
 
 
@@ -127,9 +144,9 @@ def _truth(op: str, inputs: dict[str, Any], weights: Weights) -> tuple[Results, 
     truth["o of the whole call"] = truth["o"]
     found["o of the whole call"] = wanted["o"][:1, :LOOP, : truth["o"].shape[2]]
     off, worst = error(found, truth)
-    if not off <= EXACT:
+    if not off <= EXACT_ERROR:
         raise RuntimeError(
-            f"{op}: {worst} of the float64 eager kernel is {off:.1e} off the oracle, allowed {EXACT:.0e}"
+            f"{op}: {worst} of the float64 eager kernel is {off:.1e} off the oracle, allowed {EXACT_ERROR:.0e}"
         )
     return wanted, "eager float64"
 
@@ -163,3 +180,53 @@ def _exact(fn: Callable[..., Any], inputs: dict[str, Any], weights: Weights) -> 
         with torch.set_grad_enabled(loss is not None):
             parts.append(call(fn, part, loss)())
     return {name: torch.cat([part[name] for part in parts], 1 if "state" in name else 2) for name in parts[0]}
+
+
+# ------------------------------------------------------------------------------------------ ops around the delta rule
+
+_UPDATED = ("window", "state")  # what a step updates in place
+
+
+def _call_layer_op(fn: Callable[..., Any], inputs: dict[str, Any], fading: float = 1.0) -> Callable[[], Results]:
+    called, updated = dict(inputs), dict[str, Tensor]()
+    if "state" in inputs:
+        updated = {name: inputs[name].clone() for name in _UPDATED}
+        called.update(updated)
+        weights = inputs["weights"]
+        called["weights"] = weights._replace(A_log=weights.A_log + math.log(fading))
+    return lambda: {**_named(fn(**called)), **updated}
+
+
+def _named(out: Any) -> Results:
+    """A kernel's outputs by name."""
+    if isinstance(out, Tensor):
+        return {"y": out}
+    return {name: value for name, value in out._asdict().items() if value is not None}
+
+
+@functools.cache
+def _names(op: str) -> tuple[str, ...]:
+    """Names of an op's results, the updated ones last."""
+    inputs = registry.ops()[op].make_inputs(B=1, T=1, HK=1, HV=1, K=8, V=8)
+    return tuple(_call_layer_op(registry.get(op, "eager").fn, inputs)())
+
+
+def _truth_of_layer_op(op: str, inputs: dict[str, Any]) -> Results:
+    out = registry.ops()[op].reference(**_double(inputs))
+    return dict(zip(_names(op), out if isinstance(out, tuple) else (out,)))
+
+
+def _double(inputs: dict[str, Any]) -> dict[str, Any]:
+    return tree_map_only(Tensor, lambda x: x.cpu().double(), inputs)
+
+
+def moved_bytes_of_layer_op(case: OracleCase) -> int:
+    """Bytes that a call has to read and write: every input and every output once, and what a step updates twice."""
+    read: list[int] = []
+    tree_map_only(Tensor, lambda x: read.append(x.nbytes), case.inputs)
+    if "keep" in case.inputs:
+        read.append(-case.inputs["raw"].z.nbytes)  # the norm's gate, which comes later
+    sizes = {name: x.numel() for name, x in case.wanted.items()}
+    like = {"g": 4, "beta": 4, "state": 4}
+    element = next(x.element_size() for x in case.inputs.values() if isinstance(x, Tensor))
+    return sum(read) + sum(count * like.get(name, element) for name, count in sizes.items())

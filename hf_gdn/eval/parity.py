@@ -16,6 +16,10 @@ from ..loading.models import Loaded, check_length
 from ..loading.texts import Windows
 from ..patches import patched, unpatched
 from . import forward_modes, parity_statistics
+from .accuracy import SAME_MODEL
+from .options import ParityOptions
+from .progress import OnProgress
+from .results import Comparison, FirstBad, Histogram, Parity, Trace
 from .resume import Row, Work
 
 # Logits of one model and one way of reading that are held at a time: windows a forward by default.
@@ -24,21 +28,6 @@ _LOGITS = 1 << 28
 _DECADES = range(-18, 3)
 # Points of the trace along the text.
 _POINTS = 100
-
-
-@dataclass(frozen=True)
-class ParityOptions:
-    """How windows are read.
-
-    Args:
-        modes: names of `forward_modes.MODES`.
-        batch: windows a forward; None for as many as a moderate amount of logits allows, 16 at most.
-        tolerance: changes to the bounds, like ``"kl_mean=1e-3"``.
-    """
-
-    modes: tuple[str, ...] = ("prefill", "decode", "mixed")
-    batch: int | None = None
-    tolerance: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,10 +42,13 @@ class _Pair:
 
 def check(options: ParityOptions) -> None:
     """Raise UserError for options that cannot be used."""
+    if options.context < 2 or options.windows < 0:
+        sizes = f"{options.context} and {options.windows}"
+        raise UserError(f"--context must be at least 2 and --windows 0 or more, got {sizes}")
     unknown = [mode for mode in options.modes if mode not in forward_modes.MODES]
     if unknown or not options.modes:
         raise UserError(f"--mode {','.join(unknown)} is not known; modes: {', '.join(forward_modes.MODES)}")
-    for dtype in parity_statistics.TOLERANCE:
+    for dtype in SAME_MODEL:
         parity_statistics.bounds(dtype, options.tolerance)
 
 
@@ -76,7 +68,7 @@ def measure(
     options: ParityOptions,
     backend: str,
     work: Work,
-) -> dict[str, Any]:
+) -> Parity | None:
     """Compare the original and the patched model on windows.
 
     Args:
@@ -88,21 +80,21 @@ def measure(
         work: the processes, which share the windows, and where their rows are kept.
 
     Returns:
-        The "parity" part of a report (docs/report.md) in the main process, an empty dict in the others.
+        The part of a report in the main process, None in the others.
     """
     context = windows.ids.shape[1]
     check_length(loaded, context, "--context")
     pairs = _pairs(options.modes)
     runs = list(dict.fromkeys(run for pair in pairs for run in (pair.reference, pair.subject)))
-    batch = options.batch or max(1, min(16, _LOGITS // (context * loaded.config.vocab_size)))
+    batch = options.batch_size or max(1, min(16, _LOGITS // (context * loaded.config.vocab_size)))
     parts = {f"ppl-{number:05d}": ids for number, ids in enumerate(windows.ids.split(batch))}
     todo = sum(parts[key][:, 1:].numel() for key in work.todo(parts))
-    step = work.bars.add(f"{loaded.source.label}: parity", len(runs) * todo, "tokens")
+    on_progress = work.bars.add(f"{loaded.source.label}: parity", len(runs) * todo, "tokens")
 
     def compute(key: str) -> Row:
         ids = parts[key]
         try:
-            return _compare(loaded, ids, runs, pairs, backend, lambda done: step(done * work.ranks.shards))
+            return _compare(loaded, ids, runs, pairs, backend, lambda done: on_progress(done * work.processes.shards))
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{len(ids)} windows of {context} tokens at a time do not fit into memory ({reason(error)}); "
@@ -111,7 +103,7 @@ def measure(
 
     rows = work.fill(parts, compute)
     if not rows:
-        return {}
+        return None
     position = torch.arange(1, context)
     scored = position >= windows.first[:, None]
     window = torch.arange(len(windows.ids))[:, None].expand_as(scored)[scored]
@@ -124,28 +116,28 @@ def measure(
         statistics = parity_statistics.summarize(tokens, window)
         verdict = parity_statistics.grade(statistics, loaded.dtype, tolerance)
         comparisons.append(
-            {
-                "name": pair.name,
-                "decides": pair.decides,
-                "grade": verdict.grade,
-                "why": verdict.why,
-                "first_bad": _first_bad(pair, tokens, window, place),
-                "statistics": statistics,
-                "kl_histogram": _histogram(tokens["kl"]),
-                "trace": _trace(tokens, place),
-            }
+            Comparison(
+                name=pair.name,
+                decides=pair.decides,
+                grade=verdict.grade,
+                why=verdict.why,
+                first_bad=_first_bad(pair, tokens, window, place),
+                statistics=statistics,
+                kl_histogram=_histogram(tokens["kl"]),
+                trace=_trace(tokens, place),
+            )
         )
-    return {
-        "text": source,
-        "text_tokens": windows.text_tokens,
-        "context": context,
-        "windows": len(windows.ids),
-        "scored": windows.scored,
-        "batch": batch,
-        "tolerance": tolerance,
-        "comparisons": comparisons,
-        "passed": all(row["grade"] == "same" for row in comparisons if row["decides"]),
-    }
+    return Parity(
+        text=source,
+        text_tokens=windows.text_tokens,
+        context=context,
+        windows=len(windows.ids),
+        scored=windows.scored,
+        batch=batch,
+        tolerance=tolerance,
+        comparisons=comparisons,
+        passed=all(row.grade == "same" for row in comparisons if row.decides),
+    )
 
 
 def _compare(
@@ -154,7 +146,7 @@ def _compare(
     runs: list[tuple[str, str]],
     pairs: list[_Pair],
     backend: str,
-    step: Callable[[int], None],
+    on_progress: OnProgress,
 ) -> Row:
     """`parity_statistics.compare` of each pair on some windows; keys are the pair's number, a dot and its names."""
     sides: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -164,7 +156,7 @@ def _compare(
     logits = {}
     for side, mode in runs:
         with sides[side]():
-            logits[side, mode] = forward_modes.MODES[mode](loaded.model, ids[:, :-1], step)
+            logits[side, mode] = forward_modes.MODES[mode](loaded.model, ids[:, :-1], on_progress)
     row: Row = {}
     for number, pair in enumerate(pairs):
         found = parity_statistics.compare(logits[pair.reference], logits[pair.subject], ids[:, 1:])
@@ -172,35 +164,32 @@ def _compare(
     return row
 
 
-def _first_bad(pair: _Pair, tokens: dict[str, Tensor], window: Tensor, place: Tensor) -> dict[str, Any] | None:
+def _first_bad(pair: _Pair, tokens: dict[str, Tensor], window: Tensor, place: Tensor) -> FirstBad | None:
     """Where the first logit is that is not finite: run, window and the token of the text that it was to predict."""
     bad = (tokens["bad_p"] + tokens["bad_q"]).nonzero()
     if not len(bad):
         return None
     first = int(bad[0])
     side, mode = pair.reference if tokens["bad_p"][first] else pair.subject
-    return {"run": f"{side}, {mode}", "window": int(window[first]), "text_token": int(place[first])}
+    return FirstBad(f"{side}, {mode}", int(window[first]), int(place[first]))
 
 
-def _histogram(kl: Tensor) -> dict[str, Any]:
-    """Tokens by KL divergence: ``edges`` in nats, ``counts`` between them; the first counts all below its edge too."""
+def _histogram(kl: Tensor) -> Histogram:
     edges = [10.0**decade for decade in _DECADES]
     finite = kl[kl.isfinite()]
     cuts = torch.bucketize(finite, torch.tensor(edges, dtype=torch.float64), right=True).clamp(1, len(edges) - 1)
     counts = torch.bincount(cuts - 1, minlength=len(edges) - 1)
-    return {"edges": edges, "counts": counts.tolist()}
+    return Histogram(edges, counts.tolist())
 
 
-def _trace(tokens: dict[str, Tensor], place: Tensor) -> dict[str, Any]:
-    """Log-probability of patched less original along the text, in stretches: ``scored``, how many tokens were scored
-    before, ``token``, where in the text it begins, ``mean`` and the largest distance from zero, ``largest``."""
+def _trace(tokens: dict[str, Tensor], place: Tensor) -> Trace:
     order = place.argsort(stable=True)
     difference = (tokens["log_q"] - tokens["log_p"])[order]
     edges = torch.linspace(0, len(order), min(_POINTS, len(order)) + 1).round().long().tolist()
     stretches = [difference[a:b] for a, b in itertools.pairwise(edges)]
-    return {
-        "scored": edges[:-1],
-        "token": place[order][edges[:-1]].tolist(),
-        "mean": [part.mean().item() for part in stretches],
-        "largest": [part.abs().max().item() for part in stretches],
-    }
+    return Trace(
+        scored=edges[:-1],
+        token=place[order][edges[:-1]].tolist(),
+        mean=[part.mean().item() for part in stretches],
+        largest=[part.abs().max().item() for part in stretches],
+    )

@@ -13,27 +13,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .accuracy import CLOSE_MODEL, SAME_MODEL
+from .results import Estimate, Statistics
 
 # How many logits are widened to float64 at a time.
 SLAB = 1 << 22
 
-# The largest differences that still count as the same model, by dtype. `ppl_ratio` bounds |PPL patched / PPL original -
-# 1|, `kl_mean` the mean Kullback-Leibler divergence in nats, `same_top` (in per cent) is a lower bound. docs/report.md
-# has their derivation and what broken kernels reach.
-TOLERANCE = {
-    "float32": {"ppl_ratio": 1e-4, "kl_mean": 1e-8, "same_top": 99.9},
-    "float16": {"ppl_ratio": 2e-3, "kl_mean": 1e-4, "same_top": 99.0},
-    "bfloat16": {"ppl_ratio": 2e-3, "kl_mean": 3e-3, "same_top": 96.0},
-}
-# Beyond its own dtype's bounds but within these a model is "close", not "different": a kernel that rounds where the
-# original does not.
-CLOSE = {"float32": TOLERANCE["bfloat16"], "float16": TOLERANCE["bfloat16"]}
 QUANTILES = {"kl_median": 0.5, "kl_99": 0.99, "kl_999": 0.999}
 
 
@@ -120,15 +110,11 @@ def quantile_error(ordered: Tensor, quantile: float) -> tuple[float, float]:
     return ordered[place].item(), (ordered[high] - ordered[low]).item() / 2
 
 
-def _value(value: float, error: float | None) -> dict[str, float | None]:
-    return {"value": value, "error": error}
-
-
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf if not math.isnan(value) else math.nan
 
 
-def summarize(tokens: dict[str, Tensor], window: Tensor) -> dict[str, Any]:
+def summarize(tokens: dict[str, Tensor], window: Tensor) -> Statistics:
     """Statistics of scored tokens.
 
     Args:
@@ -136,35 +122,48 @@ def summarize(tokens: dict[str, Tensor], window: Tensor) -> dict[str, Any]:
         window: ``[n]``, which window a token is in.
 
     Returns:
-        By name a dict of ``value`` and ``error``, its standard error: ``ppl_original``, ``ppl_patched``, ``ppl_ratio``,
-        ``correlation`` (of the targets' log-probabilities), ``kl_mean``, ``kl_median``, ``kl_99``, ``kl_999`` and
-        ``kl_max`` (nats), ``rms_dp`` (root mean square difference of the targets' probabilities, per cent),
-        ``same_top`` (per cent) and ``logit_diff`` (the largest); ``tokens``, how many, and ``bad``, how many have a
-        logit that is NaN or +inf.
+        ``ppl_original``, ``ppl_patched``, ``ppl_ratio``, ``correlation`` (of the targets' log-probabilities),
+        ``kl_mean``, ``kl_median``, ``kl_99``, ``kl_999`` and ``kl_max`` (nats), ``rms_dp`` (root mean square difference
+        of the targets' probabilities, per cent), ``same_top`` (per cent) and ``logit_diff`` (the largest);
+        ``tokens``, how many, and ``bad``, how many have a logit that is NaN or +inf.
     """
     log_p, log_q, kl = tokens["log_p"], tokens["log_q"], tokens["kl"]
-    n = len(log_p)
-    found: dict[str, Any] = {"tokens": n, "bad": int(tokens["bad_p"].sum() + tokens["bad_q"].sum())}
-    for name, values in (("ppl_original", -log_p), ("ppl_patched", -log_q), ("ppl_ratio", log_p - log_q)):
-        mean, error = mean_error(values, window)
-        found[name] = _value(_exp(mean), _exp(mean) * error)
-    p, q = log_p - log_p.mean(), log_q - log_q.mean()
+    ordered = kl.sort().values
+    same, same_error = mean_error(tokens["same_top"], window)
+    return Statistics(
+        tokens=len(log_p),
+        bad=int(tokens["bad_p"].sum() + tokens["bad_q"].sum()),
+        ppl_original=_exp_of_mean(-log_p, window),
+        ppl_patched=_exp_of_mean(-log_q, window),
+        ppl_ratio=_exp_of_mean(log_p - log_q, window),
+        correlation=_correlation(log_p, log_q),
+        kl_mean=Estimate(*mean_error(kl, window)),
+        **{name: Estimate(*quantile_error(ordered, quantile)) for name, quantile in QUANTILES.items()},
+        kl_max=Estimate(ordered[-1].item(), None),
+        rms_dp=_root_mean_square(log_q.exp() - log_p.exp(), window),
+        same_top=Estimate(100 * same, 100 * same_error),
+        logit_diff=Estimate(tokens["logit_diff"].max().item(), None),
+    )
+
+
+def _exp_of_mean(values: Tensor, window: Tensor) -> Estimate:
+    mean, error = mean_error(values, window)
+    return Estimate(_exp(mean), _exp(mean) * error)
+
+
+def _correlation(log_p: Tensor, log_q: Tensor) -> Estimate:
+    n, p, q = len(log_p), log_p - log_p.mean(), log_q - log_q.mean()
     norm = math.sqrt((p.square().sum() * q.square().sum()).item())
     r = (p @ q).item() / norm if norm > 0 else math.nan
     r = max(-1.0, min(1.0, r)) if not math.isnan(r) else r
-    found["correlation"] = _value(r, (1 - r * r) / math.sqrt(n - 2) if n > 2 else math.nan)
-    found["kl_mean"] = _value(*mean_error(kl, window))
-    ordered = kl.sort().values
-    for name, quantile in QUANTILES.items():
-        found[name] = _value(*quantile_error(ordered, quantile))
-    found["kl_max"] = _value(ordered[-1].item(), None)
-    square, error = mean_error((log_q.exp() - log_p.exp()).square(), window)
+    return Estimate(r, (1 - r * r) / math.sqrt(n - 2) if n > 2 else math.nan)
+
+
+def _root_mean_square(difference: Tensor, window: Tensor) -> Estimate:
+    """In per cent."""
+    square, error = mean_error(difference.square(), window)
     rms = math.sqrt(square) if square >= 0 else math.nan
-    found["rms_dp"] = _value(100 * rms, 100 * error / (2 * rms) if rms > 0 else error)
-    same, error = mean_error(tokens["same_top"], window)
-    found["same_top"] = _value(100 * same, 100 * error)
-    found["logit_diff"] = _value(tokens["logit_diff"].max().item(), None)
-    return found
+    return Estimate(100 * rms, 100 * error / (2 * rms) if rms > 0 else error)
 
 
 # ------------------------------------------------------------------------------------------------------------- verdict
@@ -178,39 +177,39 @@ class Verdict:
     why: str = ""
 
 
-def _beyond(statistics: dict[str, Any], bounds: dict[str, float]) -> list[str]:
-    values = {name: statistics[name]["value"] for name in bounds}
+def _beyond(statistics: Statistics, bounds: dict[str, float]) -> list[str]:
+    ratio, kl, same_top = (getattr(statistics, name).value for name in ("ppl_ratio", "kl_mean", "same_top"))
     beyond = []
-    if not abs(values["ppl_ratio"] - 1) <= bounds["ppl_ratio"]:  # so that NaN is beyond
-        beyond.append(f"perplexity ratio {values['ppl_ratio']:.6f} is more than {bounds['ppl_ratio']:g} off 1")
-    if not values["kl_mean"] <= bounds["kl_mean"]:
-        beyond.append(f"mean KL divergence {values['kl_mean']:.1e} is above {bounds['kl_mean']:g}")
-    if not values["same_top"] >= bounds["same_top"]:
-        beyond.append(f"same top token in {values['same_top']:.2f} %, below {bounds['same_top']:g} %")
+    if not abs(ratio - 1) <= bounds["ppl_ratio"]:  # so that NaN is beyond
+        beyond.append(f"perplexity ratio {ratio:.6f} is more than {bounds['ppl_ratio']:g} off 1")
+    if not kl <= bounds["kl_mean"]:
+        beyond.append(f"mean KL divergence {kl:.1e} is above {bounds['kl_mean']:g}")
+    if not same_top >= bounds["same_top"]:
+        beyond.append(f"same top token in {same_top:.2f} %, below {bounds['same_top']:g} %")
     return beyond
 
 
-def grade(statistics: dict[str, Any], dtype: str, tolerance: dict[str, float]) -> Verdict:
-    """Is it the same model? `tolerance` has the bounds of `TOLERANCE`; `dtype` is the model's."""
-    if statistics["bad"]:
-        return Verdict("not finite", f"NaN or inf in the logits of {statistics['bad']} tokens")
+def grade(statistics: Statistics, dtype: str, tolerance: dict[str, float]) -> Verdict:
+    """Is it the same model? `tolerance` has the bounds of `accuracy.SAME_MODEL`; `dtype` is the model's."""
+    if statistics.bad:
+        return Verdict("not finite", f"NaN or inf in the logits of {statistics.bad} tokens")
     beyond = _beyond(statistics, tolerance)
     if not beyond:
         return Verdict("same")
-    near = CLOSE.get(dtype)
+    near = CLOSE_MODEL.get(dtype)
     close = near is not None and not _beyond(statistics, near)
     return Verdict("close" if close else "different", "; ".join(beyond))
 
 
 def bounds(dtype: str, changes: tuple[str, ...] = ()) -> dict[str, float]:
     """The bounds for a dtype, with changes like ``"kl_mean=1e-3"``. Raises UserError for one that is none."""
-    found = dict(TOLERANCE[dtype])
+    found = dict(SAME_MODEL[dtype])
     for change in changes:
         name, _, value = change.partition("=")
+        if name not in found:
+            raise UserError(f"--tolerance {change}: no bound {name!r}; bounds: {', '.join(found)}")
         try:
-            found[name] = found[name] * 0 + float(value)
-        except KeyError as error:
-            raise UserError(f"--tolerance {change}: no bound {name!r}; bounds: {', '.join(found)}") from error
+            found[name] = float(value)
         except ValueError as error:
             raise UserError(f"--tolerance {change}: expected NAME=NUMBER, e.g. kl_mean=1e-3") from error
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,20 +121,24 @@ class Work:
     """Where work is done and kept.
 
     Args:
-        ranks: the processes.
+        processes: the processes.
         journal: the main process's; None in the others.
         bars: where progress is shown.
         prefix: of the rows' keys, so that the rows of two models differ.
     """
 
-    ranks: Processes
+    processes: Processes
     journal: Journal | None
     bars: Bars = field(default_factory=Bars)
     prefix: str = ""
 
+    def of_part(self, prefix: str) -> Work:
+        """The same for rows with another prefix."""
+        return replace(self, prefix=prefix)
+
     def todo(self, keys: Iterable[str]) -> list[str]:
         """Those of `keys`, without the prefix, whose rows are still to be computed; the same in all processes."""
-        return self.ranks.from_main(lambda: [key for key in keys if self.prefix + key not in self._rows])
+        return self.processes.from_main(lambda: [key for key in keys if self.prefix + key not in self._rows])
 
     def fill(self, keys: Iterable[str], compute: Callable[[str], Row], *, spread: bool = True) -> list[Row]:
         """Compute the rows that the journal lacks, keeping each as soon as it is there.
@@ -148,14 +152,16 @@ class Work:
         Returns:
             All rows, in the order of `keys`, in the main process; nothing in the others.
         """
-        ranks, keys = self.ranks, list(keys)
+        processes, keys = self.processes, list(keys)
         todo = self.todo(keys)
-        width = ranks.shards if spread else 1
+        width = processes.shards if spread else 1
         for start in range(0, len(todo), width):
             part = todo[start : start + width]
-            rows = ranks.together(lambda part=part: compute(part[ranks.shard]) if ranks.shard < len(part) else None)
-            ranks.from_main(lambda part=part, rows=rows: self._keep(part, rows))
-        return [self._rows[self.prefix + key] for key in keys] if ranks.main else []
+            rows = processes.together(
+                lambda part=part: compute(part[processes.shard]) if processes.shard < len(part) else None
+            )
+            processes.from_main(lambda part=part, rows=rows: self._keep(part, rows))
+        return [self._rows[self.prefix + key] for key in keys] if processes.main else []
 
     def _keep(self, keys: list[str], rows: list[Row]) -> None:
         for key, row in zip(keys, rows):

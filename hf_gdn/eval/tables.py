@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+
+from .results import STREAM_WAYS, Estimate, ModelResult, Report, SpeedCell, Spread, Stream
 
 GRADES = {
     "same": "same model",
@@ -38,65 +39,76 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{max(0, digits - 3)}e}"
 
 
-def with_error(statistic: dict[str, float | None], digits: int = 5) -> str:
+def with_error(statistic: Estimate, digits: int = 5) -> str:
     """``value ± standard error``."""
-    value, error = statistic["value"], statistic["error"]
+    value, error = statistic.value, statistic.error
     return number(value, digits) if error is None else f"{number(value, digits)} ± {number(error, 2)}"
 
 
-def cell_name(cell: dict[str, Any]) -> str:
-    """A speed cell in short: variant, batch and prompt."""
-    return f"{cell['variant']}, {cell['batch']} × {cell['prompt']}"
-
-
-def tokens(cell: dict[str, Any]) -> str:
+def tokens(cell: SpeedCell) -> str:
     """What became of a cell's tokens, in words."""
-    found = cell["tokens"]
-    if found["verdict"] == "same":
+    found = cell.tokens
+    if found is None or found.verdict == "same":
         return "same tokens"
-    kind = "a tie" if found["verdict"] == "tie" else "OTHER TOKENS, does not count"
-    return f"{kind} from token {found['token']} (logits {number(found['gap'], 2)} apart)"
+    kind = "a tie" if found.verdict == "tie" else "OTHER TOKENS, does not count"
+    return f"{kind} from token {found.token} (logits {number(found.gap, 2)} apart)"
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def of_report(report: dict[str, Any]) -> list[TextTable]:
+def of_report(report: Report) -> list[TextTable]:
     """The report's tables."""
+    found = [table for result in report.results for table in of_model(result)]
+    return found + _kernel_tables(report) + _layer_tables(report)
+
+
+def of_model(result: ModelResult) -> list[TextTable]:
+    """The tables of a model that are shown first."""
     found = []
-    for result in report["results"]:
-        if "parity" in result:
-            found.append(_parity_sheet(result))
-        if "speed" in result:
-            found.append(_speed_sheet(result))
-    if "kernels" in report:
-        found += _kernel_sheets(report)
+    if result.parity is not None:
+        found.append(_parity_table(result))
+    if result.speed is not None:
+        found.append(_speed_table(result))
+    if result.stream is not None:
+        found.append(_stream_table(result.model, result.stream))
     return found
 
 
-def _parity_sheet(result: dict[str, Any]) -> TextTable:
+def details(result: ModelResult) -> list[TextTable]:
+    """The tables of a model with all figures."""
+    found = []
+    if result.parity is not None:
+        found.append(_statistics_table(result))
+    if result.speed is not None:
+        found.append(_spread_table(result))
+    found.append(TextTable("Kernels by layer", ("layer", "patched"), list(result.kernels.items())))
+    return found
+
+
+def _parity_table(result: ModelResult) -> TextTable:
     header = ("tokens compared", "PPL original", "PPL patched", "ratio", "KL mean", "KL 99 %", "same top %", "verdict")
     rows: list[tuple[str, ...]] = []
-    for row in result["parity"]["comparisons"]:
-        found = row["statistics"]
+    for row in result.comparisons():
+        found = row.statistics
         rows.append(
             (
-                row["name"],
-                with_error(found["ppl_original"]),
-                with_error(found["ppl_patched"]),
-                f"{found['ppl_ratio']['value']:.7f} ± {number(found['ppl_ratio']['error'], 1)}",
-                with_error(found["kl_mean"], 4),
-                number(found["kl_99"]["value"], 4),
-                with_error(found["same_top"]),
-                GRADES[row["grade"]] if row["decides"] else f"({row['grade']})",
+                row.name,
+                with_error(found.ppl_original),
+                with_error(found.ppl_patched),
+                f"{found.ppl_ratio.value:.7f} ± {number(found.ppl_ratio.error, 1)}",
+                with_error(found.kl_mean, 4),
+                number(found.kl_99.value, 4),
+                with_error(found.same_top),
+                GRADES[row.grade] if row.decides else f"({row.grade})",
             )
         )
-    return TextTable(f"{result['model']}: is it the same model?", header, rows)
+    return TextTable(f"{result.model}: is it the same model?", header, rows)
 
 
-def statistics_sheet(result: dict[str, Any]) -> TextTable:
-    """All statistics of a result's comparisons, a column a comparison."""
-    comparisons = result["parity"]["comparisons"]
+def _statistics_table(result: ModelResult) -> TextTable:
+    """A column a comparison."""
+    comparisons = result.comparisons()
     names = {
         "ppl_original": "perplexity, original",
         "ppl_patched": "perplexity, patched",
@@ -113,105 +125,152 @@ def statistics_sheet(result: dict[str, Any]) -> TextTable:
     }
     digits = {"ppl_ratio": 8, "correlation": 8}
     rows = [
-        (label, *(with_error(row["statistics"][name], digits.get(name, 5)) for row in comparisons))
+        (label, *(with_error(row.statistics.estimates()[name], digits.get(name, 5)) for row in comparisons))
         for name, label in names.items()
     ]
-    rows.append(("tokens", *(f"{row['statistics']['tokens']:,}" for row in comparisons)))
-    return TextTable(f"{result['model']}: all statistics", ("", *(row["name"] for row in comparisons)), rows)
+    rows.append(("tokens", *(f"{row.statistics.tokens:,}" for row in comparisons)))
+    return TextTable(f"{result.model}: all statistics", ("", *(row.name for row in comparisons)), rows)
 
 
-def _speed_sheet(result: dict[str, Any]) -> TextTable:
-    header = (
-        "run",
-        "first token, ms",
-        "per token, ms",
-        "p90, ms",
-        "tokens/s",
-        "prefill",
-        "decode",
-        "generate",
-        "peak MiB",
-        "first call, s",
-        "tokens",
-    )
+def _speed_table(result: ModelResult) -> TextTable:
+    columns = ("first token, ms", "per token, ms", "p90, ms", "tokens/s", "prefill", "decode", "generate")
+    header = ("run", *columns, "peak MiB", "first call, s", "tokens")
     rows: list[tuple[str, ...]] = []
-    for cell in result["speed"]["cells"]:
-        if "failed" in cell:
-            rows.append((cell_name(cell), cell["failed"], *[""] * 9))
+    for cell in result.cells():
+        a, b = cell.original, cell.patched
+        if a is None or b is None:
+            rows.append((cell.name, cell.failed or "", *[""] * 9))
             continue
-        a, b = cell["original"], cell["patched"]
-        factors = [cell["speedup"][name] for name in ("prefill", "decode", "generate")]
         rows.append(
             (
-                cell_name(cell),
-                _change(a["ttft_ms"]["median"], b["ttft_ms"]["median"]),
-                _change(a["tpot_ms"]["median"], b["tpot_ms"]["median"]),
-                _change(a["tpot_ms"]["p90"], b["tpot_ms"]["p90"]),
-                _change(a["generate_tokens_s"]["median"], b["generate_tokens_s"]["median"]),
-                *(_factor(factor) if cell["counts"] else "–" for factor in factors),
-                _change(a["peak_mib"], b["peak_mib"]),
-                _change(a["first_call_s"], b["first_call_s"]),
-                tokens(cell) + ("" if cell["repeatable"] else "; not the same in every turn"),
+                cell.name,
+                _change(a.ttft_ms.median, b.ttft_ms.median),
+                _change(a.tpot_ms.median, b.tpot_ms.median),
+                _change(a.tpot_ms.p90, b.tpot_ms.p90),
+                _change(a.generate_tokens_s.median, b.generate_tokens_s.median),
+                *(_factor(factor) if cell.counts else "–" for factor in cell.speedups().values()),
+                _change(a.peak_mib, b.peak_mib),
+                _change(a.first_call_s, b.first_call_s),
+                tokens(cell) + ("" if cell.repeatable else "; not the same in every turn"),
             )
         )
-    return TextTable(f"{result['model']}: how fast is it? (original → patched; batch × prompt)", header, rows)
+    return TextTable(f"{result.model}: how fast is it? (original → patched; batch × prompt)", header, rows)
 
 
-def _factor(value: dict[str, float]) -> str:
+def _factor(value: Spread) -> str:
     """Median, lowest and highest."""
-    return f"{value['median']:.2f}× ({value['low']:.2f}–{value['high']:.2f})"
+    return f"{value.median:.2f}× ({value.low:.2f}–{value.high:.2f})"
 
 
-def spread_sheet(result: dict[str, Any]) -> TextTable:
-    """Median, lowest and highest of what was timed in turns."""
+def _spread_table(result: ModelResult) -> TextTable:
     measures = ("ttft_ms", "tpot_ms", "prefill_tokens_s", "decode_tokens_s", "generate_tokens_s")
     rows = [
-        (cell_name(cell), side, *(_spread(cell[side][name]) for name in measures))
-        for cell in result["speed"]["cells"]
-        for side in ("original", "patched")
-        if "failed" not in cell
+        (cell.name, name, *(_spread(getattr(side, measure)) for measure in measures))
+        for cell in result.cells()
+        for name, side in cell.sides().items()
     ]
-    return TextTable(f"{result['model']}: spread (median, lowest to highest)", ("run", "", *measures), rows)
+    return TextTable(f"{result.model}: spread (median, lowest to highest)", ("run", "", *measures), rows)
 
 
-def _spread(value: dict[str, float]) -> str:
-    return f"{number(value['median'], 3)} ({number(value['low'], 3)} – {number(value['high'], 3)})"
+def _spread(value: Spread) -> str:
+    return f"{number(value.median, 3)} ({number(value.low, 3)} – {number(value.high, 3)})"
 
 
 def _change(before: float | None, after: float | None) -> str:
     return f"{number(before, 3)} → {number(after, 3)}" if before is not None and after is not None else "not measured"
 
 
-def kernel_name(row: dict[str, Any]) -> str:
-    """A row of the kernels in short."""
-    backward = " + backward" if row["direction"] == "backward" else ""
-    return f"{row['op']}{backward}, {row['shape']}, {row['batch']} × {row['tokens']}, {row['backend']}"
+def _stream_table(model: str, stream: Stream) -> TextTable:
+    columns = ("tokens scored", "perplexity", "to fresh", "worst stretch", "cache, KiB", "tokens/s")
+    rows: list[tuple[str, ...]] = []
+    for name, way in stream.ways.items():
+        rows.append(
+            (
+                f"{name}: {STREAM_WAYS[name]}",
+                f"{way.scored:,}",
+                number(way.perplexity),
+                f"{way.ratio:.3f}",
+                "" if way.worst is None else f"{way.worst:.3f}",
+                "" if way.bytes is None else f"{way.bytes / 1024:,.0f}",
+                "" if way.tokens_s is None else number(way.tokens_s, 3),
+            )
+        )
+    return TextTable(f"{model}: {stream.tokens:,} tokens of {stream.text}", ("read with", *columns), rows)
 
 
-def _kernel_sheets(report: dict[str, Any]) -> list[TextTable]:
-    """A table for every op, shape and direction."""
-    header = ("B × T", "backend", "ms", "TFLOP/s", "GB/s", "speed-up", "extra MiB", "first call, ms", "error")
+# ------------------------------------------------------------------------------------------------- kernels and layers
+
+
+def _grouped(rows: list[tuple[str, tuple[str, ...]]], header: tuple[str, ...]) -> list[TextTable]:
+    """A table for every title."""
     tables: dict[str, list[tuple[str, ...]]] = {}
-    for row in report["kernels"]:
-        backward = " forward + backward" if row["direction"] == "backward" else ""
-        how = ", CUDA graph" if row["gpu_graph"] else ""
-        title = f"{row['op']}{backward}, {row['shape']}, {row['dtype']}{how}"
-        tables.setdefault(title, []).append(_kernel_cells(row))
-    return [TextTable(title, header, rows) for title, rows in tables.items()]
+    for title, cells in rows:
+        tables.setdefault(title, []).append(cells)
+    return [TextTable(title, header, cells) for title, cells in tables.items()]
 
 
-def _kernel_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    name = (f"{row['batch']} × {row['tokens']}", row["backend"])
-    error = "" if row["worst"] is None else "inf" if row["error"] is None else f"{row['error']:.1e}"
-    if row["ms"] is None:
-        return (*name, row["note"], *[""] * 5, error)
-    return (
-        *name,
-        f"{number(row['ms'], 3)} ± {(row['high'] - row['low']) / 2 / row['ms']:.0%}",
-        f"{number(row['tflop_s'], 3)} ({row['share_compute']:.0%})",
-        f"{number(row['gb_s'], 3)} ({row['share_bandwidth']:.0%})",
-        "" if row["speedup"] is None else f"{row['speedup']:.2f}×",
-        number(row["extra_mib"], 3),
-        number(row["first_ms"], 3),
-        error,
-    )
+def _with_goals(report: Report) -> bool:
+    return any(row.goal_ms is not None for row in report.timed())
+
+
+def _error(error: float | None, known: bool) -> str:
+    return "" if not known else "inf" if error is None else f"{error:.1e}"
+
+
+def _share(rate: float | None, share: float | None) -> str:
+    return "" if rate is None or share is None else f"{number(rate, 3)} ({share:.0%})"
+
+
+def _kernel_tables(report: Report) -> list[TextTable]:
+    """A table for every op, shape and direction."""
+    goals = _with_goals(report)
+    header = ("B × T", "backend", "ms", "TFLOP/s", "GB/s", "speed-up", "extra MiB", "first call, ms", "error")
+    found = []
+    for row in report.kernels or []:
+        backward = " forward + backward" if row.direction == "backward" else ""
+        title = f"{row.op}{backward}, {row.shape}, {row.dtype}{', CUDA graph' if row.gpu_graph else ''}"
+        name, error = (f"{row.batch} × {row.tokens}", row.backend), _error(row.error, row.worst is not None)
+        if row.ms is None or row.low is None or row.high is None:
+            cells: tuple[str, ...] = (*name, row.note or "", *[""] * 5, error)
+        else:
+            cells = (
+                *name,
+                f"{number(row.ms, 3)} ± {(row.high - row.low) / 2 / row.ms:.0%}",
+                _share(row.tflop_s, row.share_compute),
+                _share(row.gb_s, row.share_bandwidth),
+                "" if row.speedup is None else f"{row.speedup:.2f}×",
+                number(row.extra_mib, 3),
+                number(row.first_ms, 3),
+                error,
+            )
+        found.append((title, (*cells, *_goal(row.goal_ms, goals))))
+    return _grouped(found, (*header, *(("goal, ms",) if goals else ())))
+
+
+def _goal(value: float | None, shown: bool) -> tuple[str, ...]:
+    return ("" if value is None else number(value, 3),) if shown else ()
+
+
+def _layer_tables(report: Report) -> list[TextTable]:
+    """A table for every shape and phase."""
+    goals = _with_goals(report)
+    header = ("B × T", "layer", "ms", "lowest to highest turn", "speed-up", "projections", "first call, ms", "error")
+    found = []
+    for row in report.layers or []:
+        title = f"layer of {row.shape}, {row.phase}, {row.dtype}{', CUDA graph' if row.gpu_graph else ''}"
+        name, error = (f"{row.batch} × {row.tokens}", row.side), _error(row.error, row.budget is not None)
+        if row.ms is None:
+            cells: tuple[str, ...] = (*name, row.note or "", *[""] * 4, error)
+        else:
+            spread = "" if row.low is None else f"{number(row.low, 3)} – {number(row.high, 3)}"
+            cells = (
+                *name,
+                number(row.ms, 4),
+                spread,
+                "" if row.speedup is None else f"{row.speedup:.2f}×",
+                "" if row.share_projections is None else f"{row.share_projections:.0%}",
+                "" if row.first_ms is None else number(row.first_ms, 3),
+                error,
+            )
+        found.append((title, (*cells, *_goal(row.goal_ms, goals))))
+    return _grouped(found, (*header, *(("goal, ms",) if goals else ())))

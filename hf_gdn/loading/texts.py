@@ -98,7 +98,7 @@ def _read_parquet(path: Path, field: str) -> list[str]:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError("reading .parquet needs pyarrow: pip install pyarrow") from error
+        raise UserError("reading .parquet needs pyarrow: pip install 'hf-gdn[eval]'") from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
         _field(dict.fromkeys(file.schema_arrow.names, ""), field, f"text {str(path)!r}")
@@ -119,7 +119,7 @@ def read_dataset(name: str, split: str, field: str = "text") -> Text:
     try:
         import datasets
     except ImportError as error:
-        raise UserError("--dataset needs the datasets library: pip install datasets") from error
+        raise UserError("--dataset needs the datasets library: pip install 'hf-gdn[eval]'") from error
     path, _, config = name.partition(":")
     try:
         found = datasets.load_dataset(path, config or None, split=split)

@@ -12,6 +12,8 @@ import torch
 
 from hf_gdn import registry
 from hf_gdn.eval import candidates, kernel_bench, kernel_cases, kernel_oracle
+from hf_gdn.eval.options import KernelBenchOptions
+from hf_gdn.loading.shapes import SHAPES
 
 TINY = {"gdn": "qwen3_next-tiny", "kda": "kimi_linear-tiny"}
 OPS = ("chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda")
@@ -69,7 +71,7 @@ def test_fla_does_not_hand_its_row_to_flash_qla(monkeypatch):
 
 @pytest.mark.parametrize("op", OPS)
 def test_transformers_own_torch_function(op):
-    function = candidates.torch_function(op, kernel_cases.SHAPES[TINY[op[-3:]]].model_type)
+    function = candidates.torch_function(op, SHAPES[TINY[op[-3:]]].model_type)
     assert function.__module__.startswith("transformers.models.") and not hasattr(function, "__wrapped__")
     kernel = candidates.candidates(op, "no_such_model")[0]
     request = registry.Request(op, "cpu", torch.float32, 1, 1, 8, 8)
@@ -88,5 +90,5 @@ def test_transformers_that_leave_the_heads_to_the_layer(monkeypatch):
 
     monkeypatch.setattr(candidates, "torch_function", lambda op, model_type: older)
     case = kernel_cases.Case("chunk_gdn", TINY["gdn"], 1, 70, "forward", "transformers")
-    row = kernel_bench.measure(case, kernel_cases.KernelBenchOptions(device="cpu", seconds=1e-3))
-    assert row["passed"], row
+    row = kernel_bench.measure(case, KernelBenchOptions(seconds=1e-3), torch.device("cpu"), torch.float32)
+    assert row.passed, row

@@ -19,12 +19,30 @@ def launch(tmp_path, *arguments, script=None):
     """The command in two processes of accelerate's launcher: exit code, output, error output."""
     target = [str(script)] if script else ["-m", "hf_gdn.eval"]
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-         *target, *arguments],
-        capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2],
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+            *target,
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    )
     return done.returncode, done.stdout, done.stderr
 
 

@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 import pytest
 
 from hf_gdn.eval import html, writers
-from tests.eval.test_report import default_report, found  # noqa: F401, fixtures
+from hf_gdn.eval.records import read
+from hf_gdn.eval.results import Report
 
 VOID = {"meta", "link", "br", "img", "input"}
 
@@ -42,8 +43,8 @@ class Tags(HTMLParser):
         self.text.append(data)
 
 
-def test_one_file_that_loads_nothing(found):  # noqa: F811
-    text = html.to_html(found)
+def test_one_file_that_loads_nothing(found):
+    text = html.to_html(read(Report, found))
     tags = Tags(text)
     assert not tags.open and len(tags.ids) == len(set(tags.ids))
     assert all(place.startswith(("#", "data:")) for place in tags.loaded)
@@ -52,8 +53,8 @@ def test_one_file_that_loads_nothing(found):  # noqa: F811
     assert len(text) < 1_000_000
 
 
-def test_verdict_first_and_tables_behind_plots(found):  # noqa: F811
-    text = html.to_html(found)
+def test_verdict_first_and_tables_behind_plots(found):
+    text = html.to_html(read(Report, found))
     assert text.index("PASSED") < text.index("kimi_linear-tiny: is it") < text.index("Manifest")
     assert len(re.findall(r"</svg>\s*<details><summary>Table</summary>", text)) == 8
     for word in ("Speed-up", "Tokens per second", "KL divergence", "Along the text", "causal_conv1d_fn: torch"):
@@ -61,12 +62,12 @@ def test_verdict_first_and_tables_behind_plots(found):  # noqa: F811
     assert "model.layers.0.linear_attn" in text  # which kernel each layer ran on
 
 
-def test_names_are_escaped(found):  # noqa: F811
+def test_names_are_escaped(found):
     result = {**found["results"][0], "model": "<script>alert(1)</script>"}
-    assert "<script" not in html.to_html({**found, "results": [result]})
+    assert "<script" not in html.to_html(read(Report, {**found, "results": [result]}))
 
 
-def test_a_report_without_a_finite_figure(found):  # noqa: F811
+def test_a_report_without_a_finite_figure(found):
     """The page of a model whose logits are all NaN is still a page."""
     result = copy.deepcopy(found["results"][0])
     for row in result["parity"]["comparisons"]:
@@ -80,7 +81,7 @@ def test_a_report_without_a_finite_figure(found):  # noqa: F811
     result["speed"]["cells"] = [
         {"batch": 1, "prompt": 8, "new_tokens": 4, "variant": "eager", "counts": False, "failed": "OutOfMemoryError: x"}
     ]
-    report = {**found, "results": [result], "passed": False}
+    report = read(Report, {**found, "results": [result], "passed": False})
     text = html.to_html(report)
     assert "FAILED" in text and "NOT FINITE (NaN, first at token 1 (patched, prefill, window 0))" in text
     assert "OutOfMemoryError: x" in text and "OutOfMemoryError: x" in writers.to_markdown(report)
@@ -102,7 +103,7 @@ def browser():
 
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_in_a_browser(browser, width, scheme, default_report):  # noqa: F811
+def test_in_a_browser(browser, width, scheme, default_report):
     tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     said = []
     tab.on("console", lambda message: said.append(message.text))

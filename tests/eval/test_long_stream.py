@@ -1,5 +1,6 @@
 """Reading on and on: every way of reading gives what its description says."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -12,7 +13,8 @@ import hf_gdn
 from hf_gdn import cli
 from hf_gdn.caches import SinkCache
 from hf_gdn.errors import UserError
-from hf_gdn.eval import forward_modes, long_stream
+from hf_gdn.eval import forward_modes, long_stream, options, writers
+from hf_gdn.eval.results import STREAM_WAYS
 from tests import tiny
 
 
@@ -57,41 +59,72 @@ def test_ratio_is_on_the_tokens_that_both_have():
     assert math.isnan(long_stream._ratio(values[2:], reference[2:]))
 
 
-def test_command_prints_tables_and_draws(tmp_path, monkeypatch, capsys):
-    text, folder = tmp_path / "text.txt", tmp_path / "out"
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs `hf-gdn stream` on a short text, with few samples; its exit code."""
+    text = tmp_path / "text.txt"
     text.write_text("def first(x):\n    return x[0]\n\n\n" * 60)
-    monkeypatch.setattr(sys, "argv", ["hf-gdn", "stream", "--text", str(text), "--context", "64", "--tokens", "400",
-                                      "--output", str(folder), "--quiet"])  # fmt: skip
-    monkeypatch.setattr(long_stream, "StreamOptions", lambda *given: _few(*given))
-    with pytest.raises(SystemExit) as done:
-        cli.main()
-    assert done.value.code == 0
-    printed = capsys.readouterr().out
-    report = json.loads((folder / "stream.json").read_text())
+    measure = long_stream.measure
+
+    def few(loaded, ids, source, asked, *rest):
+        return measure(loaded, ids, source, dataclasses.replace(asked, samples=10, timed=10), *rest)
+
+    monkeypatch.setattr(long_stream, "measure", few)
+
+    def run(*arguments):
+        sizes = ("--context", "64", "--tokens", "400", "--output", str(tmp_path / "out"), "--quiet")
+        monkeypatch.setattr(sys, "argv", ["hf-gdn", "stream", "--text", str(text), *sizes, *arguments])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        return done.value.code
+
+    return run
+
+
+def test_command_prints_tables_and_draws(command, tmp_path, capsys):
+    assert command() == 0
+    printed, folder = capsys.readouterr().out, tmp_path / "out"
+    assert {path.name for path in folder.iterdir()} == {*writers.FILES, "stream.svg"}
+    report = json.loads((folder / "report.json").read_text())
+    assert report["kind"] == "stream" and report["passed"]
     assert [result["model"] for result in report["results"]] == ["kimi_linear-tiny", "qwen3_next-tiny"]
     for result in report["results"]:
-        ways = result["ways"]
-        assert set(ways) == set(long_stream.ABOUT) and result["ends"][-1] == result["tokens"] == 400
+        stream = result["stream"]
+        ways = stream["ways"]
+        assert set(ways) == set(STREAM_WAYS) and stream["ends"][-1] == stream["tokens"] == 400
         assert ways["fresh"]["ratio"] == 1 and ways["sinks"]["bytes"] < ways["dense"]["bytes"]
         assert ways["sinks"]["tokens_s"] > 0 and ways["re-read"]["scored"] <= 10
-        assert result["model"] in printed
-    assert (folder / "stream.svg").read_text().count("<svg") == 1
+        assert f"{result['model']} reads 400 tokens with attention sinks at" in printed
+    picture = (folder / "stream.svg").read_text()
+    assert picture.count("<svg") == 1 and "#010" not in picture
+    assert "| sinks: attention sinks |" in (folder / "report.md").read_text()
+    assert "stream,sinks,,perplexity," in (folder / "report.csv").read_text()
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 2 and "Along the stream" in page
 
 
-_Options = long_stream.StreamOptions
+def test_an_interrupted_stream_goes_on(command, monkeypatch):
+    read, seen = long_stream._read, []
 
+    def interrupted(way, *rest):
+        seen.append(way)
+        if way == "dense" and seen.count("dense") == 1:
+            raise KeyboardInterrupt
+        return read(way, *rest)
 
-def _few(*given):
-    return _Options(*given, samples=10, timed=10)
+    monkeypatch.setattr(long_stream, "_read", interrupted)
+    assert command("--model", "qwen3_next-tiny") == 130
+    assert command("--model", "qwen3_next-tiny", "--resume") == 0
+    assert seen == ["fresh", "sinks", "window", "dense", "dense", "re-read"]
 
 
 @pytest.mark.parametrize(
-    "options, text",
+    "asked, text",
     [
-        (long_stream.StreamOptions(context=4, sinks=4), "--sinks must be between 1"),
-        (long_stream.StreamOptions(tokens=600), "--tokens must be"),
+        (options.StreamOptions(context=4, sinks=4), "--sinks must be between 1"),
+        (options.StreamOptions(tokens=600), "--tokens must be"),
     ],
 )
-def test_options_that_make_no_sense(options, text):
+def test_options_that_make_no_sense(asked, text):
     with pytest.raises(UserError, match=text):
-        long_stream.check(options)
+        long_stream.check(asked)

@@ -10,6 +10,8 @@ from hf_gdn import registry
 from hf_gdn.errors import UserError
 from hf_gdn.eval import forward_modes, parity, parity_statistics
 from hf_gdn.eval.distributed import Processes
+from hf_gdn.eval.options import ParityOptions
+from hf_gdn.eval.results import Estimate
 from hf_gdn.eval.resume import Journal, Work
 from hf_gdn.loading import models, texts
 from tests import tiny
@@ -23,9 +25,14 @@ def logits(*rows):
 def tokens(log_p, log_q, kl=None, same_top=None, logit_diff=None):
     n = len(log_p)
     columns = dict(
-        log_p=log_p, log_q=log_q, kl=kl or [0.0] * n, same_top=same_top or [1.0] * n,
-        logit_diff=logit_diff or [0.0] * n, bad_p=[0.0] * n, bad_q=[0.0] * n,
-    )  # fmt: skip
+        log_p=log_p,
+        log_q=log_q,
+        kl=kl or [0.0] * n,
+        same_top=same_top or [1.0] * n,
+        logit_diff=logit_diff or [0.0] * n,
+        bad_p=[0.0] * n,
+        bad_q=[0.0] * n,
+    )
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
 
 
@@ -97,9 +104,9 @@ def test_summary_by_hand():
         tokens(log_p, log_q, kl=[0.0, 0.4, 0.0, 0.0], same_top=[1, 0, 1, 1], logit_diff=[0, 2.5, 0, 0]),
         torch.tensor([0, 0, 1, 1]),
     )
-    value = {name: part["value"] for name, part in found.items() if isinstance(part, dict)}
-    error = {name: part["error"] for name, part in found.items() if isinstance(part, dict)}
-    assert found["tokens"] == 4 and found["bad"] == 0
+    value = {name: part.value for name, part in found.estimates().items()}
+    error = {name: part.error for name, part in found.estimates().items()}
+    assert found.tokens == 4 and found.bad == 0
     assert value["ppl_original"] == pytest.approx(2 ** (7 / 4)) and value["ppl_patched"] == pytest.approx(2 ** (8 / 4))
     assert value["ppl_ratio"] == pytest.approx(2 ** (1 / 4))
     # differences of log-probabilities: 0 ln2 | 0 0, mean ln2 / 4; sums of residuals ln2 / 2 and -ln2 / 2
@@ -121,14 +128,14 @@ def test_summary_by_hand():
 
 def test_equal_models_have_no_distance():
     found = parity_statistics.summarize(tokens([-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0]), torch.tensor([0, 1, 2]))
-    assert found["ppl_ratio"] == {"value": 1.0, "error": 0.0} and found["correlation"]["value"] == pytest.approx(1.0)
-    assert found["rms_dp"] == {"value": 0.0, "error": 0.0} and found["same_top"] == {"value": 100.0, "error": 0.0}
+    assert found.ppl_ratio == Estimate(1.0, 0.0) and found.correlation.value == pytest.approx(1.0)
+    assert found.rms_dp == Estimate(0.0, 0.0) and found.same_top == Estimate(100.0, 0.0)
     assert parity_statistics.grade(found, "float32", parity_statistics.bounds("float32")).grade == "same"
 
 
 def test_perplexity_overflow():
     found = parity_statistics.summarize(tokens([-1.0, -1e4], [-1.0, -1e4]), torch.tensor([0, 1]))
-    assert found["ppl_original"]["value"] == math.inf
+    assert found.ppl_original.value == math.inf
     assert forward_modes.perplexity(torch.tensor([-1e4])) == math.inf
     assert math.isnan(forward_modes.perplexity(torch.tensor([0.0, math.nan])))
 
@@ -137,7 +144,9 @@ def test_perplexity_overflow():
 
 
 def summary(ratio=1.0, kl=0.0, top=100.0, bad=0):
-    return {"ppl_ratio": {"value": ratio}, "kl_mean": {"value": kl}, "same_top": {"value": top}, "bad": bad}
+    found = parity_statistics.summarize(tokens([-1.0, -2.0], [-1.0, -2.0]), torch.tensor([0, 1]))
+    changes = dict(ppl_ratio=Estimate(ratio, 0.0), kl_mean=Estimate(kl, 0.0), same_top=Estimate(top, 0.0))
+    return dataclasses.replace(found, bad=bad, **changes)
 
 
 @pytest.mark.parametrize(
@@ -217,48 +226,48 @@ def measure(name, backend, folder, modes=("prefill", "decode"), dtype="float32")
     text = texts.embedded()
     windows = texts.windows(texts.tokenize(loaded.tokenizer, text), 192, None, 3, text.source)
     work = Work(Processes(), Journal(folder, {}))
-    return parity.measure(loaded, windows, text.source, parity.ParityOptions(modes), backend, work)
+    return parity.measure(loaded, windows, text.source, ParityOptions(modes=modes), backend, work)
 
 
 @pytest.mark.parametrize("name", models.embedded())
 def test_the_right_kernel_is_the_same_model(name, tmp_path):
     found = measure(name, "auto", tmp_path, ("prefill", "decode", "mixed"))
-    assert found["passed"] and found["scored"] == 3 * 191
-    assert [row["name"] for row in found["comparisons"]][:3] == ["prefill", "decode", "mixed"]
-    against = found["comparisons"][3:]
-    assert [row["name"].partition(":")[0] for row in against] == ["patched", "original"]
-    assert [row["decides"] for row in against] == [True, False]
-    for row in found["comparisons"]:
-        assert row["grade"] == "same" and row["statistics"]["kl_mean"]["value"] < 1e-10
-        assert sum(row["kl_histogram"]["counts"]) == found["scored"] and len(row["trace"]["mean"]) == 100
+    assert found.passed and found.scored == 3 * 191
+    assert [row.name for row in found.comparisons][:3] == ["prefill", "decode", "mixed"]
+    against = found.comparisons[3:]
+    assert [row.name.partition(":")[0] for row in against] == ["patched", "original"]
+    assert [row.decides for row in against] == [True, False]
+    for row in found.comparisons:
+        assert row.grade == "same" and row.statistics.kl_mean.value < 1e-10
+        assert sum(row.kl_histogram.counts) == found.scored and len(row.trace.mean) == 100
 
 
 @pytest.mark.parametrize("backend", [rounded_state], indirect=True)
 @pytest.mark.parametrize("name", models.embedded())
 def test_a_rounded_state_is_close(name, backend, tmp_path):
     found = measure(name, backend, tmp_path)
-    assert not found["passed"]
-    assert [row["grade"] for row in found["comparisons"]] == ["close", "close"]
+    assert not found.passed
+    assert [row.grade for row in found.comparisons] == ["close", "close"]
 
 
 @pytest.mark.parametrize("backend", [undecayed], indirect=True)
 @pytest.mark.parametrize("name", models.embedded())
 def test_a_broken_kernel_is_another_model(name, backend, tmp_path):
     found = measure(name, backend, tmp_path)
-    assert not found["passed"]
-    assert [row["grade"] for row in found["comparisons"]] == ["different", "different"]
+    assert not found.passed
+    assert [row.grade for row in found.comparisons] == ["different", "different"]
 
 
 @pytest.mark.parametrize("backend", [nan_at_the_end], indirect=True)
 def test_nan_says_where_first(backend, tmp_path):
     found = measure("qwen3_next-tiny", backend, tmp_path, ("prefill",))
-    (row,) = found["comparisons"]
-    assert not found["passed"] and row["grade"] == "not finite"
-    place = row["first_bad"]
-    assert place["run"] == "patched, prefill" and place["window"] == 1
-    assert place["text_token"] == found["text_tokens"] // 192 // 2 * 192 + 1  # masked attention: 0 x NaN is NaN
+    (row,) = found.comparisons
+    assert not found.passed and row.grade == "not finite"
+    place = row.first_bad
+    assert place.run == "patched, prefill" and place.window == 1
+    assert place.text_token == found.text_tokens // 192 // 2 * 192 + 1  # masked attention: 0 x NaN is NaN
 
 
 def test_modes_are_checked():
     with pytest.raises(UserError, match="--mode both is not known; modes: prefill, decode, mixed"):
-        parity.check(parity.ParityOptions(("prefill", "both")))
+        parity.check(ParityOptions(modes=("prefill", "both")))

@@ -92,8 +92,24 @@ def test_folders_that_cannot_be_written(tmp_path):
 
 def test_interrupted_and_resumed(tmp_path):
     """Ctrl-C in the middle of a real run; the second one goes on, and ends as an uninterrupted one would."""
-    command = [sys.executable, "-m", "hf_gdn", "ppl", "--context", "24", "--windows", "32", "--batch-size", "1",
-               "--mode", "decode", "--model", "kimi_linear-tiny", "--quiet", "--output"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "hf_gdn",
+        "ppl",
+        "--context",
+        "24",
+        "--windows",
+        "32",
+        "--batch-size",
+        "1",
+        "--mode",
+        "decode",
+        "--model",
+        "kimi_linear-tiny",
+        "--quiet",
+        "--output",
+    ]
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
     process = subprocess.Popen([*command, str(cut)], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
