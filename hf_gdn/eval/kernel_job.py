@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from . import kernel_bench, kernel_cases, layer_bench, progress, roofline
+from . import kernel_bench, kernel_cases, layer_bench, layer_cases, progress, roofline
 from .distributed import Processes
 from .job import Job, Plan
 from .kernel_results import KernelRow, LayerRow
@@ -60,7 +60,7 @@ class KernelJob(Job):
 
     def _layers(self, device: torch.device, dtype: torch.dtype, identity: dict) -> Plan:
         options = self.options
-        found, left_out = layer_bench.plan(options, device, dtype)
+        found, left_out = layer_cases.plan(options, device, dtype)
         cases = {case.key: case for case in found}
         first = {f"first.{case.shape}": case.shape for case in found if options.first_call}
 

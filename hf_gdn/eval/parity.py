@@ -18,8 +18,8 @@ from ..patches import patched, unpatched
 from . import forward_modes, parity_statistics
 from .accuracy import SAME_MODEL
 from .options import ParityOptions
+from .parity_results import Comparison, FirstBad, Histogram, Parity, Trace
 from .progress import OnProgress
-from .results import Comparison, FirstBad, Histogram, Parity, Trace
 from .resume import Row, Work
 
 # Logits of one model and one way of reading that are held at a time: windows a forward by default.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .accuracy import CLOSE_MODEL, SAME_MODEL
-from .results import Estimate, Statistics
+from .parity_results import Estimate, Statistics
 
 # How many logits are widened to float64 at a time.
 SLAB = 1 << 22

@@ -19,7 +19,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from . import tables
-from .results import Comparison, ModelResult, Report
+from .parity_results import Comparison
+from .results import ModelResult, Report
 from .tables import TextTable
 
 # Stand-in colours, as matplotlib writes them, and the CSS variables they become.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .results import STREAM_WAYS, Estimate, ModelResult, Report, SpeedCell, Spread, Stream
+from .parity_results import Estimate
+from .results import STREAM_WAYS, ModelResult, Report, SpeedCell, Spread, Stream
 
 GRADES = {
     "same": "same model",

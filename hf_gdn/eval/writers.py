@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from . import html, plots, summary, tables
+from .parity_results import Estimate
 from .records import as_dict
-from .results import Estimate, ModelResult, Report, Spread, TailSpread
+from .results import ModelResult, Report, Spread, TailSpread
 from .resume import put
 
 

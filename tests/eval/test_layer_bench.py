@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from hf_gdn import registry
 from hf_gdn.cli.app import app
 from hf_gdn.errors import UserError
-from hf_gdn.eval import accuracy, layer_bench
+from hf_gdn.eval import accuracy, layer_bench, layer_cases
 from hf_gdn.eval.options import KernelBenchOptions
 from hf_gdn.loading import layers, models
 from tests import tiny
@@ -21,12 +21,12 @@ FAST = KernelBenchOptions(level="layer", seconds=1e-3, rounds=2)
 
 
 def measure(shape, phase, batch=2, tokens=9, backends=("eager",), dtype="float32", options=FAST):
-    case = layer_bench.Case(shape, phase, batch, 1 if phase == "decode" else tokens, backends)
+    case = layer_cases.Case(shape, phase, batch, 1 if phase == "decode" else tokens, backends)
     return {row.side: row for row in layer_bench.measure(case, options, CPU, models.DTYPES[dtype])}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("phase", layer_bench.PHASES)
+@pytest.mark.parametrize("phase", layer_cases.PHASES)
 @pytest.mark.parametrize("shape", TINY)
 def test_rows(shape, phase, dtype):
     rows = measure(shape, phase, dtype=dtype)
@@ -67,7 +67,7 @@ def test_the_projections_are_the_linear_modules_of_a_call(shape):
     layer, config = layers.make_layer(shape, CPU, torch.float32)
     x = torch.randn(1, 5, config.hidden_size)
     with torch.inference_mode():
-        run = layer_bench._projections(layer, config, x, layer_bench.Case(shape, "prefill", 1, 5, ()))
+        run = layer_bench._projections(layer, config, x, layer_cases.Case(shape, "prefill", 1, 5, ()))
         found = run()
         linear = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
         assert len(found) == len(linear) >= 3
@@ -75,7 +75,7 @@ def test_the_projections_are_the_linear_modules_of_a_call(shape):
 
 
 def test_plan():
-    cases, left_out = layer_bench.plan(KernelBenchOptions(), CPU, torch.float32)
+    cases, left_out = layer_cases.plan(KernelBenchOptions(), CPU, torch.float32)
     assert [(c.phase, c.batch, c.tokens, c.backends) for c in cases if c.shape == "qwen3_next-80b"] == [
         ("prefill", 1, 512, ("eager",)),
         ("decode", 1, 1, ("eager",)),
@@ -83,7 +83,7 @@ def test_plan():
     ]
     assert any(line.startswith("triton is left out of chunk_gdn: it needs a CUDA device") for line in left_out)
     options = KernelBenchOptions(shapes=TINY[:1], batch=(1, 8), tokens=(7,), phases=("decode", "prefill"))
-    cases, _ = layer_bench.plan(options, CPU, torch.float32)
+    cases, _ = layer_cases.plan(options, CPU, torch.float32)
     assert [(c.phase, c.batch, c.tokens) for c in cases] == [
         ("decode", 1, 1),
         ("decode", 8, 1),
@@ -94,7 +94,7 @@ def test_plan():
 
 
 def test_plan_of_a_gpu():
-    cases, _ = layer_bench.plan(KernelBenchOptions(phases=("decode",)), torch.device("cuda"), torch.bfloat16)
+    cases, _ = layer_cases.plan(KernelBenchOptions(phases=("decode",)), torch.device("cuda"), torch.bfloat16)
     assert [case.batch for case in cases[:5]] == [1, 8, 32, 128, 256] and "eager" in cases[0].backends
 
 
@@ -116,7 +116,7 @@ def test_plan_of_a_gpu():
 )
 def test_bad_options(changes, text):
     with pytest.raises(UserError) as error:
-        layer_bench.plan(KernelBenchOptions(**changes), CPU, torch.float32)
+        layer_cases.plan(KernelBenchOptions(**changes), CPU, torch.float32)
     assert text in str(error.value)
 
 
@@ -153,7 +153,7 @@ def test_an_unknown_level(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gpu_graph", [False, True])
-@pytest.mark.parametrize("phase", layer_bench.PHASES)
+@pytest.mark.parametrize("phase", layer_cases.PHASES)
 def test_rows_on_a_gpu(phase, gpu_graph):
     options = dataclasses.replace(
         FAST,
@@ -165,7 +165,7 @@ def test_rows_on_a_gpu(phase, gpu_graph):
         backends=("triton", "eager"),
     )
     device = torch.device("cuda")
-    cases, _ = layer_bench.plan(options, device, torch.bfloat16)
+    cases, _ = layer_cases.plan(options, device, torch.bfloat16)
     for case in cases:
         rows = {row.side: row for row in layer_bench.measure(case, options, device, torch.bfloat16)}
         assert rows["triton"].passed and rows["triton"].ms > 0, rows

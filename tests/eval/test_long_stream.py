@@ -83,7 +83,7 @@ def command(tmp_path, monkeypatch):
 
 def test_command_prints_tables_and_draws(command, tmp_path, capsys):
     assert command() == 0
-    printed, folder = capsys.readouterr().out, tmp_path / "out"
+    printed, folder = " ".join(capsys.readouterr().out.split()), tmp_path / "out"
     assert {path.name for path in folder.iterdir()} == {*writers.FILES, "stream.svg"}
     report = json.loads((folder / "report.json").read_text())
     assert report["kind"] == "stream" and report["passed"]

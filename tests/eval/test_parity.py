@@ -11,7 +11,7 @@ from hf_gdn.errors import UserError
 from hf_gdn.eval import forward_modes, parity, parity_statistics
 from hf_gdn.eval.distributed import Processes
 from hf_gdn.eval.options import ParityOptions
-from hf_gdn.eval.results import Estimate
+from hf_gdn.eval.parity_results import Estimate
 from hf_gdn.eval.resume import Journal, Work
 from hf_gdn.loading import models, texts
 from tests import tiny
