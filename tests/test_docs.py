@@ -9,7 +9,7 @@ import torch
 import typer.main
 
 import hf_gdn
-from hf_gdn.cli import app
+from hf_gdn.cli.app import app
 from tests import tiny
 
 ROOT = Path(hf_gdn.__file__).parents[1]

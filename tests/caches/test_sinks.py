@@ -14,7 +14,7 @@ import hf_gdn
 from hf_gdn.caches import SinkCache
 from hf_gdn.caches.sinks import SUPPORTED
 from hf_gdn.caches.sinks.plan import Sizes, plan_piece
-from hf_gdn.eval.stream import PlainWindow
+from hf_gdn.eval.long_stream import PlainWindow
 from hf_gdn.loading.models import ASSETS
 from tests import tiny
 

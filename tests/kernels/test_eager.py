@@ -162,7 +162,7 @@ def test_gradients(op, tokens, fast):
 
 
 def test_memory_is_linear_in_tokens():
-    from hf_gdn.eval.microbench import peak_bytes
+    from hf_gdn.eval.timing import peak_bytes
 
     peaks = []
     for T in (1024, 4096):

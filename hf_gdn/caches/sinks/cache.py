@@ -166,7 +166,7 @@ class SinkCache(Cache):
         (37, 8)
     """
 
-    least_sinks = 1  # `hf_gdn.eval.stream` overrides it, to compare with a window without sinks
+    least_sinks = 1  # `hf_gdn.eval.long_stream` overrides it, to compare with a window without sinks
     plans_forwards = True  # the text model's patched forward calls `begin` and `commit`
 
     def __init__(self, config: Any, sink_tokens: int = 4, window: int = 4092) -> None:

@@ -105,6 +105,6 @@ def _token(kq: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) ->
 
 
 # The number of tokens up to which this kernel is faster than the chunk kernel, for one sequence and 32 heads on a CPU
-# with two cores. Measured with: python benchmarks/prefill.py --only even; docs/tuning.md has the table.
+# with two cores. benchmarks/README.md has the command, docs/tuning.md the table.
 for _op, _tokens in (("recurrent_gdn", 4), ("recurrent_kda", 8)):
     register(Kernel(_op, "eager", recurrent, why_not, differentiable=True, traceable=True, max_tokens=_tokens))
