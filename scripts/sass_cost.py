@@ -2,7 +2,7 @@
 
     python scripts/sass_cost.py [--batch 1] [--tokens 8192]
 
-Compiles every kernel of the chunk ops for sm_90 as the tests do (bf16, K = V = 128, 16 key heads, 32 value heads) and
+Compiles every kernel of the chunk ops for sm_90 as it is launched (bf16, K = V = 128, 16 key heads, 32 value heads) and
 counts the instructions that its warps issue, those of loops as often as the loops run: by program, by kind, and of all
 programs together. Beside it stands how many warps of a multiprocessor the registers and the shared memory allow, and
 the time below which no such card can issue all of it (132 multiprocessors that issue four instructions a cycle, at
@@ -25,12 +25,15 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import triton
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.kernels import test_chunk_compiled as chunk  # noqa: E402
+from hf_gdn import registry  # noqa: E402
+from hf_gdn.kernels.triton import chunk_gdn_prepare, chunk_kda_prepare, chunk_kda_strong_decay, chunks  # noqa: E402
+from hf_gdn.testing.compiled import SHARED_LIMIT, Compiled, launches  # noqa: E402
 
 NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 KINDS = {
@@ -47,7 +50,7 @@ KINDS = {
 }
 PROCESSORS, SCHEDULERS, HERTZ = 132, 4, 1.755e9
 REGISTERS, SHARED, WARPS = 65536, 233472, 64  # of a multiprocessor
-HK, HV, K, V, CHUNK = chunk.HK, chunk.HV, 128, 128, 64
+HK, HV, K, V, CHUNK = 16, 32, 128, 128, chunks.CHUNK
 
 
 class Work(NamedTuple):
@@ -58,20 +61,35 @@ class Work(NamedTuple):
 
 
 def work(batch: int, tokens: int) -> dict[str, Work]:
-    """By name of the launch in the tests. The way that KDA's scores take depends on the gate: they are not counted."""
-    chunks = math.ceil(tokens / CHUNK)
-    prepare = HK * batch * chunks
-    steps = K // chunk.GDN_PREPARE.BK
-    columns, _, _ = chunk.chunks.scan_config(batch * HV, V, K, 2, chunk.SHARED_LIMIT["sm_90"], 2)
-    scan = Work(math.ceil(V / columns) * HV * batch, (chunks,))
+    """By name of the launch. The way that KDA's scores take depends on the gate: they are not counted."""
+    count = math.ceil(tokens / CHUNK)
+    prepare = HK * batch * count
+    steps = K // chunk_gdn_prepare.PREPARE_CONFIGS[torch.bfloat16].BK
+    columns, _, _ = chunks.scan_config(batch * HV, V, K, 2, SHARED_LIMIT["sm_90"], 2)
+    scan = Work(math.ceil(V / columns) * HV * batch, (count,))
     return {
         "gdn prepare": Work(prepare, (steps, HV // HK)),
         "gdn prepare l2norm": Work(prepare, (steps, steps, steps, HV // HK)),
         "gdn scan": scan,
-        "kda prepare": Work(HV * batch * chunks, (K // chunk.KDA_PREPARE.BK,) * 2),
-        "kda inverse": Work(HV * batch * chunks, (K // chunk.KDA_INVERSE.BK,)),
+        "kda prepare": Work(HV * batch * count, (K // chunk_kda_prepare.PREPARE_CONFIG.BK,) * 2),
+        "kda inverse": Work(HV * batch * count, (K // chunk_kda_strong_decay.INVERSE_CONFIG.BK,)),
         "kda scan": scan,
     }
+
+
+def compiled(batch: int) -> dict[str, Compiled]:
+    """Every launch of the chunk ops with a cache, in sequences too short to be cut into segments, by name."""
+    found = {}
+    for variant, l2norm in (("gdn", False), ("gdn", True), ("kda", True)):
+        op = registry.ops()[f"chunk_{variant}"]
+        call = op.make_inputs(B=batch, T=1000, HK=HK, HV=HV, K=K, V=V, dtype=torch.bfloat16, device="meta")
+        call["qk_l2norm"] = l2norm
+        for launch in launches(registry.get(op.name, "triton").fn, call, "sm_90"):
+            kind = launch.name.removesuffix("_kernel")
+            name = f"{variant} {kind}{' l2norm' if l2norm and (variant, kind) == ('gdn', 'prepare') else ''}"
+            if name not in found:
+                found[name] = launch.compile()
+    return found
 
 
 def instructions(cubin: bytes) -> tuple[list[str], list[tuple[int, int]]]:
@@ -121,12 +139,11 @@ def main() -> None:
     columns = ["registers", "warps/SM", "programs", "a program", *KINDS, "other", "all, 1e6", "floor, us"]
     print(f"{'':20}" + "".join(f"{name:>10}" for name in columns))
     works = work(arguments.batch, arguments.tokens)
-    for name in chunk.LAUNCHES:
+    for name, result in compiled(arguments.batch).items():
         if name not in works:
             print(f"{name:20}  not counted: work() does not say how often its loops run")
             continue
         programs, trips = works[name]
-        result = chunk.check(name, "sm_90", heads=arguments.batch * HV)
         codes, loops = instructions(result.binary)
         if len(loops) != len(trips):
             print(f"{name:20}  not counted: {len(loops)} loops, and work() knows of {len(trips)}")

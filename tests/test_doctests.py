@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import hf_gdn
-from hf_gdn import caches, ops
+from hf_gdn import caches, ops, testing
+from hf_gdn.testing import tolerances
 from tests import tiny
 
 PUBLIC = [
@@ -14,6 +15,8 @@ PUBLIC = [
     *(getattr(ops, name) for name in ops.__all__),
     *(getattr(caches, name) for name in caches.__all__ if name not in ("Snapshot", "SnapshotError")),
     hf_gdn.patches.layer_kernels,
+    *(getattr(testing, name) for name in testing.__all__ if name != "Case"),
+    tolerances.budget,
 ]
 
 

@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_gdn import ops, registry
-from tests import tiny
+from hf_gdn.testing import assert_close
+from hf_gdn.testing.tolerances import SAME_SUMS
 
 FUNCTIONS = {
     "chunk_gdn": ops.chunk_gated_delta_rule,
@@ -398,7 +399,7 @@ def test_decays_without_a_bound(op, channels, lowest, data):
     wanted = FUNCTIONS[op](**arguments)
     arguments["g"] = arguments["g"].masked_fill(arguments["g"] == -1e4, lowest)
     for name, got, want in zip(("o", "state"), FUNCTIONS[op](**arguments), wanted):
-        tiny.assert_close(name, got, want, 1e-6)
+        assert_close(name, got, want, SAME_SUMS)
 
 
 # ------------------------------------------------------------------------------------------------------- invalid calls

@@ -1,5 +1,6 @@
-"""Makefile, workflows and CONTRIBUTING agree, and the nightly workflow keeps one issue."""
+"""Makefile, workflows and CONTRIBUTING agree, the nightly workflow keeps one issue, and tests do not import tests."""
 
+import ast
 import os
 import re
 import subprocess
@@ -89,3 +90,38 @@ def test_a_failed_night_writes_one_issue(tmp_path, number, expected, log):
     body = (tmp_path / "body.md").read_text()
     assert "address of the run" in body and "the beginning" not in body
     assert log is None or (log in body and body.count("transformers 5.99.0") == 2)  # among the versions, and in the log
+
+
+# ---------------------------------------------------------------------------------------------------- tests themselves
+
+# Rooms whose tests are still being moved to hf_gdn/testing.
+MOVING = ("tests/eval",)
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text("utf-8"))
+    for folder in ("tests", "scripts", "benchmarks", "hf_gdn")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+every_source = pytest.mark.parametrize("path", [path for path in SOURCES if not path.startswith(MOVING)])
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Last parts of the names of everything imported."""
+    nodes = list(ast.walk(tree))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.rpartition(".")[2] for name in names}
+
+
+@every_source
+def test_no_file_imports_a_test(path):
+    tests = {Path(other).stem for other in SOURCES if Path(other).name.startswith("test_")}
+    assert imported(SOURCES[path]) & tests == set(), "what tests share belongs in a module that is not a test"
+
+
+@every_source
+def test_tolerances_are_in_one_table(path):
+    """No test has a budget of its own: hf_gdn/testing/tolerances.py has all of them, each with its derivation."""
+    if path.startswith("tests/"):
+        names = {node.id for node in ast.walk(SOURCES[path]) if isinstance(node, ast.Name)}
+        own = [name for name in names if re.fullmatch(r"_?(BUDGET|BOUND|TOLERANCE|ATOL|RTOL)S?", name)]
+        assert own == []

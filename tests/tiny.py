@@ -1,4 +1,4 @@
-"""Tiny random models of every family, and how far tensors are apart."""
+"""Tiny random models of every family."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM
 
 from hf_gdn import patches
 from hf_gdn.patches.families.base import FEATURES
+from hf_gdn.testing import assert_close, error
 from hf_gdn.upstream.cache_names import as_argument as given  # keyword arguments that pass a cache to a model
 from hf_gdn.upstream.cache_names import as_layer_argument as layer_given
 from hf_gdn.upstream.cache_names import of_outputs as cache_of
 
-__all__ = ["cache_of", "given", "layer_given"]
+__all__ = ["assert_close", "cache_of", "error", "given", "layer_given"]
 ABSENT = object()  # in a config's values: leave the field out
 # Ops with the delta rule's own signature; step ops are all of a layer between its projections.
 DELTA_RULES = ("chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda")
@@ -137,18 +138,3 @@ def batch(rows: int = 3, length: int = 70, seed: int = 0) -> tuple[torch.Tensor,
     for row in range(1, rows):
         mask[row, : length - (2 if row == rows - 1 else length // (row + 1))] = 0
     return ids.masked_fill(mask == 0, 0), mask
-
-
-def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Relative Frobenius error; infinite when `got` is not finite."""
-    if not torch.isfinite(got).all():
-        return float("inf")
-    norm = wanted.double().norm().item()
-    return (got.double() - wanted.double()).norm().item() / norm if norm else got.double().norm().item()
-
-
-def assert_close(name: str, got: torch.Tensor, wanted: torch.Tensor, budget: float) -> None:
-    assert got.shape == wanted.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(wanted.shape)}"
-    assert torch.isfinite(got).all(), f"{name}: not finite"
-    found = error(got, wanted)
-    assert found <= budget, f"{name}: error {found:.2e}, budget {budget:.1e}"

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..errors import PatchError, reason
+from ..testing.compare import error as relative_error
 from ..upstream import versions
 from .families.base import Family
 from .plan import Settings
@@ -82,7 +83,7 @@ def difference(family: Family, swap: Swap, config: Any, device: torch.device) ->
             f"{type(error).__name__}: {reason(error)}"
         )
     for name, theirs in wanted.items():
-        off = _error(got[name], theirs)
+        off = relative_error(got[name], theirs)
         if not off <= BUDGET:
             return (
                 f"its patched layer differs from the original of {versions.installed()}: {name} off by {off:.1e}, "
@@ -124,11 +125,3 @@ def _run(forward: Callable[..., Tensor], layer: Any, x: Tensor, config: Any) -> 
     states = cache.layers[layer.layer_idx]
     held = {"the convolution state": states.conv_states[0], "the recurrent state": states.recurrent_states[0]}
     return {**outputs, **held}
-
-
-def _error(got: Tensor, wanted: Tensor) -> float:
-    """Relative error; infinite if the shapes differ or `got` is not finite."""
-    if got.shape != wanted.shape or not torch.isfinite(got).all():
-        return float("inf")
-    norm = wanted.double().norm().item()
-    return (got.double() - wanted.double()).norm().item() / norm if norm else got.double().norm().item()

@@ -6,9 +6,10 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
 import hf_gdn
+from hf_gdn.testing import assert_close
+from hf_gdn.testing.tolerances import LAYER
 from tests import tiny
 
-BUDGET = 1e-5  # of tests/patches/test_models.py, derived there
 CHANGES = {
     "batch_select_indices": (torch.tensor([2, 0, 2]), [2, 0, 2]),
     "batch_select_mask": (torch.tensor([False, True, True]), [1, 2]),
@@ -37,7 +38,7 @@ def test_rows_go_on_alone(family, change):
             getattr(cache, method)(argument)
             got = [model(ids[rows, n : n + 1], **tiny.given(cache)).logits for n in range(20, 24)]
             got.append(model(ids[rows, 24:], **tiny.given(cache)).logits)
-    tiny.assert_close("logits", torch.cat(got, 1), wanted, BUDGET)
+    assert_close("logits", torch.cat(got, 1), wanted, LAYER)
 
 
 def test_layers_that_hold_keys_as_well():

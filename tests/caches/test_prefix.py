@@ -10,10 +10,10 @@ import hf_gdn
 from hf_gdn import caches
 from hf_gdn.caches import PrefixCache
 from hf_gdn.caches.snapshots.layers import GROWING
+from hf_gdn.testing import assert_close
+from hf_gdn.testing.tolerances import LAYER
 from tests import tiny
-from tests.caches import held
-
-BUDGET = 1e-5  # of tests/patches/test_models.py, derived there
+from tests.caches import cache_contents
 
 
 def text(rows, tokens, seed=0):
@@ -62,7 +62,7 @@ def test_ten_thousand_shared_tokens_are_read_once(family):
     cache = prefixes.prefill(second)
     assert counter.since() == 49
     assert (prefixes.tokens_read, prefixes.tokens_reused) == (10_029 + 49, 10_000)
-    tiny.assert_close("second", answer(model, second, cache), full(model, second), BUDGET)
+    assert_close("second", answer(model, second, cache), full(model, second), LAYER)
     counter.since()
     model.generate(second, **tiny.given(prefixes.prefill(second)), max_new_tokens=1, pad_token_id=0)
     assert counter.since() == 1  # the last token of the prompt, and nothing else
@@ -83,7 +83,7 @@ def test_every_family_answers_as_without(family):
         again = prefixes.prefill(ids, kwargs["attention_mask"])
         assert counter.since() == 0
         assert torch.equal(model.generate(ids, **tiny.given(again), **kwargs), wanted)
-        tiny.assert_close("logits", answer(model, ids, cache), full(model, ids), BUDGET)
+        assert_close("logits", answer(model, ids, cache), full(model, ids), LAYER)
 
 
 def test_a_conversation_goes_on(family):
@@ -108,12 +108,13 @@ def test_what_is_kept_is_independent(family):
     model = tiny.model(family)
     ids, prefixes = text(1, 50), PrefixCache(model, every=20)
     first, second = prefixes.prefill(ids), prefixes.prefill(ids)
-    kept = held.memory(t for n in prefixes._root.below() for parts in n.held.layers for t in parts.values())
-    assert not kept & held.memory([*held.tensors(first).values(), *held.tensors(second).values()])
-    for tensor in held.tensors(first).values():
+    kept = cache_contents.memory(t for n in prefixes._root.below() for parts in n.held.layers for t in parts.values())
+    for cache in (first, second):
+        assert not kept & cache_contents.memory(cache_contents.tensors(cache).values())
+    for tensor in cache_contents.tensors(first).values():
         tensor.zero_()
-    tiny.assert_close("second", answer(model, ids, second), full(model, ids), BUDGET)
-    tiny.assert_close("third", answer(model, ids, prefixes.prefill(ids)), full(model, ids), BUDGET)
+    assert_close("second", answer(model, ids, second), full(model, ids), LAYER)
+    assert_close("third", answer(model, ids, prefixes.prefill(ids)), full(model, ids), LAYER)
 
 
 def test_a_static_cache_is_filled(family):
@@ -123,7 +124,7 @@ def test_a_static_cache_is_filled(family):
     for _ in range(2):
         cache = StaticCache(config=model.config, max_cache_len=56)
         assert prefixes.prefill(ids, cache=cache) is cache and cache.get_seq_length() == 49
-        tiny.assert_close("logits", answer(model, ids, cache), full(model, ids), BUDGET)
+        assert_close("logits", answer(model, ids, cache), full(model, ids), LAYER)
     assert prefixes.tokens_read == 49
 
 
@@ -142,7 +143,7 @@ def test_rows_share_what_all_begin_with(family):
         with torch.no_grad():
             got = model(ids[:, shared:], **tiny.given(cache), attention_mask=mask).logits[mask[:, shared:].bool()]
             wanted = [model(ids[row : row + 1, : mask[row].sum()]).logits[0, shared:] for row in range(3)]
-        tiny.assert_close("logits", got, torch.cat(wanted), BUDGET)
+        assert_close("logits", got, torch.cat(wanted), LAYER)
     mask[1, :3] = 0  # padding on the left: nothing is shared
     assert prefixes.prefill(ids, mask).get_seq_length() == 0
     assert prefixes.prefill(ids[:, :1]).get_seq_length() == 0  # its one token is the model's to answer
@@ -167,7 +168,7 @@ def test_nested_prefixes_hold_nothing_twice(family):
     prefixes = PrefixCache(model, every=20)
     prefixes.prefill(text(1, 71))
     assert (len(prefixes), prefixes.nbytes) == (4, 4 * states + 70 * token)
-    kept = held.memory(t for n in prefixes._root.below() for parts in n.held.layers for t in parts.values())
+    kept = cache_contents.memory(t for n in prefixes._root.below() for parts in n.held.layers for t in parts.values())
     assert len(kept) == sum(t.numel() > 0 for n in prefixes._root.below() for p in n.held.layers for t in p.values())
     prefixes.clear()
     assert (len(prefixes), prefixes.nbytes) == (0, 0)
@@ -200,7 +201,7 @@ def test_a_prompt_beyond_the_budget(pieces):
     prefixes = PrefixCache(model, int(pieces * (states + 20 * token)), every=20)
     ids = text(1, 90)
     for _ in range(2):
-        tiny.assert_close("logits", answer(model, ids, prefixes.prefill(ids)), full(model, ids), BUDGET)
+        assert_close("logits", answer(model, ids, prefixes.prefill(ids)), full(model, ids), LAYER)
         assert len(prefixes) == int(pieces) and prefixes.nbytes <= prefixes.max_bytes
     assert prefixes.tokens_reused == 20 * int(pieces)
 
@@ -224,7 +225,7 @@ def test_many_prompts_in_little_room():
         assert prefixes.nbytes == sum(p.nbytes for n in nodes for parts in n.held.layers for p in parts.values())
         assert prefixes.nbytes <= prefixes.max_bytes
         assert all(node.parent.children[node.ids] is node and node.used <= prefixes._clock for node in nodes)
-        tiny.assert_close("logits", answer(model, ids, cache), full(model, ids), BUDGET)
+        assert_close("logits", answer(model, ids, cache), full(model, ids), LAYER)
     assert sum(size > 0 for size in reused) > 10
 
 

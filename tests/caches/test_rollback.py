@@ -1,6 +1,6 @@
 """Tokens taken back: as if they had never been; and what generate() makes of it: assistants.
 
-The budget for logits and states is that of tests/patches/test_models.py: 1e-5 in fp32.
+The budget for logits and states is LAYER of hf_gdn/testing/tolerances.py.
 """
 
 import copy
@@ -14,9 +14,9 @@ import hf_gdn
 import hf_gdn.caches
 from hf_gdn.caches import rollback
 from hf_gdn.loading.models import ASSETS
+from hf_gdn.testing import assert_close
+from hf_gdn.testing.tolerances import LAYER
 from tests import tiny
-
-BUDGET = 1e-5
 
 
 @pytest.fixture
@@ -59,11 +59,11 @@ def test_crop_and_read_again(model, sizes, refused):
         kept = DynamicCache(config=model.config)
         read(model, ids[:, : 30 + total - refused], kept)
         for got, wanted in zip(states(cache), states(kept)):
-            tiny.assert_close("state", got, wanted, BUDGET)
+            assert_close("state", got, wanted, LAYER)
         got = [read(model, others[:, :1], cache), read(model, others[:, 1:20], cache)]
         wanted = read(model, torch.cat((ids[:, : 30 + total - refused], others[:, :20]), 1), None)[:, -20:]
         assert [state.data_ptr() for state in states(cache)] == addresses
-    tiny.assert_close("logits", torch.cat(got, 1), wanted, BUDGET)
+    assert_close("logits", torch.cat(got, 1), wanted, LAYER)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -85,14 +85,14 @@ def test_crops_beyond_the_last_crop(model, seed):
             beyond |= taken > size
             cache.crop(-taken if seed else torch.tensor(-taken))  # as generate() does
             wanted = read(model, torch.tensor([text]), None)[:, -size:]
-            tiny.assert_close("logits", got, wanted, BUDGET)
+            assert_close("logits", got, wanted, LAYER)
             text = text[: len(text) - taken]
             assert cache.get_seq_length() == len(text)
             if text:
                 kept = DynamicCache(config=model.config)
                 read(model, torch.tensor([text]), kept)
                 for one, other in zip(states(cache), states(kept)):
-                    tiny.assert_close("state", one, other, BUDGET)
+                    assert_close("state", one, other, LAYER)
             spans = starts(rollback.history_of(cache.layers[0]))
             assert len(spans) <= 3 and sum(map(len, spans)) < 3 * rollback.RECORDED + 20
 
@@ -107,13 +107,13 @@ def test_tokens_of_the_prompt_can_be_taken_back(model, length):
     ids, _ = tiny.batch(1, length + 5)
     with hf_gdn.patched(strict=True):
         cache = recording(model)
-        tiny.assert_close("recording", read(model, ids[:, :length], cache), read(model, ids[:, :length], None), BUDGET)
+        assert_close("recording", read(model, ids[:, :length], cache), read(model, ids[:, :length], None), LAYER)
         cache.crop(-3)
         if length == 3:
             assert not cache.layers[0].has_previous_state[0]
         got = read(model, ids[:, length - 3 :], cache)
         wanted = read(model, ids, None)[:, length - 3 :]
-    tiny.assert_close("logits", got, wanted, BUDGET)
+    assert_close("logits", got, wanted, LAYER)
 
 
 @pytest.mark.parametrize("refused", [1, 3, 6])
@@ -129,7 +129,7 @@ def test_padding_in_a_single_row(model, refused):
         cache.layers[0].crop(-refused)
         layer(x[:, : 16 - refused], **tiny.layer_given(layer, kept), attention_mask=mask[:, : 16 - refused])
         for name, one, other in zip(("window", "state"), states_of(cache), states_of(kept)):
-            tiny.assert_close(name, one, other, BUDGET)
+            assert_close(name, one, other, LAYER)
 
 
 def states_of(cache):
@@ -196,7 +196,7 @@ def test_reset_and_read_again(model):
             layer.crop(-2)
             wanted = DynamicCache(config=model.config)
             mixer(x[:, :4], **tiny.layer_given(mixer, wanted))
-    tiny.assert_close("state", layer.recurrent_states[0], wanted.layers[0].recurrent_states[0], BUDGET)
+    assert_close("state", layer.recurrent_states[0], wanted.layers[0].recurrent_states[0], LAYER)
 
 
 def test_what_others_did_to_the_states_is_noticed(model):

@@ -16,11 +16,10 @@ from hf_gdn.caches.sinks import SUPPORTED
 from hf_gdn.caches.sinks.plan import Sizes, plan_piece
 from hf_gdn.eval.long_stream import PlainWindow
 from hf_gdn.loading.models import ASSETS
+from hf_gdn.testing import assert_close, error
+from hf_gdn.testing.tolerances import LAYER
 from tests import tiny
 
-# fp32: 1e-5 is tests/patches/test_models.py's, derived there. Positions add an angle's rounding, 2^-24 times at most
-# C + era + T < 100 positions here: 6e-6 rad on scores of size 1, less on logits.
-BUDGET = 1e-5
 SINKS, WINDOW = 4, 8
 FAMILIES = sorted(set(SUPPORTED) & set(tiny.CONFIGS))
 LAYERS = dict(layer_types=["linear_attention", "full_attention"] * 2)  # two of full attention, one upon the other
@@ -85,7 +84,7 @@ def read(model, ids, cuts, cache=None, **kwargs):
 def test_reads_what_is_kept_at_positions_inside_the_cache(family, cuts):
     model = tiny.model(family, **LAYERS)
     ids, _ = tiny.batch(1, 100)
-    tiny.assert_close("logits", read(model, ids, cuts), oracle(model, ids), BUDGET)
+    assert_close("logits", read(model, ids, cuts), oracle(model, ids), LAYER)
 
 
 @pytest.mark.parametrize("sinks, window", [(0, 8), (0, 1), (1, 1), (1, 16), (7, 3), (4, 200)])
@@ -97,7 +96,7 @@ def test_sizes(sinks, window, attention):
     wanted = oracle(model, ids, sinks, window)
     for cuts in ((), (60,), (3, 20)):
         got = read(model, ids, cuts, (SinkCache if sinks else PlainWindow)(model.config, sinks, window))
-        tiny.assert_close(f"logits, {cuts}", got, wanted, BUDGET)
+        assert_close(f"logits, {cuts}", got, wanted, LAYER)
 
 
 @pytest.mark.parametrize("name", ["linear", "yarn", "llama3"])
@@ -109,7 +108,7 @@ def test_rotary_types_that_are_relative(name):
     model = tiny.model("qwen3_next", rope_parameters=rope, **LAYERS)
     ids, _ = tiny.batch(1, 60)
     assert model.model.rotary_emb.rope_type == name
-    tiny.assert_close("logits", read(model, ids, (20, 15)), oracle(model, ids), BUDGET)
+    assert_close("logits", read(model, ids, (20, 15)), oracle(model, ids), LAYER)
 
 
 def test_nothing_adds_up_in_bf16():
@@ -118,8 +117,8 @@ def test_nothing_adds_up_in_bf16():
     ids, _ = tiny.batch(1, 700)
     exact = oracle(model, ids)[:, -50:]
     model.bfloat16()
-    own = tiny.error(oracle(model, ids)[:, -50:].float(), exact)
-    tiny.assert_close("logits", read(model, ids, ())[:, -50:].float(), exact, 2 * own)
+    own = error(oracle(model, ids)[:, -50:].float(), exact)
+    assert_close("logits", read(model, ids, ())[:, -50:].float(), exact, 2 * own)
 
 
 def test_positions_stay_small():
@@ -153,7 +152,7 @@ def test_padding_is_neither_kept_nor_read(family, where, cuts):
     got = torch.cat(got, 1)
     for row in range(3):
         alone = oracle(model, ids[row : row + 1, mask[row] == 1])
-        tiny.assert_close(f"row {row}", got[row : row + 1, mask[row] == 1], alone, BUDGET)
+        assert_close(f"row {row}", got[row : row + 1, mask[row] == 1], alone, LAYER)
 
 
 def test_padding_one_column_at_a_time():
@@ -165,7 +164,7 @@ def test_padding_one_column_at_a_time():
     ]  # fmt: skip
     for row in range(3):
         alone = oracle(model, ids[row : row + 1, mask[row] == 1])
-        tiny.assert_close(f"row {row}", torch.cat(got, 1)[row : row + 1, mask[row] == 1], alone, BUDGET)
+        assert_close(f"row {row}", torch.cat(got, 1)[row : row + 1, mask[row] == 1], alone, LAYER)
 
 
 def test_padding_sees_itself():
@@ -300,7 +299,7 @@ def test_rows_go_on_alone(family, method, argument, rows):
     got = torch.cat([model(ids[rows, n : n + 1], **tiny.given(cache)).logits for n in range(30, 40)], 1)
     for place, row in enumerate(rows):
         wanted = oracle(model, ids[row : row + 1, mask[row] == 1])[:, -10:]
-        tiny.assert_close(f"row {row}", got[place : place + 1], wanted, BUDGET)
+        assert_close(f"row {row}", got[place : place + 1], wanted, LAYER)
 
 
 def test_reset_and_another_batch(family):
@@ -314,7 +313,7 @@ def test_reset_and_another_batch(family):
     assert torch.equal(read(model, ids, (10,), cache), wanted)
     assert [x.data_ptr() for layer in cache.layers for x in _buffers(layer)] == where
     cache.reset()
-    tiny.assert_close("one row", read(model, ids[:1], (10,), cache), wanted[:1], BUDGET)
+    assert_close("one row", read(model, ids[:1], (10,), cache), wanted[:1], LAYER)
 
 
 # ----------------------------------------------------------------------------------------------------- memory and graph
@@ -360,7 +359,7 @@ def test_decoding_is_one_graph(family):
         got[how] = torch.cat(out, 1)
         assert cache.get_seq_length() == 60
     assert count.frame_count == 1
-    tiny.assert_close("logits", *got.values(), BUDGET)
+    assert_close("logits", *got.values(), LAYER)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

@@ -16,7 +16,7 @@ from hf_gdn import caches, files
 from hf_gdn.caches import SnapshotError
 from hf_gdn.caches.snapshots import files as snapshot_files
 from tests import tiny
-from tests.caches import held
+from tests.caches import cache_contents
 
 
 def filled(model, tokens=20, rows=2):
@@ -45,7 +45,7 @@ def test_what_was_saved_comes_back(family, tmp_path):
     path = tmp_path / "prefix.safetensors"
     caches.save(snapshot, path)
     found = caches.load(path, model)
-    assert held.parts(found) == held.parts(snapshot)
+    assert cache_contents.parts(found) == cache_contents.parts(snapshot)
     assert (found.kinds, found.length, found.model) == (snapshot.kinds, 20, caches.fingerprint(model))
     ids = torch.randint(3, 128, (2, 5))
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_what_was_saved_comes_back(family, tmp_path):
         assert torch.equal(model(ids, **tiny.given(fresh)).logits, wanted)
     static = StaticCache(config=model.config, max_cache_len=32)
     caches.restore(static, found)
-    assert held.parts(caches.snapshot(static)) == held.parts(snapshot)
+    assert cache_contents.parts(caches.snapshot(static)) == cache_contents.parts(snapshot)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -70,13 +70,13 @@ def test_the_header_says_what_it_is(tmp_path, dtype):
         "format": "hf_gdn.snapshot", "version": "1", "model": caches.fingerprint(model), "length": "20",
         "batch_size": "2", "dtype": str(dtype).removeprefix("torch."), "layers": "linear,linear,linear,attention",
     }  # fmt: skip
-    assert held.parts(caches.load(path, model)) == held.parts(caches.snapshot(filled(model)))
+    assert cache_contents.parts(caches.load(path, model)) == cache_contents.parts(caches.snapshot(filled(model)))
 
 
 def test_another_model_is_refused_from_a_file(tmp_path):
     model, other = tiny.model("qwen3_next"), tiny.model("qwen3_next", seed=1)
     path, cache = tmp_path / "prefix.safetensors", filled(other)
-    before = held.everything(cache)
+    before = cache_contents.everything(cache)
     caches.save(caches.snapshot(filled(model), model), path)
     with pytest.raises(SnapshotError, match="prefix.safetensors: the snapshot is of another model: .* other weights"):
         caches.load(path, other)
@@ -85,7 +85,7 @@ def test_another_model_is_refused_from_a_file(tmp_path):
         caches.restore(cache, found)
     with pytest.raises(SnapshotError, match="another model"):
         caches.restore(cache, found, other)
-    assert held.everything(cache) == before
+    assert cache_contents.everything(cache) == before
     caches.restore(cache, found, model)
     caches.save(caches.snapshot(filled(model)), path)  # does not name its model
     caches.restore(cache, caches.load(path))
@@ -136,9 +136,9 @@ def test_a_process_that_dies_leaves_the_file_before(saved, monkeypatch, stage):
         caches.save(other, path)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert held.parts(caches.load(path)) == held.parts(snapshot)
+    assert cache_contents.parts(caches.load(path)) == cache_contents.parts(snapshot)
     caches.save(other, path)
-    assert held.parts(caches.load(path)) == held.parts(other)
+    assert cache_contents.parts(caches.load(path)) == cache_contents.parts(other)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -153,7 +153,7 @@ def test_an_error_leaves_the_file_before_and_nothing_else(saved, monkeypatch, st
         with pytest.raises(OSError, match="No space left"):
             caches.save(other, path)
     assert os.listdir(path.parent) == [path.name]
-    assert held.parts(caches.load(path)) == held.parts(snapshot)
+    assert cache_contents.parts(caches.load(path)) == cache_contents.parts(snapshot)
 
 
 def test_the_order_is_write_sync_move_sync(saved, monkeypatch):
@@ -227,20 +227,21 @@ def test_2000_damaged_files(smallest, tmp_path):
     caches.save(caches.snapshot(filled(model, 7), model), path)
     other = path.read_bytes()
     caches.save(snapshot, path)
-    wanted = held.parts(snapshot)
+    wanted = cache_contents.parts(snapshot)
     going = caches.fork(cache, 1)[0]
-    before = held.everything(going)
+    before = cache_contents.everything(going)
     good, refused, harmless = path.read_bytes(), 0, 0
     for data in _mutations(good, other, 2000):
         path.write_bytes(data)
         try:
             found = caches.load(path)
-            assert held.parts(found) == wanted and (found.length, found.model) == (snapshot.length, snapshot.model)
+            assert cache_contents.parts(found) == wanted
+            assert (found.length, found.model) == (snapshot.length, snapshot.model)
             caches.restore(going, found, snapshot.model)
             harmless += data != good  # a byte that means nothing, such as a space behind the header
         except SnapshotError:
             refused += 1
-        assert held.everything(going) == before
+        assert cache_contents.everything(going) == before
     assert refused > 1900 and harmless < 40
 
 
@@ -291,10 +292,10 @@ def test_files_made_to_mislead(saved, smallest, tmp_path):
             caches.load(_written(tmp_path / "header", header, good, **{name: value}))
     found = caches.load(_written(tmp_path / "states", header, {**good, "layers.0.conv.7": good["layers.0.conv.0"]}))
     (cache,) = caches.fork(smallest[1], 1)
-    before = held.everything(cache)
+    before = cache_contents.everything(cache)
     with pytest.raises(SnapshotError, match=r"has 1 states per layer, the snapshot conv\.7; nothing was restored"):
         caches.restore(cache, found)
-    assert held.everything(cache) == before
+    assert cache_contents.everything(cache) == before
 
 
 def test_files_that_are_no_snapshots(saved, tmp_path):

@@ -13,10 +13,11 @@ import hf_gdn
 from hf_gdn import caches
 from hf_gdn.caches import SnapshotError
 from hf_gdn.caches.snapshots.fingerprint import layer_devices
+from hf_gdn.testing import assert_close
+from hf_gdn.testing.tolerances import LAYER
 from tests import tiny
-from tests.caches import held
+from tests.caches import cache_contents
 
-BUDGET = 1e-5  # of tests/patches/test_models.py, derived there
 MAKE = {
     "dynamic": lambda model: DynamicCache(config=model.config),
     "static": lambda model: StaticCache(config=model.config, max_cache_len=48),
@@ -66,10 +67,10 @@ def test_going_on_gives_the_same_bits(family, make, patched):
     cache = MAKE[make](model)
     logits(model, ids[:, :20], cache)
     snapshot = caches.snapshot(cache, model)
-    before = held.parts(snapshot)
+    before = cache_contents.parts(snapshot)
     wanted = go_on(model, ids, cache)
     if patched or family != "olmo_hybrid":  # whose original in transformers 5.17 is off, see docs/differences.md
-        tiny.assert_close("without", wanted, full(model, ids)[:, 20:], BUDGET)
+        assert_close("without", wanted, full(model, ids)[:, 20:], LAYER)
     caches.restore(cache, snapshot)
     assert torch.equal(go_on(model, ids, cache), wanted), "in use"
     fresh = MAKE[make](model)
@@ -78,9 +79,9 @@ def test_going_on_gives_the_same_bits(family, make, patched):
     busy = MAKE[make](model)
     logits(model, text(2, 14, seed=1), busy)
     caches.restore(busy, snapshot)
-    assert held.everything(busy).keys() == held.everything(cache).keys()
+    assert cache_contents.everything(busy).keys() == cache_contents.everything(cache).keys()
     assert torch.equal(go_on(model, ids, busy), wanted), "holding other text"
-    assert held.parts(snapshot) == before
+    assert cache_contents.parts(snapshot) == before
 
 
 @pytest.mark.parametrize("make, into", [("dynamic", "static"), ("static", "dynamic")])
@@ -92,8 +93,8 @@ def test_from_one_class_of_cache_into_the_other(family, make, into, patched):
     snapshot = caches.snapshot(cache)
     wanted = go_on(model, ids, cache)
     caches.restore(other, snapshot)
-    assert held.parts(caches.snapshot(other)) == held.parts(snapshot)
-    tiny.assert_close("logits", go_on(model, ids, other), wanted, BUDGET)
+    assert cache_contents.parts(caches.snapshot(other)) == cache_contents.parts(snapshot)
+    assert_close("logits", go_on(model, ids, other), wanted, LAYER)
 
 
 @pytest.mark.parametrize("make", MAKE)
@@ -101,18 +102,18 @@ def test_no_memory_is_shared_and_addresses_stay(family, make):
     model = tiny.model(family)
     cache = filled(model, make=make)
     snapshot = caches.snapshot(cache)
-    theirs = held.memory(part for parts in snapshot.layers for part in parts.values())
-    assert not theirs & held.memory(held.tensors(cache).values())
-    ours = {name: tensor.data_ptr() for name, tensor in held.tensors(cache).items()}
+    theirs = cache_contents.memory(part for parts in snapshot.layers for part in parts.values())
+    assert not theirs & cache_contents.memory(cache_contents.tensors(cache).values())
+    ours = {name: tensor.data_ptr() for name, tensor in cache_contents.tensors(cache).items()}
     go_on(model, text(), cache)
     caches.restore(cache, snapshot)
-    assert not theirs & held.memory(held.tensors(cache).values())
-    for name, tensor in held.tensors(cache).items():
+    assert not theirs & cache_contents.memory(cache_contents.tensors(cache).values())
+    for name, tensor in cache_contents.tensors(cache).items():
         if "_states." in name or (make == "static" and "position_ids" not in name):
             assert tensor.data_ptr() == ours[name], name
     fresh = MAKE[make](model)
     caches.restore(fresh, snapshot)
-    assert not theirs & held.memory(held.tensors(fresh).values())
+    assert not theirs & cache_contents.memory(cache_contents.tensors(fresh).values())
 
 
 def test_a_static_cache_holds_nothing_of_before():
@@ -120,12 +121,12 @@ def test_a_static_cache_holds_nothing_of_before():
     model = tiny.model("qwen3_next")
     cache = filled(model, make="static", tokens=10)
     snapshot = caches.snapshot(cache)
-    for tensor in held.tensors(cache).values():
+    for tensor in cache_contents.tensors(cache).values():
         if tensor.is_floating_point():
             tensor.fill_(float("nan"))
     caches.restore(cache, snapshot)
     ids = text()
-    tiny.assert_close("logits", logits(model, ids[:, 10:], cache), full(model, ids)[:, 10:], BUDGET)
+    assert_close("logits", logits(model, ids[:, 10:], cache), full(model, ids)[:, 10:], LAYER)
 
 
 def test_what_a_cache_is_used_with(family):
@@ -141,7 +142,7 @@ def test_what_a_cache_is_used_with(family):
     caches.restore(cache, snapshot)
     caches.restore(cache, snapshot)
     with torch.inference_mode():
-        tiny.assert_close("inference mode", go_on(model, ids, cache), wanted, BUDGET)
+        assert_close("inference mode", go_on(model, ids, cache), wanted, LAYER)
     for size in (20, 1):  # more and less than a convolution's window
         recording = MAKE["dynamic"](model)
         recording.activate_past_recording()
@@ -150,7 +151,7 @@ def test_what_a_cache_is_used_with(family):
         for cache in (MAKE["dynamic"](model), recording, *caches.fork(recording, 1)):
             caches.restore(cache, snapshot)
             got = go_on(model, ids, cache, size)
-            tiny.assert_close("recorded", got, full(model, ids)[:, size:], BUDGET)
+            assert_close("recorded", got, full(model, ids)[:, size:], LAYER)
 
 
 def test_an_empty_cache_too(family):
@@ -162,8 +163,8 @@ def test_an_empty_cache_too(family):
         cache = filled(model, make=make)
         caches.restore(cache, empty)
         assert int(cache.get_seq_length()) == 0
-        assert not any(tensor.any() for name, tensor in held.tensors(cache).items() if "_states." in name)
-        tiny.assert_close("logits", logits(model, ids, cache), full(model, ids), BUDGET)
+        assert not any(tensor.any() for name, tensor in cache_contents.tensors(cache).items() if "_states." in name)
+        assert_close("logits", logits(model, ids, cache), full(model, ids), LAYER)
 
 
 def test_what_was_recorded_before_a_restore_is_not_taken_back(family):
@@ -180,7 +181,7 @@ def test_what_was_recorded_before_a_restore_is_not_taken_back(family):
     caches.restore(cache, snapshot)
     logits(model, ids[:, 20:30], cache)
     cache.crop(-10)
-    tiny.assert_close("taken back", go_on(model, ids, cache), full(model, ids)[:, 20:], BUDGET)
+    assert_close("taken back", go_on(model, ids, cache), full(model, ids)[:, 20:], LAYER)
 
 
 def test_notes_of_others_do_not_survive(family):
@@ -202,15 +203,15 @@ def test_notes_of_others_do_not_survive(family):
 def test_branches_are_independent(family, make, patched):
     model = tiny.model(family)
     cache = filled(model, make=make)
-    before = held.everything(cache)
+    before = cache_contents.everything(cache)
     branches = caches.fork(cache, 3)
     assert all(type(branch) is type(cache) for branch in branches)
     for seed, branch in enumerate(branches):
         ids = torch.cat((text(2, 20), text(2, 20, seed + 5)), 1)
         got = go_on(model, ids, branch)
         if patched or family != "olmo_hybrid":
-            tiny.assert_close(f"branch {seed}", got, full(model, ids)[:, 20:], BUDGET)
-    assert held.everything(cache) == before
+            assert_close(f"branch {seed}", got, full(model, ids)[:, 20:], LAYER)
+    assert cache_contents.everything(cache) == before
 
 
 @pytest.mark.parametrize("make", MAKE)
@@ -220,7 +221,7 @@ def test_one_cache_of_several_rows(family, make):
     cache = filled(model, make=make)
     branch = caches.fork(cache, 3, rows=True)
     ids = torch.cat((text(2, 20).repeat_interleave(3, 0), text(6, 20, seed=1)), 1)
-    tiny.assert_close("rows", go_on(model, ids, branch), full(model, ids)[:, 20:], BUDGET)
+    assert_close("rows", go_on(model, ids, branch), full(model, ids)[:, 20:], LAYER)
     assert caches.snapshot(cache).batch_size == 2
 
 
@@ -276,7 +277,7 @@ def test_layers_go_where_they_run(family):
     snapshot = caches.snapshot(filled(model), model)
     caches.restore(cache, snapshot, model)
     ids = text()
-    tiny.assert_close("logits", logits(model, ids[:, 20:], cache), full(model, ids)[:, 20:], BUDGET)
+    assert_close("logits", logits(model, ids[:, 20:], cache), full(model, ids)[:, 20:], LAYER)
 
 
 @pytest.mark.gpu
@@ -296,14 +297,14 @@ def test_between_devices(family, tmp_path):
     prefixes = caches.PrefixCache(model, every=8, device="cpu")
     for _ in range(2):
         cache = prefixes.prefill(ids[:1])
-        assert {tensor.device.type for tensor in held.tensors(cache).values()} == {"cuda"}
+        assert {tensor.device.type for tensor in cache_contents.tensors(cache).values()} == {"cuda"}
     assert prefixes.tokens_reused == 39
 
 
 def test_another_model_is_refused():
     model, other = tiny.model("qwen3_next"), tiny.model("qwen3_next", seed=1)
     cache = filled(other)
-    before = held.everything(cache)
+    before = cache_contents.everything(cache)
     snapshot = caches.snapshot(filled(model), model)
     with pytest.raises(SnapshotError, match="another model: it is of a qwen3_next model with other weights"):
         caches.restore(cache, snapshot, other)
@@ -313,7 +314,7 @@ def test_another_model_is_refused():
         caches.restore(cache, snapshot, tiny.model("qwen3_5"))
     with pytest.raises(SnapshotError, match="does not name its model"):
         caches.restore(cache, caches.snapshot(filled(other)), other)
-    assert held.everything(cache) == before
+    assert cache_contents.everything(cache) == before
     caches.restore(cache, snapshot, caches.fingerprint(model))
 
 
@@ -339,10 +340,10 @@ def test_what_does_not_fit_is_refused_before_anything_changes(what, make):
     model = tiny.model("qwen3_next")
     snapshot = caches.snapshot(filled(model, **size))
     cache = filled(tiny.model("qwen3_next", **changes), make=make)
-    before = held.everything(cache)
+    before = cache_contents.everything(cache)
     with pytest.raises(SnapshotError, match=says):
         caches.restore(cache, snapshot)
-    assert held.everything(cache) == before
+    assert cache_contents.everything(cache) == before
 
 
 @pytest.mark.parametrize("used", [False, True])
@@ -352,10 +353,10 @@ def test_more_tokens_than_a_static_cache_has_room_for(family, used):
     cache = StaticCache(config=model.config, max_cache_len=16)
     if used:
         logits(model, text(2, 5), cache)
-    before = held.everything(cache)
+    before = cache_contents.everything(cache)
     with pytest.raises(SnapshotError, match="room for 16 tokens, the snapshot 17"):
         caches.restore(cache, snapshot)
-    assert held.everything(cache) == before
+    assert cache_contents.everything(cache) == before
 
 
 def test_memory_that_runs_out_changes_nothing(family, monkeypatch):
@@ -364,7 +365,7 @@ def test_memory_that_runs_out_changes_nothing(family, monkeypatch):
     snapshot = caches.snapshot(filled(model))
     last = model.config.get_text_config().num_hidden_layers - 1
     for cache in (MAKE["dynamic"](model), MAKE["static"](model), filled(model, tokens=9), filled(model, make="static")):
-        before = held.everything(cache)
+        before = cache_contents.everything(cache)
 
         def exhausted(*_, **__):
             raise torch.OutOfMemoryError("no more")
@@ -375,7 +376,7 @@ def test_memory_that_runs_out_changes_nothing(family, monkeypatch):
                 continue  # asks for none
             with pytest.raises(torch.OutOfMemoryError):
                 caches.restore(cache, snapshot)
-        assert held.everything(cache) == before
+        assert cache_contents.everything(cache) == before
 
 
 def test_caches_that_have_no_snapshots():

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 import torch
 
 from hf_gdn import patches
+from hf_gdn.testing.tolerances import GRADIENT
 from tests import tiny
 
-# Logits in fp32: both forwards sum the same products in another order, 2^-24 relative each over a few hundred terms and
-# three layers, which stays under 1e-5 (as in tests/patches/test_models.py).
-BUDGET = 1e-5
 # One GDN and one KDA family, where a test is too slow for all.
 TWO = ["qwen3_next", "kimi_linear"]
 
@@ -51,10 +49,12 @@ def runs_ours(model, ids) -> bool:
     return bool(layers)
 
 
-def assert_same_training(name: str, got: dict, wanted: dict, start: dict, steps: int, relative: float = 1e-4) -> None:
+def assert_same_training(
+    name: str, got: dict, wanted: dict, start: dict, steps: int, relative: float = GRADIENT
+) -> None:
     """Parameters after some steps of SGD are the same.
 
-    The gradients of the two are `relative` apart (1e-4 in fp32, see tests/patches/test_models.py), and so are the sums
+    The gradients of the two are `relative` apart (in fp32 by GRADIENT), and so are the sums
     of them that SGD adds up; every step also rounds the parameters, half a unit in the last place: 2^-24 of each.
     """
     assert set(got) == set(wanted)

@@ -7,8 +7,10 @@ from accelerate.hooks import remove_hook_from_submodules
 from transformers import AutoModelForCausalLM
 
 import hf_gdn
+from hf_gdn.testing import assert_close
+from hf_gdn.testing.tolerances import LAYER
 from tests import tiny
-from tests.ecosystem.common import BUDGET, TWO, logits, runs_ours
+from tests.ecosystem.common import TWO, logits, runs_ours
 
 IDS, _ = tiny.batch(rows=2, length=20)
 
@@ -39,7 +41,7 @@ def test_offloaded_to_disk(family, when, tmp_path):
     if when == "after":
         hf_gdn.patch(strict=True)
     assert runs_ours(model, IDS)
-    tiny.assert_close("disk", logits(model, IDS), wanted, BUDGET)
+    assert_close("disk", logits(model, IDS), wanted, LAYER)
     assert {p.device.type for p in layer.parameters()} == {"meta"}  # and put away again
     hf_gdn.unpatch()
     assert torch.equal(logits(model, IDS), wanted)
@@ -73,7 +75,7 @@ def test_from_pretrained_with_a_device_map(family, tmp_path):
         offload_folder=str(tmp_path / "offload"),
     )
     assert runs_ours(model, IDS)
-    tiny.assert_close("loaded", logits(model, IDS), wanted, BUDGET)
+    assert_close("loaded", logits(model, IDS), wanted, LAYER)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -88,7 +90,7 @@ def test_hooks_taken_off_again(family, when):
     remove_hook_from_submodules(model)
     hf_gdn.patch(strict=True)
     assert runs_ours(model, IDS)
-    tiny.assert_close("patched", logits(model, IDS), wanted, BUDGET)
+    assert_close("patched", logits(model, IDS), wanted, LAYER)
     hf_gdn.unpatch()
     assert not runs_ours(model, IDS)
     assert torch.equal(logits(model, IDS), wanted)
@@ -108,4 +110,4 @@ def test_layers_on_several_devices(family, when):
     dispatch_model(model, within(model, layer_map(places)), main_device=0, force_hooks=True)
     hf_gdn.patch(strict=True)
     assert runs_ours(model, ids)
-    tiny.assert_close("logits", logits(model, ids), wanted, BUDGET)
+    assert_close("logits", logits(model, ids), wanted, LAYER)

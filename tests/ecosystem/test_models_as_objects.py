@@ -12,8 +12,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 import hf_gdn
+from hf_gdn.testing import assert_close
+from hf_gdn.testing.tolerances import GRADIENT, LAYER
 from tests import tiny
-from tests.ecosystem.common import BUDGET, TWO, counting, logits, runs_ours
+from tests.ecosystem.common import TWO, counting, logits, runs_ours
 
 IDS, _ = tiny.batch()
 
@@ -189,8 +191,8 @@ def test_training_steps_compile(family):
     loss, gradients = run(False)
     with hf_gdn.patched(strict=True):
         got, again = run(True)
-    tiny.assert_close("loss", got, loss, BUDGET)
-    tiny.assert_close("gradients", again, gradients, 1e-4)  # as in tests/patches/test_models.py
+    assert_close("loss", got, loss, LAYER)
+    assert_close("gradients", again, gradients, GRADIENT)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -204,4 +206,4 @@ def test_layers_compiled_one_by_one(family):
     hf_gdn.patch(strict=True)
     for layer in model.model.layers:
         layer.compile(backend="eager", fullgraph=True)
-    tiny.assert_close("compiled", logits(model, IDS[:1]), wanted, BUDGET)
+    assert_close("compiled", logits(model, IDS[:1]), wanted, LAYER)

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import hf_gdn
+from hf_gdn.testing import assert_close
+from hf_gdn.testing.tolerances import LAYER
 from tests import tiny
-from tests.ecosystem.common import BUDGET, logits, runs_ours
+from tests.ecosystem.common import logits, runs_ours
 
 IDS, _ = tiny.batch()
 ROOT = Path(__file__).parents[2]
@@ -48,7 +50,7 @@ def test_liger(liger, when, what):
     model = original if what == "model" else tiny.model("qwen3_next")
     assert "liger" in model.forward.__module__
     assert runs_ours(model, IDS)
-    tiny.assert_close("logits", logits(model, IDS), wanted, BUDGET)
+    assert_close("logits", logits(model, IDS), wanted, LAYER)
     hf_gdn.unpatch()
     assert "liger" in model.forward.__module__ and not runs_ours(model, IDS)
 
@@ -67,7 +69,7 @@ def test_liger_leaves_the_mixers_alone(liger, when):
     model = tiny.model("qwen3_next")
     assert "Liger" in type(model.model.norm).__name__
     with torch.no_grad():
-        tiny.assert_close("mixer", tiny.mixer(model)(x), wanted, BUDGET)
+        assert_close("mixer", tiny.mixer(model)(x), wanted, LAYER)
 
 
 @pytest.mark.gpu
@@ -82,7 +84,7 @@ def test_all_of_liger_on_a_gpu(liger, when):
     if when == "after":
         liger()
     got = tiny.model("qwen3_next").cuda()(ids, labels=ids).loss
-    tiny.assert_close("loss", got, wanted, BUDGET)
+    assert_close("loss", got, wanted, LAYER)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -116,7 +118,7 @@ import torch
 from transformers.models.qwen3_next import modeling_qwen3_next
 import hf_gdn
 from tests import tiny
-from tests.ecosystem.common import BUDGET, logits, runs_ours
+from tests.ecosystem.common import logits, runs_ours
 
 torch.set_num_threads(1)
 assert isinstance(modeling_qwen3_next.torch_chunk_gated_delta_rule, torch.nn.Module)  # a replaceable layer
@@ -131,7 +133,7 @@ for family in sys.argv[1:]:
         assert model._use_kernels
         hf_gdn.patch(strict=True)
         assert runs_ours(model, ids), f"{family}, {when}: the patch does not reach the model"
-        tiny.assert_close("logits", logits(model, ids), wanted, BUDGET)
+        assert_close("logits", logits(model, ids), wanted, LAYER)
         hf_gdn.unpatch()
         assert not runs_ours(model, ids), f"{family}, {when}: the patch does not leave the model"
         assert torch.equal(logits(model, ids), wanted)

@@ -9,8 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import hf_gdn
+from hf_gdn.testing import assert_close, error
+from hf_gdn.testing.tolerances import LAYER
 from tests import tiny
-from tests.ecosystem.common import BUDGET, TWO, logits, runs_ours
+from tests.ecosystem.common import TWO, logits, runs_ours
 
 IDS, _ = tiny.batch()
 
@@ -20,14 +22,14 @@ def quantization():
     return pytest.importorskip("torchao.quantization")
 
 
-def compare(model, plain, budget=BUDGET):
+def compare(model, plain, budget=LAYER):
     """Patched against original on one quantized model, prefill and decode; `plain` are the logits before it was one."""
     wanted = logits(model, IDS)
     tokens = model.generate(IDS, max_new_tokens=6, do_sample=False)
-    assert tiny.error(wanted, plain) > 1e-3  # it was quantized
+    assert error(wanted, plain) > 1e-3  # it was quantized
     with hf_gdn.patched(strict=True):
         assert runs_ours(model, IDS)
-        tiny.assert_close("logits", logits(model, IDS), wanted, budget)
+        assert_close("logits", logits(model, IDS), wanted, budget)
         assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), tokens)
 
 

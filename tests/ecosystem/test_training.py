@@ -8,8 +8,10 @@ from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import hf_gdn
+from hf_gdn.testing import assert_close, error
+from hf_gdn.testing.tolerances import GRADIENT, LAYER
 from tests import tiny
-from tests.ecosystem.common import BUDGET, TWO, assert_same_training, counting, logits, parameters
+from tests.ecosystem.common import TWO, assert_same_training, counting, logits, parameters
 
 IDS, _ = tiny.batch()
 STEPS = 3
@@ -45,14 +47,14 @@ def test_lora_trains_and_merges(family):
         model = lora(family)
         got = train(model, lr=1.0)
         # The same model, up to the two trainings' rounding: a loss is at most as far off as logits and parameters are.
-        tiny.assert_close("losses", got, wanted, BUDGET + 1e-4)
+        assert_close("losses", got, wanted, LAYER + GRADIENT)
         assert_same_training("adapters", parameters(model), parameters(original), start, STEPS)
         # Merging adds B A to the weights: the same function, rounded once more.
         apart = logits(model, IDS)
         merged = model.merge_and_unload()
         assert not any("lora" in name for name, _ in merged.named_modules())
-        tiny.assert_close("merged", logits(merged, IDS), apart, BUDGET)
-    tiny.assert_close("merged, original forward", logits(merged, IDS), apart, BUDGET)
+        assert_close("merged", logits(merged, IDS), apart, LAYER)
+    assert_close("merged, original forward", logits(merged, IDS), apart, LAYER)
 
 
 @pytest.mark.parametrize("kind", ["all_linear", "dora", "ia3"])
@@ -68,9 +70,9 @@ def test_other_adapters(family, kind):
     torch.manual_seed(1)
     model = get_peft_model(model, config).eval()
     wanted = logits(model, IDS)
-    assert tiny.error(wanted, plain) > 1e-2
+    assert error(wanted, plain) > 1e-2
     with hf_gdn.patched(strict=True):
-        tiny.assert_close("logits", logits(model, IDS), wanted, BUDGET)
+        assert_close("logits", logits(model, IDS), wanted, LAYER)
 
 
 def norm_of(layer):
@@ -86,9 +88,9 @@ def test_full_copies_of_directly_read_modules_are_used(family):
         if "modules_to_save" in name:
             p.data.mul_(1.5)
     wanted = logits(model, IDS)
-    assert tiny.error(wanted, plain) > 1e-2
+    assert error(wanted, plain) > 1e-2
     with hf_gdn.patched(strict=True):
-        tiny.assert_close("logits", logits(model, IDS), wanted, BUDGET)
+        assert_close("logits", logits(model, IDS), wanted, LAYER)
 
 
 @pytest.mark.parametrize("family", TWO)
@@ -100,7 +102,7 @@ def test_tuned_norms(family):
     model = get_peft_model(model, config)
     wanted = train(copy.deepcopy(model), lr=1.0)
     with hf_gdn.patched(strict=True):
-        tiny.assert_close("losses", train(model, lr=1.0), wanted, BUDGET + 1e-4)
+        assert_close("losses", train(model, lr=1.0), wanted, LAYER + GRADIENT)
 
 
 def trainer(family, folder, **options):
@@ -157,9 +159,9 @@ def test_trainer_in_bf16(in_fp32, checkpointing, tmp_path):
     def moved(end):
         return torch.cat([(end[name] - start[name]).flatten() for name in start])
 
-    budget = 2 * tiny.error(moved(wanted), moved(exact))
+    budget = 2 * error(moved(wanted), moved(exact))
     assert 1e-4 < budget < 0.5  # bf16 was used, and the bound still says something
-    tiny.assert_close("movement", moved(got), moved(exact), budget)
+    assert_close("movement", moved(got), moved(exact), budget)
 
 
 def test_autocast_of_a_layer(family):
@@ -187,4 +189,4 @@ def test_autocast_of_a_layer(family):
     with hf_gdn.patched(strict=True):
         got = runs(layer)
     for name, original in wanted.items():
-        tiny.assert_close(name, got[name], exact[name], 2 * tiny.error(original, exact[name]))
+        assert_close(name, got[name], exact[name], 2 * error(original, exact[name]))

@@ -1,164 +1,70 @@
-"""The eager backend against the float64 oracle.
+"""The eager backend and the operators: gradients, autocast, rounding, memory, opcheck, torch.compile.
 
-Budgets are relative Frobenius errors. fp32: every element is a sum of at most a few hundred products with relative
-error 2^-24 each, worst case 1e-5; half types are computed in fp32 from rounded inputs, so only the final rounding of o
-counts, 2^-11 (fp16) or 2^-8 (bf16), inside the operator's bars of 1e-3 and 1.6e-2.
+Its results are checked in tests/kernels/test_cases.py.
 """
+
+from __future__ import annotations
 
 import pytest
 import torch
 
-from hf_gdn import registry
-from hf_gdn.kernels.reference import delta_rule
-from tests.tiny import assert_close, error
+from hf_gdn import operators, registry
+from hf_gdn.kernels.contract import DeltaRuleInputs
+from hf_gdn.testing import assert_close, assert_same
+from hf_gdn.testing import invariants as holds
+from hf_gdn.testing.calls import mapped
+from hf_gdn.testing.kernel_cases import FAMILIES, HALF
+from hf_gdn.testing.tolerances import SAME_SUMS
 
-OPS = ["chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda"]
-BUDGET = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.6e-2}
-SHAPES = {  # B, T, HK, HV, K, V
-    "one_token": (2, 1, 2, 2, 8, 8),
-    "two_tokens": (1, 2, 1, 2, 8, 16),
-    "below_a_chunk": (1, 63, 2, 4, 8, 8),
-    "a_chunk": (1, 64, 2, 2, 8, 8),
-    "above_a_chunk": (2, 65, 1, 3, 8, 8),
-    "odd_dims": (1, 100, 2, 4, 24, 40),
-    "olmo_dims": (1, 70, 1, 1, 96, 192),
-    "longer_than_a_slab": (1, 1000, 1, 2, 8, 8),
-}
+DELTA_RULES = ("chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda")
+every_rule = pytest.mark.parametrize("op", DELTA_RULES)
+every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def exact(inputs):
-    return delta_rule(
-        **{n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in inputs.items()}
-    )
+def eager(op):
+    return registry.get(op, "eager")
 
 
-def make(op, shape, dtype=torch.float32, **kwargs):
-    B, T, HK, HV, K, V = SHAPES[shape]
-    return registry.ops()[op].make_inputs(B=B, T=T, HK=HK, HV=HV, K=K, V=V, dtype=dtype, **kwargs)
+def opaque(op):
+    """The eager kernel as one that torch.compile cannot look into."""
+    return registry.Kernel(op, "eager", eager(op).fn, lambda request: None)
 
 
-def check(op, inputs, budget, **kwargs):
-    got = registry.get(op, "eager").fn(**inputs, **kwargs)
-    for name, x, y in zip(("o", "state"), got, exact(inputs)):
-        assert_close(f"{op} {name}", x, y, budget)
-    return got
+def layer_call(kind, family, **sizes):
+    """Op and arguments of a family's step or prologue."""
+    variant, spec = FAMILIES[family]
+    sizes = {"B": 2, "HK": 4 if variant == "kda" else 2, "HV": 4, "K": 12, "V": 20, **sizes, **spec}
+    return f"{kind}_{variant}", registry.ops()[f"{kind}_{variant}"].make_inputs(**sizes)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_shapes(op, shape):
-    check(op, make(op, shape), BUDGET[torch.float32])
+# --------------------------------------------------------------------------------------------------------- delta rule
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", BUDGET, ids=str)
-@pytest.mark.parametrize("state", [True, False], ids=["state", "no_state"])
-def test_dtypes(op, dtype, state):
-    inputs = make(op, "odd_dims", dtype, state=state)
-    o, final = check(op, inputs, BUDGET[dtype])
-    assert o.dtype == dtype
-    assert final.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-
-
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", ["no_decay", "total_decay", "one_step_in_some_channels", "beta_two"])
-def test_extremes(op, case):
-    inputs = make(op, "odd_dims")
-    g = inputs["g"]
-    if case == "no_decay":
-        inputs["g"] = torch.zeros_like(g)
-    elif case == "total_decay":
-        inputs["g"] = torch.full_like(g, -60.0)
-    elif case == "one_step_in_some_channels":
-        struck = torch.rand(g.shape, generator=torch.Generator().manual_seed(1)) < 0.05
-        inputs["g"] = torch.where(struck, -60.0, g / 100)
-    else:
-        inputs["beta"] = 2 * inputs["beta"]
-    check(op, inputs, BUDGET[torch.float32])
-
-
-def test_no_decay_for_thousands_of_steps():
-    inputs = registry.ops()["chunk_kda"].make_inputs(T=4096, HK=1, HV=1, K=8, V=8, decay=0.0)
-    check("chunk_kda", inputs, BUDGET[torch.float32])
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_l2norm_inside(op):
-    inputs = make(op, "above_a_chunk")
-    check(op, {**inputs, "q": 3 * inputs["q"], "k": 5 * inputs["k"], "qk_l2norm": True}, BUDGET[torch.float32])
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_autocast_rounds_nothing(op):
+@every_rule
+def test_autocast_rounds_nothing_in_the_delta_rule(op):
+    call = registry.ops()[op].make_inputs(T=100, HK=2, HV=4, K=24, V=40)
     with torch.autocast("cpu", torch.bfloat16):
-        check(op, make(op, "odd_dims"), BUDGET[torch.float32])
+        holds.matches_reference(eager(op), call)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_split_is_whole(op):
-    fn, inputs = registry.get(op, "eager").fn, make(op, "odd_dims")
-    whole, final = fn(**inputs)
-    for at in (1, 17, 64, 99):
-        halves = [
-            {n: x[:, s] if n in ("q", "k", "v", "g", "beta") else x for n, x in inputs.items()}
-            for s in (slice(None, at), slice(at, None))
-        ]
-        first, state = fn(**halves[0])
-        second, last = fn(**{**halves[1], "initial_state": state})
-        assert error(torch.cat((first, second), 1), whole) < 1e-6
-        assert error(last, final) < 1e-6
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_packed_is_separate(op):
-    bounds = [0, 30, 30, 31, 100]
-    inputs = make(op, "odd_dims")
-    state = torch.randn(4, *inputs["initial_state"].shape[1:])
-    packed = {**inputs, "initial_state": state, "cu_seqlens": torch.tensor(bounds)}
-    check(op, packed, BUDGET[torch.float32])
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_empty(op):
-    inputs = registry.ops()[op].make_inputs(T=0, HK=1, HV=2, K=4, V=4)
-    o, state = registry.get(op, "eager").fn(**inputs)
-    assert o.shape == (1, 0, 2, 4)
-    assert torch.equal(state, inputs["initial_state"])
-    assert state is not inputs["initial_state"]
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_inputs_are_left_alone_and_runs_agree(op):
-    inputs = make(op, "odd_dims")
-    before = {n: x.clone() for n, x in inputs.items() if isinstance(x, torch.Tensor)}
-    first, second = (registry.get(op, "eager").fn(**inputs) for _ in range(2))
-    assert all(torch.equal(x, y) for x, y in zip(first, second))
-    assert all(torch.equal(inputs[n], x) for n, x in before.items())
-
-
-@pytest.mark.parametrize("op", ["recurrent_gdn", "recurrent_kda"])
-def test_in_place_and_state_after_every_token(op):
-    inputs = make(op, "two_tokens")
-    fn = registry.get(op, "eager").fn
-    o, final = fn(**inputs)
-    state, states = inputs["initial_state"].clone(), torch.full((1, 2, 2, 8, 16), float("nan"))
-    o2, same = fn(**{**inputs, "initial_state": state}, inplace=True, token_states=states)
-    assert same is state
-    assert torch.equal(o, o2) and torch.equal(state, final) and torch.equal(states[:, -1], final)
-    one = {n: x[:, :1] if n in ("q", "k", "v", "g", "beta") else x for n, x in inputs.items()}
-    assert error(states[:, 0], fn(**one)[1]) < 1e-6
-
-
-@pytest.mark.parametrize("op", OPS)
+@every_rule
 @pytest.mark.parametrize(("tokens", "fast"), [(5, False), (70, True)], ids=["every_entry", "across_chunks"])
 def test_gradients(op, tokens, fast):
     inputs = registry.ops()[op].make_inputs(T=tokens, HK=1, HV=2, K=3, V=2, dtype=torch.float64)
     names = [n for n, x in inputs.items() if isinstance(x, torch.Tensor)]
     tensors = [inputs[n].requires_grad_() for n in names]
-    fn = registry.get(op, "eager").fn
+    fn = eager(op).fn
     assert torch.autograd.gradcheck(
         lambda *x: fn(**{**inputs, **dict(zip(names, x)), "qk_l2norm": True}), tensors, fast_mode=fast
     )
+
+
+@pytest.mark.parametrize("lengths", [range(1, 131), [1000], [4097]], ids=["every_length", "1000", "4097"])
+@pytest.mark.parametrize("op", ["chunk_gdn", "chunk_kda"])
+def test_chunks_of_many_lengths(op, lengths):
+    for T in lengths:
+        call = registry.ops()[op].make_inputs(T=T, HK=1, HV=1, K=16, V=16, seed=T)
+        holds.matches_reference(eager(op), call)
 
 
 def test_memory_is_linear_in_tokens():
@@ -168,7 +74,94 @@ def test_memory_is_linear_in_tokens():
     for T in (1024, 4096):
         inputs = registry.ops()["chunk_kda"].make_inputs(T=T, HK=2, HV=2, K=32, V=32)
         with torch.no_grad():
-            peaks.append(peak_bytes(lambda x=inputs: registry.get("chunk_kda", "eager").fn(**x), torch.device("cpu")))
+            peaks.append(peak_bytes(lambda x=inputs: eager("chunk_kda").fn(**x), torch.device("cpu")))
     # Outputs grow with T, working memory does not: far below the [.., 64, 64, K] tensor of the plain form.
     assert peaks[1] < 4 * peaks[0]
     assert peaks[1] < 4096 * 2 * 32 * 4 * 16
+
+
+# --------------------------------------------------------------------------------------------- step, prologue and norm
+
+
+@every_family
+def test_the_operator_of_a_step_passes_opcheck(family):
+    op, call = layer_call("step", family, T=3)
+    tensors = *call["projected"][:6], *call["weights"], call["conv_state"], call["state"]
+    tensors = [x if x is None else x.contiguous() for x in tensors]
+    torch.library.opcheck(operators.STEP_OPERATORS[op], (*tensors, *call["spec"], "eager"))
+
+
+@every_family
+def test_a_step_compiles_as_an_operator_without_a_break(family):
+    """As a kernel that torch.compile cannot look into is called; in place."""
+    op, call = layer_call("step", family, T=3)
+    weights, spec, kernel = call["weights"], call["spec"], opaque(op)
+
+    def function(projected, conv_state, state):
+        return operators.call_step(kernel, projected, weights, spec, conv_state, state) + 1
+
+    results = []
+    for fn in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        conv_state, state = call["conv_state"].clone(), call["state"].clone()
+        results.append((fn(call["projected"], conv_state, state), conv_state, state))
+    for name, got, want in zip(("y", "conv_state", "state"), *results):
+        assert_close(name, got, want, SAME_SUMS)
+
+
+@every_family
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_prologue_rounds_once(family, dtype):
+    """q, k and v are within half a unit in the last place of what float32 gives, and the gates are float32."""
+    op, call = layer_call("prologue", family, T=9, bias=True)
+    projected, weights = (mapped(lambda x: x.to(dtype), call[name]) for name in ("projected", "weights"))
+    made = eager(op).fn(projected, weights, call["spec"])
+    exact = mapped(lambda x: x.float(), projected)
+    wanted = eager(op).fn(exact, weights, call["spec"]._replace(decay_in_dtype=False))
+    for name, got, want in zip("qkv", made, wanted):
+        assert_same(name, got, want.to(dtype))
+    assert made.g.dtype == made.beta.dtype == torch.float32
+
+
+@every_family
+def test_autocast_leaves_the_prologue_alone(family):
+    op, call = layer_call("prologue", family, T=9, bias=True)
+    plain = eager(op).fn(**call)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = eager(op).fn(**call)
+    for name, got, want in zip(DeltaRuleInputs._fields, cast, plain):
+        assert_same(name, got, want)
+
+
+@every_family
+@pytest.mark.parametrize("keep", [4, 0])
+def test_the_operator_of_a_prologue_passes_opcheck(family, keep):
+    op, call = layer_call("prologue", family, T=9, bias=True)
+    projected = [x if x is None else x.contiguous() for x in call["projected"][:6]]
+    conv_state = call["conv_state"] if keep else None
+    given = (*projected, *call["weights"][:4], *call["spec"][:3], conv_state, keep, None, torch.tensor([9, 4]), "eager")
+    torch.library.opcheck(operators.PROLOGUE_OPERATORS[op], given)
+
+
+@every_family
+def test_prologue_and_norm_compile_as_operators_without_a_break(family):
+    """As kernels that torch.compile cannot look into are called."""
+    op, call = layer_call("prologue", family, T=9, bias=True)
+    weights, spec, first, last = call["weights"], call["spec"], opaque(op), opaque("gated_norm")
+
+    def function(projected, conv_state):
+        made = operators.call_prologue(
+            first, projected, weights, spec, conv_state=conv_state, keep=4, cu_seqlens=None, lengths=None
+        )
+        return *made, operators.call_norm(last, made.v, projected.z, weights.norm, spec) + 1
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = [f(call["projected"], call["conv_state"]) for f in (compiled, function)]
+    for name, got, want in zip((*DeltaRuleInputs._fields, "y"), *results, strict=True):
+        assert_close(name, got, want, SAME_SUMS)
+
+
+@every_family
+def test_the_operator_of_the_norm_passes_opcheck(family):
+    _, call = layer_call("prologue", family, T=9, bias=True)
+    z, weight, spec = call["projected"].z.contiguous(), call["weights"].norm, call["spec"]
+    torch.library.opcheck(operators.NORM_OPERATOR, (torch.randn(2, 9, 4, 20), z, weight, *spec[4:], "eager"))

@@ -9,7 +9,9 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 from hf_gdn import registry
 from hf_gdn.kernels.reference import delta_rule
-from tests.tiny import assert_close
+from hf_gdn.testing import assert_close, assert_same
+from hf_gdn.testing.calls import tokens
+from hf_gdn.testing.tolerances import DELTA_RULE
 
 
 def test_two_tokens_by_hand():
@@ -47,14 +49,13 @@ def test_agrees_with_transformers(op, function, heads):
     )  # fmt: skip
     ours = delta_rule(**inputs)
     for name, got, wanted in zip(("o", "state"), ours, theirs):
-        assert_close(name, got, wanted, 1e-5)
+        assert_close(name, got, wanted, DELTA_RULE[torch.float32])
 
 
 def test_packed_is_separate():
     inputs = registry.ops()["chunk_kda"].make_inputs(T=10, HK=1, HV=2, K=4, V=3, dtype=torch.float64, state=False)
     o, state = delta_rule(**{**inputs, "cu_seqlens": torch.tensor([0, 0, 1, 10])})
-    part = {name: x[:, 1:] if name in ("q", "k", "v", "g", "beta") else x for name, x in inputs.items()}
-    alone, final = delta_rule(**part)
-    assert torch.equal(o[:, 1:], alone)
-    assert torch.equal(state[2:], final)
+    alone, final = delta_rule(**tokens("chunk_kda", inputs, slice(1, None)))
+    assert_same("o", o[:, 1:], alone)
+    assert_same("state", state[2:], final)
     assert state[0].abs().max() == 0

@@ -33,13 +33,14 @@ from hf_gdn.cuda_graphs import captured_step, decode_session
 from hf_gdn.kernels import contract
 from hf_gdn.kernels.eager import step as eager_step
 from hf_gdn.patches import api, family_patch, forward, in_force, inspect, swap, text_model
+from hf_gdn.testing import assert_close
+from hf_gdn.testing.tolerances import LAYER
 from tests import tiny
 
 ERRORS = [RuntimeError, KeyboardInterrupt]
 errors = pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
 # One family a rule: what raises half-way in the forward is common to all.
 RULES = pytest.mark.parametrize("rule", ["qwen3_next", "kimi_linear"])
-BUDGET = 1e-5  # of tests/patches/test_models.py, derived there
 
 
 def examples(number: int) -> settings:
@@ -120,7 +121,7 @@ def test_any_reading_equals_the_original(family, reading):
 
     wanted = read()
     with hf_gdn.patched(family, strict=True):
-        tiny.assert_close("logits", read(), wanted, BUDGET)
+        assert_close("logits", read(), wanted, LAYER)
 
 
 @examples(15)

@@ -7,9 +7,10 @@ import torch
 from transformers import DynamicCache
 
 import hf_gdn
+from hf_gdn.testing import assert_close, error
+from hf_gdn.testing.tolerances import GRADIENT, LAYER
 from tests import tiny
 
-BUDGET = 1e-5  # of tests/patches/test_models.py, derived there
 BOUNDS = [0, 7, 8, 50]
 
 
@@ -35,7 +36,7 @@ def test_packed_sequences_are_separate(model):
     with hf_gdn.patched(), torch.no_grad():
         packed = layer(x, cu_seq_lens_q=torch.tensor(BOUNDS, dtype=torch.int32))
         for first, last in pairwise(BOUNDS):
-            tiny.assert_close(f"{first}:{last}", packed[:, first:last], layer(x[:, first:last]), BUDGET)
+            assert_close(f"{first}:{last}", packed[:, first:last], layer(x[:, first:last]), LAYER)
         with pytest.raises(ValueError, match="never fall"):
             layer(x, cu_seq_lens_q=torch.tensor([0, 9, 8, 50]))
         seq_idx = torch.tensor([[4] * 7 + [2] + [7] * 42], dtype=torch.int32)  # any numbers that change
@@ -43,7 +44,7 @@ def test_packed_sequences_are_separate(model):
             assert torch.equal(layer(x, seq_idx=seq_idx), packed)
         seq_idx[0, 7] = 7
         again = layer(x, seq_idx=seq_idx)
-        tiny.assert_close("changed in place", again[:, 7:], layer(x[:, 7:]), BUDGET)
+        assert_close("changed in place", again[:, 7:], layer(x[:, 7:]), LAYER)
         with pytest.raises(ValueError, match=r"seq_idx must be \[1, T\] = \[1, 50\] .* got \[50\]"):
             layer(x, seq_idx=seq_idx[0])
         with pytest.raises(ValueError, match=r"cu_seq_lens_q needs hidden states \[1, T, hidden\], got \[2, 25, 32\]"):
@@ -58,7 +59,7 @@ def test_gradients_of_packed_sequences_are_separate(model):
         (got,) = torch.autograd.grad(packed[:, 11:].square().sum(), x)
         (wanted,) = torch.autograd.grad(layer(x[:, 11:]).square().sum(), x)
     assert not got[:, :11].any()
-    tiny.assert_close("gradient", got, wanted, 1e-4)
+    assert_close("gradient", got, wanted, GRADIENT)
 
 
 def test_packed_rows_are_separate(model):
@@ -71,9 +72,9 @@ def test_packed_rows_are_separate(model):
         for row, cuts in enumerate(bounds):
             for first, last in pairwise(cuts):
                 piece = layer(x[row : row + 1, first:last])
-                tiny.assert_close(f"row {row}, {first}:{last}", packed[row : row + 1, first:last], piece, BUDGET)
+                assert_close(f"row {row}, {first}:{last}", packed[row : row + 1, first:last], piece, LAYER)
         same = layer(x, seq_idx=seq_idx[:1])
-        tiny.assert_close("one row of indices for all", same[1:, 4:], layer(x[1:, 4:]), BUDGET)
+        assert_close("one row of indices for all", same[1:, 4:], layer(x[1:, 4:]), LAYER)
 
 
 def test_restarting_positions_cut_every_linear_layer(model):
@@ -92,7 +93,7 @@ def test_restarting_positions_cut_every_linear_layer(model):
         for n, (layer, x, out) in enumerate(seen):
             for first, last in pairwise(BOUNDS):
                 piece = type(layer).forward(layer, x[:, first:last])
-                tiny.assert_close(f"layer {n}, {first}:{last}", out[:, first:last], piece, BUDGET)
+                assert_close(f"layer {n}, {first}:{last}", out[:, first:last], piece, LAYER)
 
 
 def test_restarting_positions_give_the_logits_of_separate_runs(model, family):
@@ -101,15 +102,15 @@ def test_restarting_positions_give_the_logits_of_separate_runs(model, family):
     ids, _ = tiny.batch(1, 50)
     wanted = torch.cat([logits(model, ids[:, first:last]) for first, last in pairwise(BOUNDS)], 1)
     positions = restarting(BOUNDS)
-    assert tiny.error(logits(model, ids, position_ids=positions), wanted) > 1e-3
+    assert error(logits(model, ids, position_ids=positions), wanted) > 1e-3
     with hf_gdn.patched(strict=True):
-        tiny.assert_close("packed", logits(model, ids, position_ids=positions), wanted, BUDGET)
+        assert_close("packed", logits(model, ids, position_ids=positions), wanted, LAYER)
         rows = logits(
             model, ids.view(2, 25), position_ids=torch.stack([restarting([0, 25])[0], restarting([0, 9, 25])[0]])
         )
         for row, first, last in ((0, 0, 25), (1, 0, 9), (1, 9, 25)):
             alone = logits(model, ids.view(2, 25)[row : row + 1, first:last])
-            tiny.assert_close(f"row {row}, {first}:{last}", rows[row : row + 1, first:last], alone, BUDGET)
+            assert_close(f"row {row}, {first}:{last}", rows[row : row + 1, first:last], alone, LAYER)
 
 
 def test_training_on_packed_sequences_with_checkpointing(model, family):
@@ -128,7 +129,7 @@ def test_training_on_packed_sequences_with_checkpointing(model, family):
     alone = gradients([(ids[:, first:last], None) for first, last in pairwise(BOUNDS)])
     tiny.checkpointing_enable(model)
     with hf_gdn.patched(strict=True):
-        tiny.assert_close("gradients", gradients([(ids, restarting(BOUNDS))]), alone, 1e-4)
+        assert_close("gradients", gradients([(ids, restarting(BOUNDS))]), alone, GRADIENT)
 
 
 def test_positions_that_do_not_say_packed(model):
@@ -141,8 +142,8 @@ def test_positions_that_do_not_say_packed(model):
         if not hasattr(model.model, "rotary_emb"):
             assert torch.equal(logits(model, ids, position_ids=shifted), plain)
         padded = (mask.cumsum(1) - 1).clamp(min=0)
-        tiny.assert_close(
-            "a mask", logits(model, ids, attention_mask=mask, position_ids=padded)[0], logits(model, ids[:1])[0], BUDGET
+        assert_close(
+            "a mask", logits(model, ids, attention_mask=mask, position_ids=padded)[0], logits(model, ids[:1])[0], LAYER
         )
         cache = DynamicCache(config=model.config)
         with torch.no_grad():

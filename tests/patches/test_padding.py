@@ -1,6 +1,6 @@
 """Padding anywhere: real tokens come out as without it, and the caches end where they would (docs/differences.md).
 
-The oracle is the original layer on each row's real tokens alone. Budget as in test_models.py: 1e-5 in fp32.
+The oracle is the original layer on each row's real tokens alone. The budget is LAYER.
 """
 
 import pytest
@@ -8,9 +8,10 @@ import torch
 from transformers import DynamicCache
 
 import hf_gdn
+from hf_gdn.testing import assert_close, error
+from hf_gdn.testing.tolerances import GRADIENT, LAYER
 from tests import tiny
 
-BUDGET = 1e-5
 # By name a mask [3, 12]; the last row of each is the hard one.
 MASKS = {
     "right": ["111111111111", "111111110000", "100000000000"],
@@ -62,9 +63,9 @@ def test_padding_is_as_if_it_were_not_there(layer, cache, name):
         pieces = [first[row, mask[row] == 1], second[row, later[row] == 1], last[row]]
         wanted, own = alone(layer, cache, torch.cat(pieces)[None])
         real = [got[0][row, mask[row] == 1], got[1][row, later[row] == 1], got[2][row]]
-        tiny.assert_close(f"row {row}", torch.cat(real), wanted[0], BUDGET)
-        tiny.assert_close("state", states.recurrent_states[0][row], own.recurrent_states[0][0], BUDGET)
-        tiny.assert_close("window", states.conv_states[0][row], own.conv_states[0][0], BUDGET)
+        assert_close(f"row {row}", torch.cat(real), wanted[0], LAYER)
+        assert_close("state", states.recurrent_states[0][row], own.recurrent_states[0][0], LAYER)
+        assert_close("window", states.conv_states[0][row], own.conv_states[0][0], LAYER)
     assert not got[0][mask == 0].any() and not got[1][later == 0].any()
 
 
@@ -81,12 +82,12 @@ def test_the_original_is_wrong_behind_right_padding(layer, cache):
             layer(x, **tiny.layer_given(layer, kept), attention_mask=mask)
         states = kept.layers[layer.layer_idx]
         off[name] = [
-            tiny.error(mine, theirs)
+            error(mine, theirs)
             for mine, theirs in (
                 (states.recurrent_states[0], own.recurrent_states[0]), (states.conv_states[0], own.conv_states[0])
             )
         ]  # fmt: skip
-    assert max(off["patched"]) < BUDGET and min(off["original"]) > 0.1
+    assert max(off["patched"]) < LAYER and min(off["original"]) > 0.1
 
 
 def test_gradients_do_not_see_padding(layer):
@@ -104,10 +105,10 @@ def test_gradients_do_not_see_padding(layer):
     wanted_x, wanted = gradients(lambda x: layer(x), x[:, mask[0] == 1])
     with hf_gdn.patched(strict=True):
         got_x, got = gradients(lambda x: layer(x, attention_mask=mask), x)
-    tiny.assert_close("x", got_x[:, mask[0] == 1], wanted_x, 1e-4)
+    assert_close("x", got_x[:, mask[0] == 1], wanted_x, GRADIENT)
     assert not got_x[:, mask[0] == 0].any()
     for a, b in zip(got, wanted):
-        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7
+        assert (a - b).norm() <= GRADIENT * b.norm() + 1e-7
 
 
 def test_nan_in_padding_stays_there(layer):
@@ -118,7 +119,7 @@ def test_nan_in_padding_stays_there(layer):
     with torch.no_grad(), hf_gdn.patched():
         got = layer(x, attention_mask=mask)
     assert torch.isfinite(got).all()
-    tiny.assert_close("row", got[1, :7], wanted[1, :7], BUDGET)
+    assert_close("row", got[1, :7], wanted[1, :7], LAYER)
 
 
 def test_right_padded_batches_of_a_model(family):
@@ -135,7 +136,7 @@ def test_right_padded_batches_of_a_model(family):
         with hf_gdn.patched(strict=True):
             got = model(ids, attention_mask=mask).logits
     for row, length in enumerate(lengths):
-        tiny.assert_close(f"row {row}", got[row, :length], wanted[row], BUDGET)
+        assert_close(f"row {row}", got[row, :length], wanted[row], LAYER)
 
 
 def test_a_mask_of_another_shape(layer):

@@ -1,7 +1,4 @@
-"""Prefill of patched layers on the Triton kernels, in the interpreter: what runs, and that it is the original.
-
-The budget is that of tests/patches/test_models.py: 1e-5 in fp32.
-"""
+"""Prefill of patched layers on the Triton kernels, in the interpreter: what runs, and that it is the original."""
 
 from itertools import pairwise
 
@@ -12,13 +9,13 @@ from transformers import DynamicCache
 import hf_gdn
 from hf_gdn import operators, registry
 from hf_gdn.kernels.triton.runtime import INTERPRET
+from hf_gdn.testing import assert_close
+from hf_gdn.testing.tolerances import LAYER
 from tests import tiny
-
-from .test_step_interpreted import PRODUCTS, Operators, states
+from tests.patches.layer_runs import PRODUCTS, ComputedOperators, states
 
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")]
 
-BUDGET = 1e-5
 LAUNCHES = {"gdn": 4, "kda": 6}  # prologue, preparation, scan, norm
 
 
@@ -59,10 +56,10 @@ def test_prefill_is_the_originals_and_the_original_goes_on(family):
         wanted = read(theirs)
         with on_triton(family):
             got = read(ours)
-        tiny.assert_close("prefill", got, wanted, BUDGET)
+        assert_close("prefill", got, wanted, LAYER)
         for name, one, other in zip(("conv_state", "state"), states(ours), states(theirs)):
-            tiny.assert_close(name, one, other, BUDGET)
-        tiny.assert_close("unpatched", run(layer, last, cache=ours), run(layer, last, cache=theirs), BUDGET)
+            assert_close(name, one, other, LAYER)
+        assert_close("unpatched", run(layer, last, cache=ours), run(layer, last, cache=theirs), LAYER)
 
 
 @some
@@ -83,8 +80,8 @@ def test_padding_anywhere(family, layer):
         kept = DynamicCache(config=config)
         with hf_gdn.patched(family, backend="eager"):
             wanted = run(layer, real, cache=kept), run(layer, x[row : row + 1, :20], cache=kept)
-        tiny.assert_close(f"row {row}", got[row, mask[row] == 1], wanted[0][0], BUDGET)
-        tiny.assert_close(f"row {row}, later", later[row], wanted[1][0], BUDGET)
+        assert_close(f"row {row}", got[row, mask[row] == 1], wanted[0][0], LAYER)
+        assert_close(f"row {row}, later", later[row], wanted[1][0], LAYER)
     assert not got[mask == 0].any()
 
 
@@ -95,7 +92,7 @@ def test_packed_sequences(family, layer):
         packed = run(layer, x, cu_seq_lens_q=torch.tensor(bounds, dtype=torch.int32))
     for first, last in pairwise(bounds):
         if first < last:
-            tiny.assert_close(f"{first}:{last}", packed[:, first:last], run(layer, x[:, first:last]), BUDGET)
+            assert_close(f"{first}:{last}", packed[:, first:last], run(layer, x[:, first:last]), LAYER)
 
 
 @some
@@ -105,7 +102,7 @@ def test_compiles_as_operators_without_a_break(family, layer):
     wanted = run(layer, x)
     with on_triton(family), torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        tiny.assert_close("compiled", compiled(x), wanted, BUDGET)
+        assert_close("compiled", compiled(x), wanted, LAYER)
     torch._dynamo.reset()
 
 
@@ -137,7 +134,7 @@ def test_prefill_is_the_projections_and_few_launches(family, layer, monkeypatch)
             return execute(self, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", counted)
-    with on_triton(family), Operators() as seen, torch.no_grad():
+    with on_triton(family), ComputedOperators() as seen, torch.no_grad():
         layer(x)
     op = hf_gdn.patches.all_families()[family].variant
     assert len(launches) == LAUNCHES[op], launches

@@ -1,32 +1,25 @@
-"""Decoding of patched layers on the step kernels, in Triton's interpreter: what runs, and that it is the original.
-
-The budget is that of tests/patches/test_models.py: 1e-5 in fp32.
-"""
+"""Decoding of patched layers on the step kernels, in Triton's interpreter: what runs, and that it is the original."""
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import hf_gdn
 from hf_gdn import registry
 from hf_gdn.kernels.triton import step as module
 from hf_gdn.kernels.triton.runtime import INTERPRET
+from hf_gdn.testing import assert_close
+from hf_gdn.testing.tolerances import LAYER
 from tests import tiny
+from tests.patches.layer_runs import PRODUCTS, ComputedOperators, states
 
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")]
-
-BUDGET = 1e-5
 
 
 def decode(layer, x, cache, sizes):
     """Feed x ``[B, T, hidden]`` in pieces."""
     with torch.no_grad():
         return torch.cat([layer(piece, **tiny.layer_given(layer, cache)) for piece in x.split(sizes, 1)], 1)
-
-
-def states(cache):
-    return cache.layers[0].conv_states[0], cache.layers[0].recurrent_states[0]
 
 
 def test_decoding_is_the_originals(family):
@@ -43,36 +36,11 @@ def test_decoding_is_the_originals(family):
     with hf_gdn.patched(backend="triton", strict=True):
         got = decode(layer, x[:, 9:17], ours, sizes)
     wanted = decode(layer, x[:, 9:17], theirs, sizes)
-    tiny.assert_close("decode", got, wanted, BUDGET)
+    assert_close("decode", got, wanted, LAYER)
     for name, one, other in zip(("conv_state", "state"), states(ours), states(theirs)):
-        tiny.assert_close(name, one, other, BUDGET)
+        assert_close(name, one, other, LAYER)
     assert [state.data_ptr() for state in states(ours)] == addresses
-    tiny.assert_close(
-        "unpatched", decode(layer, x[:, 17:], ours, [1] * 5), decode(layer, x[:, 17:], theirs, [1] * 5), BUDGET
-    )
-
-
-class Operators(TorchDispatchMode):
-    """Names of the operators that compute or copy something: not views, and not memory that is handed out."""
-
-    FREE = ("view", "unsqueeze", "squeeze", "split", "unbind", "slice", "select", "expand", "t", "transpose", "detach")
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__.strip("_")
-        if not name.startswith(self.FREE) and name not in ("empty", "unsafe_view"):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-# Input projections, f_a, f_b, g_a and g_b of KDA among them, and the output projection.
-PRODUCTS = {
-    "qwen3_next": 3, "qwen3_5": 5, "qwen3_5_moe": 5, "qwen4_exp": 5, "lara_mini": 5, "olmo_hybrid": 7, "kimi_linear": 9,
-    "glm5_next": 9, "bailing_hybrid": 7,
-}  # fmt: skip
+    assert_close("unpatched", decode(layer, x[:, 17:], ours, [1] * 5), decode(layer, x[:, 17:], theirs, [1] * 5), LAYER)
 
 
 def test_a_token_is_the_projections_and_two_launches(family, monkeypatch):
@@ -103,7 +71,7 @@ def test_a_token_is_the_projections_and_two_launches(family, monkeypatch):
     monkeypatch.setitem(
         registry._table, (kernel.op, "triton"), registry.Kernel(kernel.op, "triton", outside, kernel.why_not)
     )
-    with hf_gdn.patched(family, backend="triton", strict=True), Operators() as seen, torch.no_grad():
+    with hf_gdn.patched(family, backend="triton", strict=True), ComputedOperators() as seen, torch.no_grad():
         layer(x, **tiny.layer_given(layer, cache))
     assert len(taken) == 1 and len(launches) == 2
     products = [name for name in seen.names if name in ("mm", "addmm", "bmm")]

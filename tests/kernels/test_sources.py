@@ -1,0 +1,60 @@
+"""The kernels' folder as its sources show it: imports between backends, private names, and how kernels are launched."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hf_gdn.kernels
+from hf_gdn import registry
+
+ROOT = Path(hf_gdn.kernels.__file__).parent
+BACKENDS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+FILES = sorted(ROOT.rglob("*.py"))
+TREES = {file: ast.parse(file.read_text("utf-8")) for file in FILES}
+every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+
+
+def relative_imports(tree: ast.AST) -> list[tuple[str, str]]:
+    """``(module, name)`` of every relative import."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    return [("." * node.level + (node.module or ""), alias.name) for node in nodes for alias in node.names]
+
+
+@every_file
+def test_imports_stay_in_the_backends_folder(file):
+    """Backends do not know each other, and no file uses another file's private names."""
+    for module, name in relative_imports(TREES[file]):
+        assert not name.startswith("_"), f"imports the private name {name} of {module}"
+        outside = f"{module}.{name}".removeprefix("..").lstrip(".").split(".")[0] if module.startswith("..") else ""
+        assert file.parent == ROOT or outside not in BACKENDS, f"imports {name} of {module}"
+
+
+def test_an_op_has_the_same_file_in_every_backend():
+    for kernel in registry.kernels():
+        if kernel.backend in BACKENDS:
+            files = {kernel.op, kernel.op.rsplit("_", 1)[0]}
+            assert any((ROOT / kernel.backend / f"{name}.py").exists() for name in files), kernel
+
+
+def launches(tree: ast.AST, under: bool = False):
+    """Every ``kernel[(grid,)](...)``, and whether it stands in ``with on_device(...)``."""
+    if isinstance(tree, ast.With):
+        contexts = [item.context_expr for item in tree.items]
+        under |= any(isinstance(c, ast.Call) and getattr(c.func, "id", "") == "on_device" for c in contexts)
+    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Subscript) and isinstance(tree.func.slice, ast.Tuple):
+        yield tree, under
+    for child in ast.iter_child_nodes(tree):
+        yield from launches(child, under)
+
+
+@every_file
+def test_launches_are_on_the_tensors_device_and_by_keyword(file):
+    """Read off the source: no machine here has two GPUs."""
+    for launch, under in launches(TREES[file]):
+        assert under, f"{file.name}, line {launch.lineno}: not under on_device(): the current device may be another one"
+        assert not launch.args, f"{file.name}, line {launch.lineno}: arguments by position"
+
+
+def test_launches_are_found():
+    assert sum(len(list(launches(tree))) for tree in TREES.values()) >= 8

@@ -1,0 +1,32 @@
+"""What a run of a layer computes, and what it leaves in the cache."""
+
+from __future__ import annotations
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def states(cache):
+    return cache.layers[0].conv_states[0], cache.layers[0].recurrent_states[0]
+
+
+class ComputedOperators(TorchDispatchMode):
+    """Names of the operators that compute or copy something: not views, and not memory that is handed out."""
+
+    FREE = ("view", "unsqueeze", "squeeze", "split", "unbind", "slice", "select", "expand", "t", "transpose", "detach")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.strip("_")
+        if not name.startswith(self.FREE) and name not in ("empty", "unsafe_view"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+# Input projections, f_a, f_b, g_a and g_b of KDA among them, and the output projection.
+PRODUCTS = {
+    "qwen3_next": 3, "qwen3_5": 5, "qwen3_5_moe": 5, "qwen4_exp": 5, "lara_mini": 5, "olmo_hybrid": 7, "kimi_linear": 9,
+    "glm5_next": 9, "bailing_hybrid": 7,
+}  # fmt: skip
