@@ -13,7 +13,7 @@ import transformers
 
 import hf_gdn
 from hf_gdn.kernels.triton.runtime import INTERPRET
-from tests import tiny
+from tests import tiny_models as tiny
 from tests.access_checker import AccessChecker
 
 

@@ -20,7 +20,7 @@ from hf_gdn.chat.conversation import Conversation, Interrupt
 from hf_gdn.chat.options import ChatOptions
 from hf_gdn.errors import UserError
 from hf_gdn.loading import models
-from tests import tiny
+from tests import tiny_models as tiny
 
 EMBEDDED = "qwen3_next-tiny"
 PATIENCE = 120  # seconds; what is waited for comes within a few on an idle machine

@@ -10,7 +10,7 @@ import typer.main
 
 import hf_gdn
 from hf_gdn.cli.app import app
-from tests import tiny
+from tests import tiny_models as tiny
 
 ROOT = Path(hf_gdn.__file__).parents[1]
 README = ROOT / "README.md"

@@ -8,7 +8,7 @@ import torch
 import hf_gdn
 from hf_gdn import caches, ops, testing
 from hf_gdn.testing import tolerances
-from tests import tiny
+from tests import tiny_models as tiny
 
 PUBLIC = [
     *(getattr(hf_gdn, name) for name in ("patch", "patched", "status", "unpatch", "unpatched")),

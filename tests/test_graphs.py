@@ -1,6 +1,6 @@
 """generate() from CUDA graphs: the same tokens as without, captured once, freed when nobody needs them.
 
-On a CPU `tests.tape.Tape` takes the place of a CUDA graph: a tape of operators that knows addresses alone and fails
+On a CPU `tests.fake_cuda_graph.Tape` takes the place of a CUDA graph: a tape of operators that knows addresses alone and fails
 where a capture would. Tests marked `gpu` have the real one.
 """
 
@@ -22,8 +22,8 @@ import hf_gdn
 from hf_gdn import cuda_graphs, log
 from hf_gdn.cuda_graphs import cache_state
 from hf_gdn.upstream import cache_names
-from tests import tiny
-from tests.tape import Tape
+from tests import tiny_models as tiny
+from tests.fake_cuda_graph import Tape
 
 NEW = 10  # tokens; the first is the prefill's, the second runs as ever, the others are replays
 

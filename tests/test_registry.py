@@ -15,7 +15,7 @@ from hf_gdn import log, registry
 from hf_gdn.errors import BackendError
 from hf_gdn.kernels.triton import runtime
 from hf_gdn.registry import Kernel, Request
-from tests import tiny
+from tests import tiny_models as tiny
 
 REQUEST = Request("chunk_gdn", "cpu", torch.float32, 2, 4, 64, 64)
 

@@ -19,7 +19,7 @@ from hf_gdn.caches import SinkCache
 from hf_gdn.errors import BackendError
 from hf_gdn.patches import PatchError, self_check
 from hf_gdn.upstream import cache_names, seams, versions
-from tests import tiny
+from tests import tiny_models as tiny
 
 PACKAGE = Path(hf_gdn.__file__).parent
 FAMILIES = {name: family for name, family in patches.all_families().items() if name in tiny.CONFIGS}

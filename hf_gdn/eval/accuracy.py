@@ -1,4 +1,4 @@
-"""How far a result may be from what is right, for every measurement. tests/kernels holds the kernels to less.
+"""How far a result may be from what is right, for every measurement. The tests' own are in `hf_gdn.testing.tolerances`.
 
 Where each comes from stands beside it; docs/report.md has the derivation of the bounds of whole models and what broken
 kernels reach.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
-# Relative Frobenius error of an op against the float64 oracle: the operator's own bar per dtype, and 1e-5 in fp32
-# (2^-24 times some hundred terms).
-OP_ERROR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.6e-2}
+from ..testing.tolerances import DELTA_RULE
+
+# Relative Frobenius error of an op against the float64 oracle.
+OP_ERROR = DELTA_RULE
 # Of a layer against the original in the same dtype: both are rounded, and so are what their projections make: twice the
 # op's in bf16, four times in fp16, whose own bar is tighter. In fp32 the projections are the same.
 LAYER_ERROR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3.2e-2}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import registry
 from ..loading.shapes import SHAPES
+from ..testing.compare import error as tensor_error
 from ..upstream.tensors import tree_map_only
 from .accuracy import EXACT_ERROR
 from .kernel_cases import Case, is_decode, is_delta_rule
@@ -125,11 +126,7 @@ def call(
 
 def error(got: Results, wanted: Results) -> tuple[float, str]:
     """Largest relative Frobenius error and the tensor that has it; infinite for a wrong shape or what is not finite."""
-    errors = {}
-    for name, y in wanted.items():
-        x = got[name]
-        fine = x.shape == y.shape and bool(torch.isfinite(x).all())
-        errors[name] = ((x.to(y.device).double() - y).norm() / y.norm()).item() if fine else math.inf
+    errors = {name: tensor_error(got[name], y) for name, y in wanted.items()}
     worst = max(errors, key=lambda name: errors[name])
     return errors[worst], worst
 

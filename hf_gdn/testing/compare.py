@@ -25,7 +25,8 @@ def error(got: Tensor, wanted: Tensor) -> float:
     """
     if got.shape != wanted.shape or not torch.isfinite(got).all():
         return float("inf")
-    got, wanted = got.detach().double(), wanted.detach().to(got.device).double()
+    wanted = wanted.detach().double()
+    got = got.detach().to(wanted.device).double()  # there, because some devices have no float64
     norm = wanted.norm().item()
     return (got - wanted).norm().item() / norm if norm else got.norm().item()
 

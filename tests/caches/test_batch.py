@@ -8,7 +8,7 @@ from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 import hf_gdn
 from hf_gdn.testing import assert_close
 from hf_gdn.testing.tolerances import LAYER
-from tests import tiny
+from tests import tiny_models as tiny
 
 CHANGES = {
     "batch_select_indices": (torch.tensor([2, 0, 2]), [2, 0, 2]),

@@ -12,7 +12,7 @@ from hf_gdn.caches import PrefixCache
 from hf_gdn.caches.snapshots.layers import GROWING
 from hf_gdn.testing import assert_close
 from hf_gdn.testing.tolerances import LAYER
-from tests import tiny
+from tests import tiny_models as tiny
 from tests.caches import cache_contents
 
 

@@ -16,7 +16,7 @@ from hf_gdn.caches import rollback
 from hf_gdn.loading.models import ASSETS
 from hf_gdn.testing import assert_close
 from hf_gdn.testing.tolerances import LAYER
-from tests import tiny
+from tests import tiny_models as tiny
 
 
 @pytest.fixture

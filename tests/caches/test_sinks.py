@@ -18,7 +18,7 @@ from hf_gdn.eval.long_stream import PlainWindow
 from hf_gdn.loading.models import ASSETS
 from hf_gdn.testing import assert_close, error
 from hf_gdn.testing.tolerances import LAYER
-from tests import tiny
+from tests import tiny_models as tiny
 
 SINKS, WINDOW = 4, 8
 FAMILIES = sorted(set(SUPPORTED) & set(tiny.CONFIGS))

@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 from hf_gdn import caches, files
 from hf_gdn.caches import SnapshotError
 from hf_gdn.caches.snapshots import files as snapshot_files
-from tests import tiny
+from tests import tiny_models as tiny
 from tests.caches import cache_contents
 
 

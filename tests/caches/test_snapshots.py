@@ -15,7 +15,7 @@ from hf_gdn.caches import SnapshotError
 from hf_gdn.caches.snapshots.fingerprint import layer_devices
 from hf_gdn.testing import assert_close
 from hf_gdn.testing.tolerances import LAYER
-from tests import tiny
+from tests import tiny_models as tiny
 from tests.caches import cache_contents
 
 MAKE = {

@@ -9,7 +9,7 @@ import torch
 
 from hf_gdn import patches
 from hf_gdn.testing.tolerances import GRADIENT
-from tests import tiny
+from tests import tiny_models as tiny
 
 # One GDN and one KDA family, where a test is too slow for all.
 TWO = ["qwen3_next", "kimi_linear"]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import hf_gdn
 from hf_gdn.testing import assert_close
 from hf_gdn.testing.tolerances import LAYER
-from tests import tiny
+from tests import tiny_models as tiny
 from tests.ecosystem.common import TWO, logits, runs_ours
 
 IDS, _ = tiny.batch(rows=2, length=20)

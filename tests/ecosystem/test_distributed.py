@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_gdn
-from tests import tiny
+from tests import tiny_models as tiny
 from tests.ecosystem.common import TWO, assert_same_training, counting, parameters
 
 STEPS = 2

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 import hf_gdn
 from hf_gdn.testing import assert_close
 from hf_gdn.testing.tolerances import GRADIENT, LAYER
-from tests import tiny
+from tests import tiny_models as tiny
 from tests.ecosystem.common import TWO, counting, logits, runs_ours
 
 IDS, _ = tiny.batch()

@@ -12,7 +12,7 @@ import torch
 import hf_gdn
 from hf_gdn.testing import assert_close
 from hf_gdn.testing.tolerances import LAYER
-from tests import tiny
+from tests import tiny_models as tiny
 from tests.ecosystem.common import logits, runs_ours
 
 IDS, _ = tiny.batch()
@@ -117,7 +117,7 @@ assert check(), "transformers does not see the kernels package"
 import torch
 from transformers.models.qwen3_next import modeling_qwen3_next
 import hf_gdn
-from tests import tiny
+from tests import tiny_models as tiny
 from tests.ecosystem.common import logits, runs_ours
 
 torch.set_num_threads(1)

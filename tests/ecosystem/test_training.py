@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 import hf_gdn
 from hf_gdn.testing import assert_close, error
 from hf_gdn.testing.tolerances import GRADIENT, LAYER
-from tests import tiny
+from tests import tiny_models as tiny
 from tests.ecosystem.common import TWO, assert_same_training, counting, logits, parameters
 
 IDS, _ = tiny.batch()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_gdn import registry
-from tests import tiny
+from tests import tiny_models as tiny
 from tests.eval.commands import PARITY, SPEED, run
 
 

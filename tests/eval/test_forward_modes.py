@@ -8,7 +8,7 @@ import torch
 
 import hf_gdn
 from hf_gdn.eval import forward_modes
-from tests import tiny
+from tests import tiny_models as tiny
 
 
 class Successor(torch.nn.Module):

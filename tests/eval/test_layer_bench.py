@@ -13,7 +13,7 @@ from hf_gdn.errors import UserError
 from hf_gdn.eval import accuracy, layer_bench, layer_cases
 from hf_gdn.eval.options import KernelBenchOptions
 from hf_gdn.loading import layers, models
-from tests import tiny
+from tests import tiny_models as tiny
 
 CPU = torch.device("cpu")
 TINY = ("qwen3_next-tiny", "kimi_linear-tiny")

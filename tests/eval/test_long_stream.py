@@ -15,7 +15,7 @@ from hf_gdn.caches import SinkCache
 from hf_gdn.errors import UserError
 from hf_gdn.eval import forward_modes, long_stream, options, writers
 from hf_gdn.eval.results import STREAM_WAYS
-from tests import tiny
+from tests import tiny_models as tiny
 
 
 def nothing(done):

@@ -14,7 +14,7 @@ from hf_gdn.eval.options import ParityOptions
 from hf_gdn.eval.parity_results import Estimate
 from hf_gdn.eval.resume import Journal, Work
 from hf_gdn.loading import models, texts
-from tests import tiny
+from tests import tiny_models as tiny
 
 
 def logits(*rows):

@@ -14,7 +14,7 @@ import transformers
 from hf_gdn import cli, patches, registry
 from hf_gdn.eval import results, writers
 from hf_gdn.loading import models, stdlib_text
-from tests import tiny
+from tests import tiny_models as tiny
 from tests.eval.commands import PARITY, SPEED, invoke, run
 
 ROOT = Path(__file__).parents[2]

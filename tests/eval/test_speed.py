@@ -17,8 +17,8 @@ from hf_gdn.eval.options import SpeedOptions
 from hf_gdn.eval.results import Spread, TokenMatch
 from hf_gdn.eval.resume import Journal, Work
 from hf_gdn.loading import models, texts
-from tests import tiny
-from tests.tape import Tape
+from tests import tiny_models as tiny
+from tests.fake_cuda_graph import Tape
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from transformers.generation import GenerationMixin, PromptLookupCandidateGenera
 
 import hf_gdn
 from hf_gdn.drafting.prompt_lookup import LONGEST_PAUSE, PROBE, AdaptivePromptLookup
-from tests import tiny
+from tests import tiny_models as tiny
 
 
 class Lookup:

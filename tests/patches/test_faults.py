@@ -35,7 +35,7 @@ from hf_gdn.kernels.eager import step as eager_step
 from hf_gdn.patches import api, family_patch, forward, in_force, inspect, swap, text_model
 from hf_gdn.testing import assert_close
 from hf_gdn.testing.tolerances import LAYER
-from tests import tiny
+from tests import tiny_models as tiny
 
 ERRORS = [RuntimeError, KeyboardInterrupt]
 errors = pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 import hf_gdn
 from hf_gdn.testing import assert_close
 from hf_gdn.testing.tolerances import HALF_LAYER
-from tests import tiny
+from tests import tiny_models as tiny
 
 
 def extreme(layer, A_log: float) -> None:

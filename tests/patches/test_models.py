@@ -14,7 +14,7 @@ from hf_gdn import log
 from hf_gdn.errors import BackendError
 from hf_gdn.testing import assert_close, error
 from hf_gdn.testing.tolerances import GRADIENT, LAYER, SAME_SUMS
-from tests import tiny
+from tests import tiny_models as tiny
 
 
 @pytest.fixture

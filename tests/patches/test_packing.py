@@ -9,7 +9,7 @@ from transformers import DynamicCache
 import hf_gdn
 from hf_gdn.testing import assert_close, error
 from hf_gdn.testing.tolerances import GRADIENT, LAYER
-from tests import tiny
+from tests import tiny_models as tiny
 
 BOUNDS = [0, 7, 8, 50]
 

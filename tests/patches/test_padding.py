@@ -10,7 +10,7 @@ from transformers import DynamicCache
 import hf_gdn
 from hf_gdn.testing import assert_close, error
 from hf_gdn.testing.tolerances import GRADIENT, LAYER
-from tests import tiny
+from tests import tiny_models as tiny
 
 # By name a mask [3, 12]; the last row of each is the hard one.
 MASKS = {

@@ -19,7 +19,7 @@ from hf_gdn.errors import BackendError
 from hf_gdn.patches import PatchError
 from hf_gdn.testing import assert_close
 from hf_gdn.testing.tolerances import LAYER
-from tests import tiny
+from tests import tiny_models as tiny
 
 # Those that the installed transformers has.
 FAMILIES = {name: family for name, family in patches.all_families().items() if name in tiny.CONFIGS}
@@ -155,7 +155,7 @@ def test_every_model_with_a_delta_rule_has_a_family():
     assert {"qwen3_next", "kimi_linear"} <= found
     missing = sorted(found - set(patches.all_families()))
     assert not missing, f"no family file in hf_gdn/patches for: {missing}"
-    assert found == set(tiny.CONFIGS), "every family that is there has a tiny model in tests/tiny.py"
+    assert found == set(tiny.CONFIGS), "every family that is there has a tiny model in tests/tiny_models.py"
 
 
 def test_bad_names():

@@ -11,7 +11,7 @@ from hf_gdn import operators, registry
 from hf_gdn.kernels.triton.runtime import INTERPRET
 from hf_gdn.testing import assert_close
 from hf_gdn.testing.tolerances import LAYER
-from tests import tiny
+from tests import tiny_models as tiny
 from tests.patches.layer_runs import PRODUCTS, ComputedOperators, states
 
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")]
