@@ -56,7 +56,8 @@ test-newest:
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=.venv-newest/constraints.txt
 
 ## As a user installs it: into an empty venv, from a copy of the sources, nothing pinned but torch (whose newest build for
-## CUDA is gigabytes). Then a short report, from a folder in which the checkout cannot be imported.
+## CUDA is gigabytes). First the core alone, which has to patch; then with hf-gdn[eval], and a short report, from a folder
+## in which the checkout cannot be imported.
 test-install: VENV = .venv-install
 test-install: CONSTRAINTS = $(VENV)/torch.txt
 test-install:
@@ -67,6 +68,9 @@ test-install:
 	grep ^torch== constraints.txt >$(CONSTRAINTS)
 	$(PIP) --no-compile torch
 	$(PIP) --no-compile ./$(VENV)/source
+	cd $(VENV) && bin/python -c "import hf_gdn; hf_gdn.patch(); assert hf_gdn.status().active"
+	cd $(VENV) && (bin/hf-gdn env; test $$? -eq 2) 2>&1 | grep "pip install 'hf-gdn\[eval\]'"
+	$(PIP) --no-compile './$(VENV)/source[eval]'
 	@$(VERSIONS)
 	@cd $(VENV) && bin/python -c "from importlib.util import find_spec; print(find_spec('hf_gdn').origin)" | grep site-packages
 	cd $(VENV) && OMP_NUM_THREADS=1 bin/hf-gdn report --quiet --output report \

@@ -3,11 +3,13 @@
     import hf_gdn
     hf_gdn.patch()      # before or after from_pretrained
 
-`patch`, `unpatch`, `patched`, `unpatched` and `status` switch them on and off; `hf_gdn.ops` has the functions alone,
-`hf_gdn.registry` says which kernel serves what, `hf_gdn.caches` has snapshots of caches, `hf_gdn.errors` the
-exceptions.
+- `patch`, `unpatch`, `patched`, `unpatched`, `status`: turn the kernels on and off.
+- `hf_gdn.ops`: the functional API.
+- `hf_gdn.registry`: which kernels exist and which one serves a call.
+- `hf_gdn.caches`: snapshots, prefix caching and attention sinks.
+- `hf_gdn.errors`: all exceptions.
 
-Messages go to the logger ``hf_gdn``, whose level is the host program's; ``HF_GDN_LOG=INFO`` in the environment sets it.
+Messages go to the logger ``hf_gdn``. The host program sets its level, or the environment: ``HF_GDN_LOG=INFO``.
 """
 
 from __future__ import annotations
@@ -38,22 +40,22 @@ if TYPE_CHECKING:
 
 
 def _set_level(name: str | None) -> None:
-    """Set the logger's level as the environment says; an unknown name is reported and has no effect."""
-    # No NullHandler: it would hide, in programs that configure no logging, the warning that slow kernels serve.
+    """Set the logger's level from the environment. An unknown level is reported and has no effect."""
+    # No NullHandler: in programs that do not configure logging, it would hide the warning about slow kernels.
     logger = logging.getLogger(__name__)
     if not name:
         return
     if isinstance(logging.getLevelName(name.upper()), int):
         logger.setLevel(name.upper())
     else:
-        logger.warning("HF_GDN_LOG=%s is no level; levels: DEBUG, INFO, WARNING, ERROR, CRITICAL", name)
+        logger.warning("HF_GDN_LOG=%s is not a log level; levels: DEBUG, INFO, WARNING, ERROR, CRITICAL", name)
 
 
 _set_level(os.environ.get("HF_GDN_LOG"))
 
 
 def __getattr__(name: str) -> Any:
-    # The face is put together on first use: importing hf_gdn costs next to nothing.
+    # Submodules are imported on first use, so that importing hf_gdn is fast.
     if name in ("caches", "errors", "ops", "registry"):
         return importlib.import_module(f".{name}", __name__)
     if name == "PatchError":
@@ -62,7 +64,8 @@ def __getattr__(name: str) -> Any:
         try:
             return getattr(importlib.import_module(".patches", __name__), name)
         except ImportError:
-            importlib.import_module(".upstream.versions", __name__).check()  # older versions lack what patches imports
+            # The import fails with unsupported versions of transformers; this check says so.
+            importlib.import_module(".upstream.versions", __name__).check()
             raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

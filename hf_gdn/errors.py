@@ -1,4 +1,4 @@
-"""Exceptions, and how a command words an error on one line."""
+"""All exceptions of hf_gdn, and `reason`, which shortens an error to one line."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ class HfGdnError(Exception):
 
 
 class PatchError(HfGdnError, RuntimeError):
-    """The installed transformers does not look as hf_gdn expects: a version, a class, an argument or an attribute."""
+    """The installed transformers lacks a version, class, argument or attribute that hf_gdn needs."""
 
 
 class BackendError(HfGdnError, RuntimeError):
-    """A backend was asked for by name and cannot serve the call, or no backend can."""
+    """The named backend cannot serve the call, or no backend can."""
 
 
 class SnapshotError(HfGdnError, ValueError):
-    """A snapshot, or a file said to hold one, cannot be used here; the text says what was expected and what came."""
+    """A snapshot, or a snapshot file, cannot be used; the text says what was expected and what was found."""
 
 
 class RankFailure(HfGdnError, RuntimeError):
-    """A process of several failed; the text is its traceback."""
+    """One of several processes failed; the text is its traceback."""
 
 
 class UserError(HfGdnError):
-    """Something the user gave cannot be used; the text says what was expected and what came."""
+    """An input of the user cannot be used; the text says what was expected and what was given."""
 
 
 def reason(error: Exception) -> str:
-    """Why an operation failed, on one line: the system's words for an OSError, else the text's first line."""
+    """The reason for an error, on one line: the system's message for an OSError, else the first line of its text."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0]

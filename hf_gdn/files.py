@@ -1,4 +1,4 @@
-"""Files that are whole at any time."""
+"""Write files atomically."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> Path:
-    """Call `write` with the name of a file beside `path`, bring that to the disk and move it there.
+    """Write a file atomically: call `write` with a temporary path beside `path`, fsync the result and rename it.
 
-    A crash at any time leaves the previous file or the new one, whole. Links and permissions stay as they are.
+    A crash at any time leaves either the complete previous file or the complete new one. Symbolic links and permissions
+    are preserved.
 
     Returns:
-        The file's own path.
+        The path of the file, with symbolic links resolved.
 
     Raises:
-        OSError: the file cannot be written. What `write` raises is passed on. What was there before still is.
+        OSError: the file cannot be written. Exceptions of `write` are propagated. The previous file is kept.
     """
     target = Path(os.path.realpath(path))
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -28,7 +29,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> P
         beside.touch()
         mode = stat.S_IMODE((target if target.exists() else beside).stat().st_mode)
         write(beside)
-        os.chmod(beside, mode)  # a writer's own may let nobody else read
+        os.chmod(beside, mode)  # `write` may have replaced the file with one that only its owner can read
         _to_disk(beside)
         os.replace(beside, target)
     except BaseException:

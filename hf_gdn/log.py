@@ -1,4 +1,4 @@
-"""The logger ``hf_gdn``, and warnings that are given once."""
+"""The logger ``hf_gdn``, and warnings that are logged once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """Log a warning the first time it is given in this process."""
+    """Log a warning unless this process has already logged the same message with this function."""
     if message not in warned:
         warned.add(message)
         logger.warning(message)

@@ -1,4 +1,4 @@
-"""Reading a tensor's values once: on a GPU the host waits for them, and every layer of a model asks the same."""
+"""Read a tensor's values once. On a GPU this is a host sync, and every layer of a model needs the same values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 def read_once(function: Callable[..., T]) -> Callable[..., T]:
-    """Keep what ``function(tensor, *rest)`` returns while the tensor lives, is not written to and `rest` is the same.
+    """Cache the result of ``function(tensor, *rest)`` until the tensor is modified or freed, or `rest` changes.
 
-    What it raises is raised again. Tensors made in inference mode have no version to tell a change by and are read
-    every time.
+    Exceptions are not cached. Tensors created in inference mode have no version counter that shows modifications, so
+    they are read on every call.
     """
     known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 

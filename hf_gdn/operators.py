@@ -1,7 +1,7 @@
-"""The ops as `torch.library` operators, checks of their inputs, and the functions that call a kernel.
+"""The ops as `torch.library` operators, input checks, and functions that call a kernel.
 
-Operators (``torch.ops.hf_gdn.*``) have fake kernels, so that `torch.compile(fullgraph=True)` does not break at them.
-Layers that are not compiled call kernels directly.
+Operators (``torch.ops.hf_gdn.*``) have fake kernels, so `torch.compile(fullgraph=True)` can trace through them. Layers
+that are not compiled call kernels directly.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check(
     *,
     per_channel: bool,
 ) -> None:
-    """Raise ValueError where shapes, dtypes or devices do not fit together. Reads no tensor's values."""
+    """Raise ValueError if shapes, dtypes or devices do not match. Reads no tensor values, so causes no host sync."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [B, T, heads, dim], got {shape_of(x)}")
@@ -98,7 +98,7 @@ def dims_of(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
 
 
 def _define(op: str, inplace: bool) -> Any:
-    """Make an operator of `op`; the in-place one updates initial_state and returns o alone."""
+    """Define the operator of `op`. The in-place variant updates initial_state and returns only o."""
 
     def run(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, backend):
         if cu_seqlens is not None:
@@ -152,7 +152,7 @@ def call_delta_rule(
     qk_l2norm: bool,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Call a kernel of the registry: directly, or as an operator where torch.compile cannot look into it.
+    """Call a delta-rule kernel: directly, or as an operator if torch.compile cannot trace it.
 
     Inputs are not checked (see `check`). Returns ``(o, final_state)``.
     """
@@ -183,7 +183,7 @@ _STEP_SCHEMA = (
 
 
 def _define_step(op: str) -> Any:
-    """Make an operator of a step op, which updates conv_state and state."""
+    """Define the operator of a step op. It updates conv_state and state in place."""
 
     def run(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, norm, conv_state, state, *rest):
         *spec, backend = rest
@@ -209,7 +209,7 @@ def call_step(
     conv_state: Tensor,
     state: Tensor,
 ) -> Tensor:
-    """Call a step kernel: directly, or as an operator where torch.compile cannot look into it."""
+    """Call a step kernel: directly, or as an operator if torch.compile cannot trace it."""
     if torch.compiler.is_compiling() and not kernel.traceable:
         return STEP_OPERATORS[kernel.op](*projected[:6], *weights, conv_state, state, *spec, kernel.backend)
     return kernel.fn(projected, weights, spec, conv_state, state)
@@ -224,7 +224,7 @@ _PROLOGUE_SCHEMA = (
 
 
 def _define_prologue(op: str) -> Any:
-    """Make an operator of a prologue op; the conv_state it returns has no elements where none is asked for."""
+    """Define the operator of a prologue op. The conv_state it returns is empty if `keep` is 0."""
 
     def run(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, *rest):
         *spec, conv_state, keep, cu_seqlens, lengths, backend = rest
@@ -271,7 +271,7 @@ def call_prologue(
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
 ) -> DeltaRuleInputs:
-    """Call a prologue kernel: directly, or as an operator where torch.compile cannot look into it."""
+    """Call a prologue kernel: directly, or as an operator if torch.compile cannot trace it."""
     if torch.compiler.is_compiling() and not kernel.traceable:
         q, k, v, g, beta, recent = PROLOGUE_OPERATORS[kernel.op](
             *projected[:6], *weights[:4], *spec[:3], conv_state, keep, cu_seqlens, lengths, kernel.backend
@@ -292,7 +292,7 @@ NORM_OPERATOR.register_fake(lambda o, *_: torch.empty_like(o))
 
 
 def call_norm(kernel: registry.Kernel, o: Tensor, z: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
-    """Call a gated norm: directly, or as an operator where torch.compile cannot look into it."""
+    """Call a gated-norm kernel: directly, or as an operator if torch.compile cannot trace it."""
     if torch.compiler.is_compiling() and not kernel.traceable:
         return NORM_OPERATOR(o, z, weight, *spec[4:], kernel.backend)
     return kernel.fn(o, z, weight, spec)

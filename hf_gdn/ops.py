@@ -1,8 +1,7 @@
 """The functional API: the gated delta rule with flash-linear-attention's names, arguments and results.
 
-Code written for ``fla.ops`` runs unchanged on these four functions. They work under `torch.compile(fullgraph=True)`
-(`hf_gdn.operators`). The registry picks the kernel (`hf_gdn.registry`); calls that need gradients take a differentiable
-one.
+Code written for ``fla.ops`` runs unchanged on these four functions. They work under `torch.compile(fullgraph=True)`.
+The registry chooses the kernel (`hf_gdn.registry`); calls that need gradients get a differentiable one.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from .operators import OPERATORS, check, check_bounds, dims_of, shape_of
 
 __all__ = ["chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_gated_delta_rule", "fused_recurrent_kda"]
 
-# Arguments of fla's functions that are served in their default meaning only.
+# Arguments of fla's functions that are accepted with their default value only.
 _FLA_DEFAULTS: dict[str, Any] = {
     "gk": None,
     "gv": None,
@@ -38,7 +37,7 @@ _FLA_DEFAULTS: dict[str, Any] = {
 
 
 class _Activations(NamedTuple):
-    """Activations that fla's kernels can apply to the raw gate and beta."""
+    """Activations that fla's functions can apply to the raw gate and beta."""
 
     use_gate_in_kernel: bool
     A_log: Tensor | None
@@ -48,12 +47,10 @@ class _Activations(NamedTuple):
     allow_neg_eigval: bool
 
     def gate(self, name: str, g: Tensor) -> Tensor:
-        """-exp(A_log) softplus(g + dt_bias), or with a lower bound lower_bound sigmoid(exp(A_log) (g + dt_bias))."""
+        """-exp(A_log) softplus(g + dt_bias), or lower_bound sigmoid(exp(A_log) (g + dt_bias)) with a lower bound."""
         if not self.use_gate_in_kernel:
             if (self.A_log, self.dt_bias, self.lower_bound) != (None, None, None):
-                raise TypeError(
-                    f"{name}(): A_log, dt_bias and lower_bound mean nothing without use_gate_in_kernel=True"
-                )
+                raise TypeError(f"{name}(): A_log, dt_bias and lower_bound need use_gate_in_kernel=True, got False")
             return g
         for argument, x, shape in (("A_log", self.A_log, g.shape[2:3]), ("dt_bias", self.dt_bias, g.shape[2:])):
             if x is not None and (x.numel() != shape.numel() or x.device != g.device):
@@ -101,7 +98,7 @@ def _call(
             raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
         if value is not _FLA_DEFAULTS[argument]:
             raise TypeError(
-                f"{name}() does not support {argument}={value!r}; only {_FLA_DEFAULTS[argument]!r} is served"
+                f"{name}() does not support {argument}={value!r}; only {_FLA_DEFAULTS[argument]!r} is supported"
             )
     per_channel = op.endswith("kda")
     if g is None:
@@ -155,24 +152,24 @@ def chunk_gated_delta_rule(
         q, k: ``[B, T, HK, K]``, float16, bfloat16 or float32 (float64 on the eager backend).
         v: ``[B, T, HV, V]``, same dtype, HV a multiple of HK.
         g: ``[B, T, HV]``, natural logarithm of the decay, at most 0.
-        beta: ``[B, T, HV]``, writing strength.
+        beta: ``[B, T, HV]``, the write strength.
         scale: factor on the output; ``K ** -0.5`` when None.
-        initial_state: ``[N, HV, K, V]``, N = B, or the number of packed sequences; zeros when None.
+        initial_state: ``[N, HV, K, V]``, where N is B or the number of packed sequences; zeros when None.
         output_final_state: return the state after the last token.
-        use_qk_l2norm_in_kernel: normalise q and k over K first.
-        use_beta_sigmoid_in_kernel: beta is given before its sigmoid; `allow_neg_eigval` doubles it then.
-        cu_seqlens: ``[N + 1]`` int32 or int64, boundaries of sequences packed along T, B = 1.
-        use_gate_in_kernel: g is given before the gate, ``-exp(A_log) * softplus(g + dt_bias)``.
-        A_log, dt_bias: ``[HV]``, for `use_gate_in_kernel`.
+        use_qk_l2norm_in_kernel: L2-normalise q and k over K first.
+        use_beta_sigmoid_in_kernel: apply the sigmoid to beta; with `allow_neg_eigval`, also double it.
+        cu_seqlens: ``[N + 1]`` int32 or int64, boundaries of sequences packed along T; B must be 1.
+        use_gate_in_kernel: apply the gate to g: ``-exp(A_log) * softplus(g + dt_bias)``.
+        A_log, dt_bias: ``[HV]``, parameters of the gate.
         backend: a backend's name, or ``"auto"``.
 
     Returns:
         o ``[B, T, HV, V]`` in v's dtype and the final state ``[N, HV, K, V]`` in fp32, or None.
 
     Raises:
-        ValueError: shapes, dtypes, devices or boundaries that do not fit; an unknown backend.
-        TypeError: an argument of fla's that is not supported, named.
-        BackendError: the backend asked for cannot serve the call.
+        ValueError: shapes, dtypes, devices or boundaries do not match, or the backend is unknown.
+        TypeError: an fla argument has a value that is not supported; the text names it.
+        BackendError: the named backend cannot serve the call.
 
     Source: Gated Delta Networks (arXiv 2412.06464), section 3.3.
 
@@ -283,8 +280,8 @@ def chunk_kda(
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi delta attention (KDA, one decay per channel) over whole sequences, chunk by chunk.
 
-    Arguments and results as in `chunk_gated_delta_rule`, but g is ``[B, T, HV, K]`` and may be as low as it likes,
-    dt_bias is ``[HV * K]``, and with `lower_bound` the gate is ``lower_bound * sigmoid(exp(A_log) * (g + dt_bias))``.
+    Arguments and results as in `chunk_gated_delta_rule`, except: g is ``[B, T, HV, K]`` without a lower limit; dt_bias
+    is ``[HV * K]``; with `lower_bound` the gate is ``lower_bound * sigmoid(exp(A_log) * (g + dt_bias))``.
 
     Source: Kimi Linear (arXiv 2510.26692), section 3.
 

@@ -1,8 +1,8 @@
-"""Which kernel serves a call, and why the others do not.
+"""Register kernels and choose the one that serves a call.
 
-An `Op` is a mathematical function with an oracle; a `Kernel` is one implementation of it, named by its backend.
-`resolve` picks one for a `Request`. Registering imports nothing: built-in kernels and those of other packages
-(entry-point group ``hf_gdn.kernels``) are loaded at the first question, and kernels registered before wait until then.
+An `Op` is a mathematical function with an oracle. A `Kernel` is one implementation of an op, named by its backend.
+`resolve` chooses a kernel for a `Request`. Built-in kernels and those of other packages (entry-point group
+``hf_gdn.kernels``) are loaded at the first query; kernels registered earlier are added then.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .errors import BackendError
 from .log import logger, warn_once
 
 ENTRY_POINT_GROUP = "hf_gdn.kernels"
-# What "auto" means in this process; read once.
+# The backend that "auto" stands for in this process; the environment is read once.
 DEFAULT_BACKEND = os.environ.get("HF_GDN_BACKEND") or "auto"
-# The order in which "auto" tries backends, whatever the order of imports. Other backends are appended unless registered
+# The order in which "auto" tries backends; import order does not matter. Other backends are appended unless registered
 # with `before`.
 _ORDER = ("triton", "fla", "eager")
-_BUILTIN = "hf_gdn.kernels"  # a folder for each backend; all its modules are imported
+_BUILTIN = "hf_gdn.kernels"  # has one folder per backend; all modules in these folders are imported
 
 
 @dataclass(frozen=True)
 class Request:
-    """What has to be known of a call to say whether a kernel can serve it.
+    """The properties of a call that decide whether a kernel can serve it.
 
     Args:
         op: name of the op, one of `ops()`.
@@ -52,17 +52,17 @@ class Request:
 
     @classmethod
     def of(cls, op: str, q: torch.Tensor, v: torch.Tensor) -> Request:
-        """The request that q ``[B, T, HK, K]`` and v ``[B, T, HV, V]`` make."""
+        """Build the request for q ``[B, T, HK, K]`` and v ``[B, T, HV, V]``."""
         return cls(op, q.device.type, q.dtype, q.shape[2], v.shape[2], q.shape[3], v.shape[3])
 
 
 @dataclass(frozen=True)
 class Op:
-    """A function to be served.
+    """A mathematical function that kernels implement.
 
     Args:
-        name: what kernels and requests call it.
-        reference: the oracle, with the kernels' own signature, in any float dtype.
+        name: its name in kernels and requests.
+        reference: the oracle; it has the kernels' signature and accepts any float dtype.
         make_inputs: ``make_inputs(B=, T=, HK=, HV=, K=, V=, dtype=, device=, seed=, decay=)`` returns the keyword
             arguments of a call, for tests and benchmarks.
     """
@@ -78,13 +78,13 @@ class Kernel:
 
     Args:
         op: name of the op it implements.
-        backend: name a user asks for it by.
-        fn: the function; its signature is the op's (see `hf_gdn.kernels`).
-        why_not: None when it serves the request, else one sentence that says why it does not.
-        differentiable: gradients flow through `fn`. A kernel without them hands calls that need gradients over to
-            the eager backend.
-        traceable: plain PyTorch that torch.compile may look into; others are called as opaque operators there.
-        max_tokens: for recurrent kernels, the tokens a call up to which it is used rather than the chunk kernel.
+        backend: name by which users select it.
+        fn: the function; it has the signature of the op (see `hf_gdn.kernels.contract`).
+        why_not: returns None if the kernel serves the request, else a sentence with the reason.
+        differentiable: whether gradients flow through `fn`. If not, calls that need gradients run on the eager backend.
+        traceable: whether `fn` is plain PyTorch that torch.compile may trace. If not, compiled code calls it as an
+            opaque operator.
+        max_tokens: for recurrent kernels, the largest number of tokens for which it is preferred to the chunk kernel.
     """
 
     op: str
@@ -99,15 +99,15 @@ class Kernel:
 _ops: dict[str, Op] = {}
 _kernels: dict[str, list[Kernel]] = {}
 _table: dict[tuple[str, str], Kernel] = {}  # by op and backend
-generation = 0  # grows with every kernel that is added or removed: what was decided before has to be decided again
-_chosen: dict[tuple, str] = {}  # backends that `resolve_cached` found, by request
+generation = 0  # incremented when a kernel is added or removed; cached choices of an older generation are invalid
+_chosen: dict[tuple, str] = {}  # cache of `resolve_cached`: backend by request
 _waiting: list[tuple[Kernel, str | None]] = []  # registered before the built-in kernels were loaded
 _loaded = False
 _lock = threading.RLock()
 
 
 def register_op(op: Op) -> Op:
-    """Add an op. Raises ValueError when its name is taken."""
+    """Add an op. Raises ValueError if its name is taken."""
     if op.name in _ops:
         raise ValueError(f"op {op.name!r} is registered already; registered ops: {', '.join(_ops)}")
     _ops[op.name] = op
@@ -120,11 +120,11 @@ def register(kernel: Kernel, *, before: str | None = None) -> Kernel:
 
     Args:
         kernel: the kernel.
-        before: name of the backend it goes ahead of in "auto"; last by default.
+        before: name of the backend that "auto" tries right after this one; by default the kernel is tried last.
 
     Raises:
-        ValueError: the op is unknown, it has a kernel of that backend already, or `before` has none. A kernel that is
-            registered before the first question to the registry is checked there.
+        ValueError: the op is unknown, already has a kernel of that backend, or has none of backend `before`. Kernels
+            registered before the first query of the registry are checked at that query.
     """
     if _loaded:
         _add(kernel, before)
@@ -160,7 +160,7 @@ def _changed() -> None:
 
 
 def unregister(op: str, backend: str) -> None:
-    """Take a kernel out again. Raises ValueError when there is none."""
+    """Remove a kernel. Raises ValueError if it does not exist."""
     _kernels[op].remove(get(op, backend))
     del _table[op, backend]
     _changed()
@@ -171,18 +171,18 @@ def _submodules(package: str) -> list[pkgutil.ModuleInfo]:
 
 
 def _load() -> None:
-    """Load built-in kernels, then add those that wait for them, then load plug-ins."""
+    """Load the built-in kernels, add the kernels in `_waiting`, then load plug-ins."""
     global _loaded
     with _lock:
         if _loaded:
             return
-        _loaded = True  # first, since a plug-in may ask the registry what is there
+        _loaded = True  # set first, because a plug-in may query the registry while it is loaded
         try:
             for folder in _submodules(_BUILTIN):
                 if folder.ispkg:
                     for module in _submodules(folder.name):
                         importlib.import_module(module.name)
-            # Kernels that go ahead of another one come last, so that the other one is there.
+            # Kernels with `before` are added last, so that the backend they name exists.
             _waiting.sort(key=lambda row: (row[0].backend not in _ORDER, row[1] is not None))
             while _waiting:
                 _add(*_waiting[0])
@@ -218,7 +218,7 @@ def backends() -> list[str]:
 
 
 def check_backend(backend: str) -> str:
-    """Return the backend's name, or raise ValueError when neither "auto" nor any kernel bears it."""
+    """Return the backend's name. Raises ValueError if it is neither "auto" nor the backend of any kernel."""
     valid = ["auto", *backends()]
     if backend not in valid:
         raise ValueError(f"unknown backend {backend!r}; valid backends: {', '.join(valid)}")
@@ -226,7 +226,7 @@ def check_backend(backend: str) -> str:
 
 
 def get(op: str, backend: str) -> Kernel:
-    """The kernel of that op and backend. Raises ValueError when there is none."""
+    """The kernel of that op and backend. Raises ValueError if there is none."""
     check_backend(backend)
     row = kernels(op)
     for kernel in row:
@@ -236,22 +236,22 @@ def get(op: str, backend: str) -> Kernel:
 
 
 def get_or_none(op: str, backend: str) -> Kernel | None:
-    """The kernel of that op and backend, None where there is none: for hot paths, nothing is checked."""
+    """The kernel of that op and backend, or None. For hot paths: it checks nothing and loads nothing."""
     return _table.get((op, backend))
 
 
 def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False) -> Kernel:
-    """The kernel that serves a request.
+    """Choose the kernel that serves a request.
 
     Args:
-        request: the call to be served.
-        backend: ``"auto"`` takes the first that can, in declared order, and warns once when that is not the first;
-            any other name is that backend or an error.
-        needs_grad: gradients are wanted: a kernel without them hands over to the eager backend.
+        request: the call to serve.
+        backend: ``"auto"`` takes the first kernel that serves the request, in the order of `kernels`, and warns once
+            if an earlier one refused. A named backend serves the request or raises an error.
+        needs_grad: whether gradients are needed. If the chosen kernel has no backward, the eager one is returned.
 
     Raises:
         ValueError: unknown op or backend.
-        BackendError: the backend named, or with "auto" every backend, refuses the request; the text is the refusal.
+        BackendError: the named backend, or with "auto" every backend, refuses the request; the text gives the reason.
     """
     backend = DEFAULT_BACKEND if backend == "auto" else backend
     if backend == "auto":
@@ -291,5 +291,5 @@ def _resolved_backend(
 def resolve_cached(
     op: str, device_type: str, dtype: torch.dtype, dims: tuple[int, int, int, int], backend: str, needs_grad: bool
 ) -> Kernel:
-    """`resolve`, remembered: what hot paths and traced functions call. `dims` are HK, HV, K and V."""
+    """Cached `resolve` for hot paths and traced functions. `dims` are HK, HV, K and V."""
     return _table[op, _resolved_backend(op, device_type, dtype, dims, backend, needs_grad)]

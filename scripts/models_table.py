@@ -1,4 +1,4 @@
-"""Writes docs/models.md and the table of README from the registries: which family has which feature on which backend.
+"""Writes docs/models.md and the table of README from the registries: what each family can do, on which backend.
 
 python scripts/models_table.py          write both
 python scripts/models_table.py --check  exit 1 when either is not what would be written
@@ -99,9 +99,18 @@ norm from `eager`.
 """
 
 
+def summary() -> str:
+    """A short table: what a family cannot do, rather than all it can."""
+    rows = []
+    for name, family in patches.all_families().items():
+        missing = ", ".join(feature for feature, _ in family.cannot) or "nothing"
+        rows.append([f"`{name}`", VARIANTS[family.variant], f"{versions.since(name)} on", missing])
+    return table(["model type", "layer", "transformers", "not supported"], rows)
+
+
 def readme(text: str) -> str:
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{features()}\n{END}{rest.split(END, 1)[1]}"
+    return f"{before}{BEGIN}\n{summary()}\n{END}{rest.split(END, 1)[1]}"
 
 
 def main() -> int:

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel as Model
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hf_gdn.loading.data import held_out_text, stdlib_files  # noqa: E402
+from hf_gdn.loading.stdlib_text import held_out_text, stdlib_files  # noqa: E402
 
 END, END_ID, VOCABULARY = "<|endoftext|>", 0, 1024
 WINDOW, BATCH, LEARNING_RATE, EVAL_WINDOWS, CUT = 512, 3, 3e-3, 64, 64
@@ -40,22 +40,49 @@ MAX_BYTES, MAX_PERPLEXITY, MIN_RISE = 4_000_000, 14.0, 1.02
 
 ZEROED = ("A_log", "out_proj.weight", "o_proj.weight", "down_proj", "down_proj.weight")
 COMMON = dict(
-    vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, moe_intermediate_size=128,
-    num_hidden_layers=4, layer_types=["linear_attention"] * 3 + ["full_attention"],
-    num_attention_heads=2, num_experts_per_tok=2, linear_conv_kernel_dim=4,
-    max_position_embeddings=4096, bos_token_id=END_ID, eos_token_id=END_ID, pad_token_id=END_ID,
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    hidden_size=128,
+    intermediate_size=384,
+    moe_intermediate_size=128,
+    num_hidden_layers=4,
+    layer_types=["linear_attention"] * 3 + ["full_attention"],
+    num_attention_heads=2,
+    num_experts_per_tok=2,
+    linear_conv_kernel_dim=4,
+    max_position_embeddings=4096,
+    bos_token_id=END_ID,
+    eos_token_id=END_ID,
+    pad_token_id=END_ID,
+)
 CONFIGS = dict(  # in both the first layer is dense, the others are mixtures of experts
     qwen3_next=dict(
-        num_key_value_heads=1, head_dim=32, linear_key_head_dim=32, linear_value_head_dim=32,
-        linear_num_key_heads=2, linear_num_value_heads=4, mlp_only_layers=[0], num_experts=4,
-        shared_expert_intermediate_size=128, tie_word_embeddings=True),
+        num_key_value_heads=1,
+        head_dim=32,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        mlp_only_layers=[0],
+        num_experts=4,
+        shared_expert_intermediate_size=128,
+        tie_word_embeddings=True,
+    ),
     kimi_linear=dict(
-        num_key_value_heads=2, linear_head_dim=32, linear_num_heads=4, kv_lora_rank=32,
-        qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, num_local_experts=4,
-        n_shared_experts=1, n_group=1, topk_group=1, routed_scaling_factor=2.0,
-        mlp_layer_types=["dense", "sparse", "sparse", "sparse"]),
-)  # fmt: skip
+        num_key_value_heads=2,
+        linear_head_dim=32,
+        linear_num_heads=4,
+        kv_lora_rank=32,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        num_local_experts=4,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=2.0,
+        mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+    ),
+)
 MODELS = "transformers.models"
 KERNELS = {  # the chunked functions that the linear attention layers call
     "qwen3_next": f"{MODELS}.qwen3_next.modeling_qwen3_next.torch_chunk_gated_delta_rule",

@@ -12,7 +12,9 @@ import torch
 import transformers
 
 import hf_gdn
+from hf_gdn.kernels.triton.runtime import INTERPRET
 from tests import tiny
+from tests.access_checker import AccessChecker
 
 
 def pytest_collection_modifyitems(items):
@@ -49,6 +51,26 @@ def _old_names_are_errors():
     logging.getLogger("transformers").addHandler(handler)
     yield
     logging.getLogger("transformers").removeHandler(handler)
+
+
+@pytest.fixture(scope="session")
+def access_checker():
+    """Watches all launches in Triton's interpreter from the first test that needs it on."""
+    checker = AccessChecker()
+    checker.install()
+    return checker
+
+
+@pytest.fixture(autouse=True)
+def _no_races(request):
+    """Fails a test in whose launches programs race, or threads do, or an address lies outside the launch's tensors."""
+    if not INTERPRET or "interpret" not in request.keywords:
+        yield
+        return
+    checker = request.getfixturevalue("access_checker")
+    checker.findings.clear()
+    yield
+    assert not checker.findings, f"found in the test's launches: {sorted(checker.findings)}"
 
 
 @pytest.fixture(autouse=True)

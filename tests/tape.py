@@ -6,6 +6,7 @@ addresses alone, and what would wait for the device, or copy to it, fails while 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ class Tape:
     replayed = 0
     free = 1 << 40
     raises: BaseException | None = None  # at the end of the next recording
+    waits = 0  # warm-up steps to come that wait for the device
 
     def __init__(self, function, device) -> None:
         recorder = _Recorder()
@@ -105,6 +107,15 @@ class Tape:
             for x, value in zip(made, new):
                 x.copy_(value)
         Tape.replayed += 1
+
+    @staticmethod
+    @contextlib.contextmanager
+    def watch(device):
+        waits = []
+        yield waits
+        if Tape.waits:
+            Tape.waits -= 1
+            waits.append("model.py:7")
 
     @staticmethod
     def room(device) -> int:

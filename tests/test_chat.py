@@ -16,7 +16,8 @@ import transformers
 
 import hf_gdn
 from hf_gdn import cli
-from hf_gdn.conversation import Conversation, Interrupt, Options
+from hf_gdn.chat.conversation import Conversation, Interrupt
+from hf_gdn.chat.options import ChatOptions
 from hf_gdn.errors import UserError
 from hf_gdn.loading import models
 from tests import tiny
@@ -40,8 +41,13 @@ class Terminal:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "200"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "hf_gdn", "chat", *arguments],
-            stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True, preexec_fn=own,
-        )  # fmt: skip
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=own,
+        )
         os.close(theirs)
         self.ours, self.seen = ours, ""
 
@@ -203,7 +209,7 @@ def test_another_process_goes_on_until_it_is_stopped(first, saved, folder, loade
 def talk(loaded):
     """A conversation with an embedded model, greedy; stop and show that do nothing."""
     with hf_gdn.patched(strict=True):
-        yield lambda **options: Conversation(loaded, Options(**{"new_tokens": 8, "temperature": 0, **options}))
+        yield lambda **options: Conversation(loaded, ChatOptions(**{"new_tokens": 8, "temperature": 0, **options}))
 
 
 def nothing(text):
@@ -290,10 +296,10 @@ def test_a_load_that_is_stopped_changes_nothing(talk, tmp_path):
 
 
 def test_options_of_sampling():
-    assert Options().sampling() == {}
-    assert Options(temperature=0).sampling()["do_sample"] is False
-    assert Options(top_p=0.9).sampling() == dict(do_sample=True, top_p=0.9)
-    assert Options(temperature=0.7, top_p=0.9).sampling() == dict(do_sample=True, temperature=0.7, top_p=0.9)
+    assert ChatOptions().sampling() == {}
+    assert ChatOptions(temperature=0).sampling()["do_sample"] is False
+    assert ChatOptions(top_p=0.9).sampling() == dict(do_sample=True, top_p=0.9)
+    assert ChatOptions(temperature=0.7, top_p=0.9).sampling() == dict(do_sample=True, temperature=0.7, top_p=0.9)
 
 
 @pytest.mark.parametrize(

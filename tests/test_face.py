@@ -48,7 +48,7 @@ logging.getLogger("hf_gdn.patches").info("info")
 
 def test_an_unknown_level_is_named():
     done = run("import hf_gdn", HF_GDN_LOG="verbose")
-    assert done.returncode == 0 and "HF_GDN_LOG=verbose is no level; levels: DEBUG, INFO" in done.stderr
+    assert done.returncode == 0 and "HF_GDN_LOG=verbose is not a log level; levels: DEBUG, INFO" in done.stderr
 
 
 def test_warnings_are_seen_in_programs_that_configure_no_logging():

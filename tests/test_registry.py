@@ -3,14 +3,17 @@
 import dataclasses
 import logging
 import os
+import re
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import torch
 
 from hf_gdn import log, registry
 from hf_gdn.errors import BackendError
+from hf_gdn.kernels.triton import runtime
 from hf_gdn.registry import Kernel, Request
 from tests import tiny
 
@@ -62,6 +65,32 @@ def test_refusals_are_one_sentence_each():
         if kernel.backend != "eager":
             sentence = kernel.why_not(dataclasses.replace(REQUEST, op=kernel.op))
             assert sentence.startswith("needs") and "\n" not in sentence
+
+
+def test_triton_refuses_where_its_launchers_cannot_be_compiled(monkeypatch, tmp_path):
+    """At a first launch Triton runs a C compiler, with Python's headers."""
+    request = dataclasses.replace(REQUEST, device_type="cuda")
+    serves = registry.get("chunk_gdn", "triton").why_not
+    try:
+        for change, sentence in (
+            (lambda: monkeypatch.setenv("CC", "no-such-compiler"), "needs a C compiler .*no-such-compiler"),
+            (
+                lambda: (monkeypatch.delenv("CC"), monkeypatch.setenv("PATH", str(tmp_path))),
+                "gcc or clang is not on PATH",
+            ),
+            (
+                lambda: (
+                    monkeypatch.setenv("CC", sys.executable),
+                    monkeypatch.setattr(sysconfig, "get_paths", lambda _: {"include": str(tmp_path)}),
+                ),
+                "needs Python's headers .*Python.h",
+            ),
+        ):
+            change()
+            runtime.missing_build_tool.cache_clear()
+            assert re.search(sentence, serves(request))
+    finally:
+        runtime.missing_build_tool.cache_clear()
 
 
 def test_a_backend_asked_for_by_name_never_falls_back():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import DynamicCache, GenerationMixin, cache_utils, masking_utils
 
 import hf_gdn
@@ -57,7 +58,7 @@ def test_a_cache_is_taken_by_any_of_its_names():
         assert cache_names.look(given) == "held"
         assert cache_names.take(given) == "held" and given == {"other": 1}
     assert cache_names.take({"cache": None}) is None
-    with pytest.raises(TypeError, match="two caches were given"):
+    with pytest.raises(TypeError, match="expected one cache"):
         cache_names.take({"past_key_values": "one", "cache_params": "another"})
 
 
@@ -313,6 +314,8 @@ def newer(monkeypatch):
 
 
 def test_a_newer_version_is_checked_once_and_serves(family, newer, monkeypatch):
+    if family == "olmo_hybrid" and Version(transformers.__version__) < Version("5.21"):
+        pytest.skip("the original layer is wrong when it is called by itself (docs/differences.md)")
     checks, difference = [], self_check.difference
     monkeypatch.setattr(self_check, "difference", lambda *given: checks.append(1) or difference(*given))
     model = tiny.model(family)

@@ -1,7 +1,7 @@
-"""What transformers' caches of hybrid models lack.
+"""Cache features that transformers lacks for hybrid models.
 
-For users: `SinkCache`, `snapshot`, `restore`, `fork`, `save`, `load` and `PrefixCache`, each imported on first use.
-`row_methods` and `rollback` are what `hf_gdn.patch()` adds to transformers' own caches.
+The public API is `SinkCache`, `PrefixCache`, `snapshot`, `restore`, `fork`, `save`, `load` and `fingerprint`, each
+imported on first use. `row_methods` and `rollback` contain methods that `hf_gdn.patch()` adds to transformers' caches.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Shared prefixes of prompts are read once: caches keyed by token ids, within a budget of bytes.
+"""Prefix cache: a shared prompt prefix is processed only once. Entries are keyed by token ids, within a byte budget.
 
-Recurrent states cannot be cut back to an earlier token, so a prefix is found again only where a snapshot was taken: at
-every multiple of `every` tokens and at the end of each prompt. Snapshots make a tree. A node holds the states at its
-end, and keys and values of its own tokens alone: those of the tokens before are its ancestors', so that nested prefixes
-hold nothing twice. What was used least recently goes first, from the leaves.
+Recurrent states cannot be cropped to an earlier token, so a prefix can only be reused where a snapshot was taken: at
+every multiple of `every` tokens and at the end of each prompt. Snapshots form a tree. A node holds the states at its
+end, and keys and values of its own tokens only; those of earlier tokens are in its ancestors, so nothing is stored
+twice. Eviction removes the least recently used leaf first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Ids = tuple[int, ...]
 
 
 class _Node:
-    """Tokens `ids` read after its parent's; `held` is the states at their end, and their keys and values."""
+    """The tokens `ids` that follow those of `parent`. `held` has their keys and values and the states at their end."""
 
     def __init__(self, parent: _Node | None, ids: _Ids, held: Snapshot | None) -> None:
         self.parent, self.ids, self.held = parent, ids, held
@@ -34,11 +34,11 @@ class _Node:
         self.used = 0
 
     def path(self) -> list[_Node]:
-        """From the root's child to this one."""
+        """The nodes from the root, exclusive, to this node."""
         return [] if self.parent is None else [*self.parent.path(), self]
 
     def deepest(self, ids: _Ids) -> _Node:
-        """The node below, or this one, that `ids` goes furthest along."""
+        """The node, this one or below it, whose path is the longest prefix of `ids`."""
         found = self
         for size in {len(child) for child in self.children}:
             child = self.children.get(ids[self.end : self.end + size])
@@ -53,21 +53,21 @@ class _Node:
 
 
 class PrefixCache:
-    """Caches of prompts' beginnings, of one model.
+    """Caches prompt prefixes of one model.
 
-    ``model.generate(**inputs, cache=prefixes.prefill(**inputs))`` processes of a prompt only what comes after its
-    longest known prefix.
+    ``model.generate(**inputs, cache=prefixes.prefill(**inputs))`` processes only the tokens of a prompt after its
+    longest cached prefix.
 
     Args:
-        model: a causal language model; its weights must stay what they are, or `clear` be called.
-        max_bytes: budget of all that is kept; `nbytes` is what is taken.
-        every: tokens between snapshots inside a prompt. Each costs one set of recurrent states; where two prompts
-            part, up to `every` - 1 tokens that they share are read again.
-        device: where snapshots are kept; None: where they were made.
+        model: a causal language model. Call `clear` after changing its weights.
+        max_bytes: memory budget of all snapshots; `nbytes` is the current use.
+        every: tokens between snapshots inside a prompt. Each snapshot holds one set of recurrent states. If two prompts
+            diverge between snapshots, up to `every` - 1 shared tokens are processed again.
+        device: device that stores snapshots; None keeps them where they were made.
 
     Attributes:
-        tokens_read: tokens that went through the model in `prefill`.
-        tokens_reused: tokens that did not have to.
+        tokens_read: tokens that `prefill` ran through the model.
+        tokens_reused: tokens that `prefill` took from the cache (hits).
 
     Example:
         >>> from hf_gdn.caches import PrefixCache
@@ -89,19 +89,19 @@ class PrefixCache:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all prefixes."""
+        """Remove all prefixes."""
         self._root, self._clock, self.nbytes = _Node(None, (), None), 0, 0
 
     def __len__(self) -> int:
-        """Snapshots that are kept."""
+        """Number of snapshots."""
         return sum(1 for _ in self._root.below())
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: Cache | None = None) -> Cache:
-        """A cache that holds the beginning of a prompt, for `generate` or a forward to go on from.
+        """Return a cache that holds the beginning of a prompt; pass it to ``generate`` or to a forward.
 
-        One sequence is read up to its last token, which is left for the model to answer. Of several, the tokens with
-        which all of them begin are read once and put into every row; padding ends them.
+        A single sequence is processed up to, but excluding, its last token, which the model needs for its next logits.
+        Of several sequences, the common prefix is processed once and copied to all rows; it ends before any padding.
 
         Args:
             input_ids: ``[B, T]``.
@@ -109,8 +109,8 @@ class PrefixCache:
             cache: an empty cache to fill, such as a StaticCache; None makes a DynamicCache.
 
         Raises:
-            SnapshotError: the model's caches have no snapshots, or `cache` has no room.
-            ValueError: input_ids is not ``[B, T]``, or `cache` holds something.
+            SnapshotError: snapshots do not support the model's caches, or `cache` is too short.
+            ValueError: input_ids is not ``[B, T]``, or `cache` is not empty.
         """
         if input_ids.dim() != 2 or not input_ids.numel():
             raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
@@ -129,17 +129,20 @@ class PrefixCache:
 
     @torch.no_grad()
     def add(self, input_ids: Tensor, cache: Cache) -> None:
-        """Keep what a cache holds after generation, so that a next turn of the conversation goes on from there.
+        """Store a cache after generation, so that the next turn of the conversation continues from it.
 
         Args:
-            input_ids: ``[1, T]``, of all tokens, T at least as many as the cache holds.
-            cache: of one sequence without padding, read from its beginning.
+            input_ids: ``[1, T]``, the tokens of the whole sequence; T is at least the number of tokens in the cache.
+            cache: cache of one sequence without padding, from its first token on.
+
+        Raises:
+            ValueError: input_ids does not fit the cache, or the cache holds several sequences.
         """
         found = read(cache)
         if input_ids.dim() != 2 or len(input_ids) != 1 or input_ids.shape[1] < found.length or found.batch_size != 1:
             raise ValueError(
-                f"input_ids must be [1, T] with T ≥ {found.length}, as the cache holds {found.length} tokens of "
-                f"{found.batch_size} sequences; got {list(input_ids.shape)}"
+                f"input_ids must be [1, T] with T ≥ {found.length}, the tokens in the cache, and the cache must hold 1 "
+                f"sequence; got {list(input_ids.shape)} and {found.batch_size} sequences"
             )
         ids = tuple(input_ids[0, : found.length].tolist())
         node = self._root.deepest(ids)
@@ -148,7 +151,7 @@ class PrefixCache:
             self._keep(node, ids[node.end :], found)
 
     def _read(self, ids: _Ids, row: Tensor, cache: Cache, devices: list[torch.device | None]) -> None:
-        """Fill an empty cache of one sequence with `ids`, the first of `row` ``[1, T]``."""
+        """Fill an empty cache of one sequence with `ids`, which are the first tokens of `row` ``[1, T]``."""
         node = self._root.deepest(ids)
         self._touch(node)
         start = node.end
@@ -163,7 +166,7 @@ class PrefixCache:
             start = end
 
     def _keep(self, node: _Node, ids: _Ids, found: Snapshot) -> _Node:
-        """Add a node for `ids` after `node`, which ends there in `found`. Returns it, or `node` if there is no room."""
+        """Add a child of `node` for the tokens `ids`, with their part of `found`; return `node` if there is no room."""
         held = _after(found, node.end)
         if not self._make_room(held.nbytes, node.path()):
             return node
@@ -179,7 +182,7 @@ class PrefixCache:
             step.used = self._clock
 
     def _make_room(self, size: int, kept: list[_Node]) -> bool:
-        """Forget leaves until there is room for `size` bytes, but none of `kept`; False when that is not enough."""
+        """Evict leaves, but none of `kept`, until `size` bytes fit. Returns False if they cannot fit."""
         if sum(node.nbytes for node in kept) + size > self.max_bytes:
             return False
         while self.nbytes + size > self.max_bytes:
@@ -192,7 +195,7 @@ class PrefixCache:
 
 
 def _common(input_ids: Tensor, mask: Tensor | None) -> _Ids:
-    """The tokens with which all rows begin, but for the last of T."""
+    """The common prefix of all rows, without padding and of at most T - 1 tokens."""
     same = (input_ids == input_ids[:1]).all(0)
     if mask is not None:
         same = same & (mask != 0).all(0)
@@ -201,14 +204,14 @@ def _common(input_ids: Tensor, mask: Tensor | None) -> _Ids:
 
 
 def _after(found: Snapshot, start: int) -> Snapshot:
-    """A snapshot's states at its end, and its keys and values from token `start` on. It shares their memory."""
+    """A view of a snapshot with its states, but keys and values from token `start` on only."""
     return found._with(
         lambda name, part: part.narrow(GROWING[name], start, found.length - start) if name in GROWING else part
     )
 
 
 def _join(path: list[Snapshot]) -> Snapshot:
-    """The whole snapshot that pieces, each of tokens after the one before, make together."""
+    """Join the snapshots of consecutive runs of tokens."""
     layers = tuple(
         {
             name: torch.cat([piece.layers[index][name] for piece in path], GROWING[name]) if name in GROWING else part

@@ -1,15 +1,15 @@
-"""Rolling tokens back: what linear-attention cache layers record, and `crop`.
+"""Roll back tokens in linear-attention cache layers: recording, and `crop`.
 
-A recurrent state cannot be run backwards, so something has to be kept for every token that may be rolled back. A copy
-of the state per token is 2 MiB a layer in Qwen3-Next. The outputs of the token's projections are 24 KiB, and replaying
-a few tokens from an earlier state costs as much as decoding them did, and only when tokens are really rejected. So a
-layer keeps a copy of its states and the projections of the tokens since (a *span*), and `crop` replays those that stay.
+A recurrent state cannot be reversed, so something must be stored for every token that may be rolled back. In
+Qwen3-Next, a copy of the state takes 2 MiB per token and layer, the outputs of the token's projections take 24 KiB.
+Replaying a few tokens costs as much as decoding them, and is needed only when tokens are rejected. So a layer stores a
+copy of its states and the projections of the tokens since then (a *span*), and `crop` replays the tokens that are kept.
 
 A new span starts before each draft and after each rollback, which bounds the tokens to replay. Earlier spans are kept,
-because universal assistants, which tokenize text again, roll back more tokens than they added. Short spans are joined,
-so that there are three at most.
+because universal assistants tokenize the text again and may roll back more tokens than they added. Short spans are
+joined, so a layer has at most three.
 
-Convolution states are replayed together with recurrent states and keep their width; both keep their addresses.
+Convolution states are replayed together with recurrent states and keep their width; both are updated in place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..upstream.tensors import version
 
-# The number of tokens that can always be rolled back, and the length from which a span is not joined to another one.
+# The number of tokens that can always be rolled back. Spans of at least this length are not joined.
 RECORDED = 64
 _KEY = "_hf_gdn_history"  # in a cache layer's __dict__
 Replay = Callable[[Any, Tensor, Tensor], Any]
@@ -34,8 +34,7 @@ class TokenRun(NamedTuple):
 
     Attributes:
         projected: a named tuple of tensors ``[B, t, ...]`` or None.
-        real: ``[T]``, t of them true: which of the call's T positions hold tokens, the others hold padding; None where
-            t = T.
+        real: ``[T]``, true for the t positions of the call that hold tokens, false for padding; None if t = T.
         length: T.
     """
 
@@ -54,16 +53,16 @@ class TokenRun(NamedTuple):
 
 @dataclass
 class History:
-    """A span: copies of a layer's states from before some tokens, and the tokens.
+    """A span: copies of a layer's states before some tokens, and these tokens.
 
     Args:
         current: the layer's own convolution and recurrent state, after the tokens.
-        versions: how often these two had been written to then.
+        versions: version counters of these two tensors after the tokens.
         conv_state, state: copies of them from before the first token.
         empty: whether the layer held no tokens before the first one.
-        runs: the tokens since.
+        runs: the tokens of the span.
         replay: ``replay(projected, conv_state, state)`` updates both states in place; None until it is known.
-        earlier: the span before this one, where it is kept (`_next_span`).
+        earlier: the previous span, if it is kept (`_next_span`).
     """
 
     current: tuple[Tensor, Tensor]
@@ -80,7 +79,7 @@ class History:
 
     @property
     def max_rollback(self) -> int:
-        """How many tokens can be rolled back."""
+        """Number of tokens that can be rolled back."""
         return len(self) + (0 if self.earlier is None else self.earlier.max_rollback)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> History:
@@ -99,7 +98,7 @@ class History:
         return found
 
     def replay_tokens(self, runs: list[TokenRun], conv_state: Tensor, state: Tensor) -> None:
-        """Update both states with these tokens, in place."""
+        """Replay tokens: update both states in place."""
         assert self.replay is not None
         for run in runs:
             if run.projected[0].shape[1] > 0:
@@ -111,7 +110,7 @@ def _versions(tensors: tuple[Tensor, Tensor]) -> tuple[int, ...]:
 
 
 def history_of(layer: Any) -> History | None:
-    """What a cache layer has recorded; None if nothing, or if others have written to its states since."""
+    """The recorded history of a cache layer; None if there is none or other code has modified the states since."""
     history = layer.__dict__.get(_KEY)
     if history is None:
         return None
@@ -121,7 +120,7 @@ def history_of(layer: Any) -> History | None:
 
 
 def _next_span(history: History, conv_state: Tensor, state: Tensor) -> History:
-    """The span after one that ends in these two states, which are kept."""
+    """Start the span that follows `history`. The two states at its beginning are stored, not copied."""
     closed = history.earlier
     if closed is None or len(closed) >= RECORDED:
         closed = history
@@ -133,19 +132,19 @@ def _next_span(history: History, conv_state: Tensor, state: Tensor) -> History:
 
 
 def begin_recording(layer: Any, conv_state: Tensor, state: Tensor, length: int) -> History:
-    """Call before a recording layer processes `length` tokens. The states of a layer that holds no tokens are zeros."""
+    """Call before a recording layer processes `length` tokens. If the layer is empty, pass states of zeros."""
     history = history_of(layer) if layer.has_previous_state[0] else None
     if history is None:
         empty = not layer.has_previous_state[0]
-        copies = (conv_state, state) if empty else (conv_state.clone(), state.clone())  # zeros are not shared
+        copies = (conv_state, state) if empty else (conv_state.clone(), state.clone())  # zeros belong to this call
         return History((conv_state, state), (), *copies, empty, [])
-    if history.runs and (length > 1 or len(history) >= RECORDED):  # several tokens are a draft: some may be rejected
+    if history.runs and (length > 1 or len(history) >= RECORDED):  # several tokens are a draft, which may be rejected
         history = layer.__dict__[_KEY] = _next_span(history, conv_state.clone(), state.clone())
     return history
 
 
 def record(layer: Any, history: History, projected: Any, real: Tensor | None) -> None:
-    """Call after the layer has processed the tokens (`TokenRun`)."""
+    """Call after the layer has processed the tokens; arguments as in `TokenRun`."""
     history.current = layer.conv_states[0], layer.recurrent_states[0]
     history.versions = _versions(history.current)
     history.runs.append(TokenRun(projected, real, projected[0].shape[1] if real is None else len(real)))
@@ -153,12 +152,12 @@ def record(layer: Any, history: History, projected: Any, real: Tensor | None) ->
 
 
 def discard(layer: Any) -> None:
-    """Call when a layer processes tokens that are not recorded."""
+    """Delete the history. Call when a layer processes tokens that are not recorded."""
     layer.__dict__.pop(_KEY, None)
 
 
 def _roll_back(layer: Any, history: History, count: int) -> History:
-    """Roll back `count` tokens, at most `max_rollback`; returns what is the layer's history then."""
+    """Roll back `count` tokens, at most `max_rollback`. Returns the layer's new history."""
     if count == 0:
         return history
     while count > len(history):
@@ -179,28 +178,28 @@ def _roll_back(layer: Any, history: History, count: int) -> History:
 
 
 def make_crop(original: Callable[[Any, int], None]) -> Callable[[Any, int], None]:
-    """The method that replaces a linear-attention cache layer's ``crop``."""
+    """Make the method that replaces ``crop`` of linear-attention cache layers."""
 
     def crop(self: Any, tokens_to_remove: int) -> None:
-        """Roll the last `-tokens_to_remove` tokens back, recurrent states included.
+        """Roll back the last `-tokens_to_remove` tokens, including recurrent states.
 
         Raises:
-            RuntimeError: the layer does not record its past, or has not recorded so many tokens. Nothing is changed.
+            RuntimeError: the layer does not record its past, or has recorded fewer tokens. Nothing is changed.
         """
         if not self.record_past or tokens_to_remove > 0:
-            return original(self, tokens_to_remove)  # which refuses
-        history, count = history_of(self), -int(tokens_to_remove)  # generate() gives tensors
+            return original(self, tokens_to_remove)  # raises an error
+        history, count = history_of(self), -int(tokens_to_remove)  # generate() passes tensors
         recorded = 0 if history is None else history.max_rollback
         if count > recorded and any(self.is_recurrent_states_initialized.values()):
             raise RuntimeError(
-                f"crop({tokens_to_remove}) rolls {count} tokens back, the layer has recorded {recorded}; patched "
-                f"models record the last {RECORDED} or more since activate_past_recording(), without gradients, of "
-                "several rows without padding"
+                f"crop({tokens_to_remove}) rolls back {count} tokens, the layer has recorded {recorded}; after "
+                f"activate_past_recording(), patched models record at least the last {RECORDED} tokens, without "
+                "gradients and of several rows only without padding"
             )
         discard(self)
         if history is not None:
             history = self.__dict__[_KEY] = _roll_back(self, history, count)
-        # The convolution states of layers of other kinds, in which transformers keeps the whole past.
+        # The other convolution states of a layer: transformers keeps the whole past in them.
         for i, states in self.conv_states.items():
             if states is not None and (i > 0 or history is None):
                 end = states.shape[-1] - count
@@ -211,17 +210,17 @@ def make_crop(original: Callable[[Any, int], None]) -> Callable[[Any, int], None
 
 
 def make_is_croppable(original: property) -> property:
-    """The property that replaces a linear-attention cache layer's ``is_croppable``.
+    """Make the property that replaces ``is_croppable`` of linear-attention cache layers.
 
-    ``generate`` reads it after the prefill that starts assisted decoding.
+    ``generate`` reads it after the prefill of assisted decoding.
     """
 
     def is_croppable(self: Any) -> bool:
-        """Whether `crop` can roll tokens back: it can while the layer records its past."""
+        """Whether `crop` can roll back tokens: true while the layer records its past."""
         return bool((self.record_past and history_of(self) is not None) or original.__get__(self))
 
     return property(is_croppable)
 
 
-# Attribute of a linear-attention cache layer -> what makes its replacement from the original.
+# Attribute of a linear-attention cache layer -> function that makes its replacement from the original.
 METHODS: dict[str, Callable[[Any], Any]] = {"crop": make_crop, "is_croppable": make_is_croppable}

@@ -1,7 +1,7 @@
-"""Selecting and repeating sequences in the caches of linear-attention layers.
+"""Select and repeat sequences in the caches of linear-attention layers.
 
-transformers' layers of keys and values have ``batch_select_indices`` and ``batch_repeat_interleave``, its linear ones
-lack them: contrastive search, or one prefill for several answers, ends in an AttributeError. ``patch()`` adds the two.
+transformers' attention cache layers have ``batch_select_indices`` and ``batch_repeat_interleave``, its linear-attention
+ones do not: contrastive search, or one prefill for several answers, raises AttributeError. ``patch()`` adds both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..upstream import seams
 
 
 def _each(layer: Any, change: Callable[[Tensor], Tensor]) -> None:
-    """Replace both kinds of states, all or none of them."""
+    """Replace all convolution and recurrent states. If `change` raises, none is replaced."""
     kinds = (
         (layer.conv_states, layer.is_conv_states_initialized),
         (layer.recurrent_states, layer.is_recurrent_states_initialized),
@@ -26,25 +26,25 @@ def _each(layer: Any, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def batch_repeat_interleave(self: Any, repeats: int) -> None:
-    """Repeat every sequence of the layer's states `repeats` times, one beside the other."""
+    """Repeat every sequence of the layer's states `repeats` times; copies are adjacent."""
     _each(self, lambda states: states.repeat_interleave(repeats, dim=0))
     _also(self, "batch_repeat_interleave", repeats)
 
 
 def batch_select_indices(self: Any, indices: Tensor) -> None:
-    """Keep the sequences of the layer's states that `indices` ``[N]`` (or a boolean mask ``[B]``) names."""
+    """Keep the sequences of the layer's states selected by `indices` ``[N]`` or a boolean mask ``[B]``."""
     _each(self, lambda states: states[indices.to(states.device), ...])
     _also(self, "batch_select_indices", indices)
 
 
 def _also(layer: Any, name: str, argument: Any) -> None:
-    """Layers that hold keys and values as well come here first."""
+    """Call the same method of the next base class, which layers that also hold keys and values have."""
     method = getattr(super(seams.linear_cache_mixin(), layer), name, None)
     if method is not None:
         method(argument)
 
 
-# Method of a linear-attention cache layer -> what makes its replacement from the original.
+# Method of a linear-attention cache layer -> function that makes its replacement from the original.
 METHODS: dict[str, Callable[[Any], Any]] = {
     "batch_repeat_interleave": lambda _: batch_repeat_interleave,
     "batch_select_indices": lambda _: batch_select_indices,

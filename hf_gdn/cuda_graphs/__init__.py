@@ -1,7 +1,7 @@
-"""CUDA-graph decoding for ``generate``: `decode_session` says how it works.
+"""CUDA-graph decoding for ``generate``; `decode_session` explains how it works.
 
-`capture` wraps a CUDA graph, `model_state` and `cache_state` compare what a graph depends on, `captured_step` keeps the
-graphs of each model.
+`capture` wraps a CUDA graph. `model_state` and `cache_state` compare the state that a graph depends on. `captured_step`
+stores the graphs of each model.
 """
 
 from __future__ import annotations

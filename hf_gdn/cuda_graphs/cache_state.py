@@ -1,7 +1,7 @@
 """Compare and restore the raw state of a cache, for code that depends on tensor addresses.
 
-A cache's state is in the attributes of its layers and in the dicts among them; this works on those as they are, tensors
-and plain values alike, whatever class a layer has.
+The state of a cache is in the attributes of its layers, and in those attributes that are dicts. These functions treat
+tensors and plain values alike and work with any class of layers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Attributes = dict[Any, Any]
 
 
 def attributes(cache: Cache) -> list[Attributes]:
-    """The attributes of all layers, and the dicts in them: the cache's own dicts, not copies."""
+    """The attribute dicts of all layers, and all dicts in them; these are the cache's own dicts, not copies."""
     found: list[Attributes] = [vars(layer) for layer in cache.layers]
     for part in found:
         found += [value for value in part.values() if isinstance(value, dict)]
@@ -26,12 +26,12 @@ def attributes(cache: Cache) -> list[Attributes]:
 
 
 def changed(now: list[Attributes], before: list[Attributes]) -> Any:
-    """Name of an attribute that is another object or has another value than `before`, in copies, or None."""
+    """Name of an attribute that changed; None if none did. `before` has copies of the dicts in `now`."""
     if len(now) != len(before):
         return "layers"
     for part, old in zip(now, before):
         if [*part] == [*old] and all(map(is_, part.values(), old.values())):
-            continue  # most often
+            continue  # fast path
         if part.keys() != old.keys():
             return next(iter(part.keys() ^ old.keys()))
         for name, was in old.items():
@@ -42,14 +42,14 @@ def changed(now: list[Attributes], before: list[Attributes]) -> Any:
 
 
 def put_back(now: list[Attributes], before: list[Attributes]) -> None:
-    """Make the attributes what they were."""
+    """Restore the attributes from the copies in `before`."""
     for part, old in zip(now, before):
         part.clear()
         part.update(old)
 
 
 def layout(cache: Cache) -> tuple[Any, ...]:
-    """All but the tensors' contents: caches of the same layout can take each other's place."""
+    """Everything about a cache but the contents of its tensors. Caches of the same layout are interchangeable."""
     seen: dict[int, int] = {}
 
     def describe(value: Any) -> Any:

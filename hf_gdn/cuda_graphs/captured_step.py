@@ -1,10 +1,10 @@
-"""Captured decode steps, and those of each model.
+"""Captured decode steps, and the captured steps of each model.
 
-A graph knows addresses, not objects, and no Python runs in a replay. So what may change is compared: every step the
-cache (the same tensors, the same flags), and once per ``generate`` the model.
+A graph holds addresses, not objects, and a replay runs no Python. So everything that a graph depends on is compared:
+the cache (the same tensors and flags) at every step, the model once per ``generate``.
 
-No graph keeps a cache alive. When a cache that ``generate`` made dies, the last graph's tensors wait for the next cache
-of the same layout, which is moved into them, unless they would take more than an eighth of the free memory.
+Graphs do not keep caches alive. When a cache that ``generate`` made is freed, the tensors of the last graph are kept,
+and the next cache of the same layout is copied into them, unless they take more than an eighth of the free memory.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .model_state import model_state
 
 
 class CapturedStep:
-    """A captured decode step, with the tensors that it reads and writes."""
+    """A captured decode step and the tensors that it reads and writes."""
 
     def __init__(self, model: nn.Module, arguments: dict[str, Any], cache: Cache, key: Any, died: Any) -> None:
         self.key, self.died = key, died
-        self.own = not modules.is_users_cache(cache)  # generate() made it
+        self.own = not modules.is_users_cache(cache)  # made by generate(), so its tensors can be reused
         self.inputs: list[Tensor] = []
 
         def buffer(given: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class CapturedStep:
 
         def step() -> Any:
             outputs = model(**buffers, **cache_names.as_argument(cache))
-            return tree_map(lambda value: Cache if value is cache else value, outputs)  # a graph keeps no cache
+            return tree_map(lambda value: Cache if value is cache else value, outputs)  # do not keep the cache alive
 
         self._bind_cache(cache)
         device = self.inputs[0].device
@@ -48,8 +48,8 @@ class CapturedStep:
             self.capture = CAPTURES[device.type](step, device)
             name = cache_state.changed(self.live, self.held)
             if name is not None:
-                raise NotCapturable(f"a step gives the cache another {name!r}, which a replay would not")
-        finally:  # recording has run Python, though nothing on the device
+                raise NotCapturable(f"a step changes the cache's {name!r}, which a replay would not do")
+        finally:  # capturing has run the Python code, which may have changed the cache's attributes
             cache_state.put_back(self.live, self.held)
 
     def _bind_cache(self, cache: Cache) -> None:
@@ -60,16 +60,16 @@ class CapturedStep:
 
     @property
     def free(self) -> bool:
-        """Whether nobody has its cache any more."""
+        """Whether its cache and the cache's layers have been freed."""
         return self.cache() is None and all(layer() is None for layer in self.layers)
 
     @property
     def bytes(self) -> int:
-        """What its cache's tensors take."""
+        """Size of its cache's tensors."""
         return sum(value.nbytes for part in self.held for value in part.values() if isinstance(value, Tensor))
 
     def holds(self, cache: Cache) -> bool:
-        """Whether the cache is its own, as it was when the step was recorded."""
+        """Whether this is the cache it was captured with (or adopted), and its attributes are unchanged."""
         return (
             self.cache() is cache
             and len(cache.layers) == len(self.layers)
@@ -78,7 +78,7 @@ class CapturedStep:
         )
 
     def adopt(self, cache: Cache) -> None:
-        """Move another cache of the same layout into its tensors."""
+        """Take over another cache of the same layout: copy it into this step's tensors and bind them to it."""
         for attributes, before in zip(cache_state.attributes(cache), self.held):
             for name, own in before.items():
                 if isinstance(own, Tensor):
@@ -87,7 +87,7 @@ class CapturedStep:
         self._bind_cache(cache)
 
     def run(self, tensors: list[Tensor], cache: Cache) -> Any:
-        """One decode step. The outputs are the caller's to keep."""
+        """Replay one decode step. The outputs are clones, which later replays do not overwrite."""
         for own, given in zip(self.inputs, tensors):
             own.copy_(given)
         self.capture.replay()
@@ -99,37 +99,39 @@ class CapturedStep:
 
 
 class ModelGraphCache:
-    """The captured steps of a model in one state, the last one used at the end.
+    """The captured steps of a model in one state.
 
     Attributes:
-        state, reason: what `model_state` found.
-        warm: keys of steps that have run eagerly and may be captured.
-        refused: keys of steps that cannot be captured, and why.
-        steps: the captured steps.
+        state, reason: results of `model_state`.
+        warm: keys of steps that have run eagerly and can be captured.
+        waited: keys of steps whose first warm-up waited for the device.
+        refused: keys of steps that cannot be captured, with the reason.
+        steps: the captured steps, the most recently used last.
     """
 
     def __init__(self, state: tuple[Any, ...], reason: str | None) -> None:
         self.state, self.reason = state, reason
         self.lock = threading.RLock()
         self.warm: set[Any] = set()
+        self.waited: set[Any] = set()
         self.refused: dict[Any, str] = {}
         self.steps: list[CapturedStep] = []
 
     def evict(self, spare: float) -> None:
-        """Free the graphs whose cache is gone, but for the last one if its tensors take up to `spare` bytes."""
+        """Free the graphs whose cache was freed; keep the last of them if its tensors take at most `spare` bytes."""
         gone = [graph for graph in self.steps if graph.cache() is None]
         kept = next((graph for graph in gone[-1:] if graph.own and graph.bytes <= spare), None)
         self.steps = [graph for graph in self.steps if graph not in gone or graph is kept]
 
     def find(self, inputs: tuple[Any, ...], cache: Cache) -> CapturedStep | None:
-        """The cache's own graph of these inputs."""
+        """The graph that was captured with this cache and such inputs; None if there is none."""
         graph = next((graph for graph in self.steps if graph.key[0] == inputs and graph.holds(cache)), None)
         if graph is not None and graph is not self.steps[-1]:
             self.steps = [*(other for other in self.steps if other is not graph), graph]
         return graph
 
     def make(self, model: nn.Module, arguments: dict[str, Any], cache: Cache, key: Any) -> CapturedStep:
-        """A graph for a cache that has none: that of one that is gone, or a new one."""
+        """Return a graph for a cache that has none: reuse the graph of a freed cache, or capture a new one."""
         graph = next((graph for graph in self.steps if graph.key == key and graph.own and graph.free), None)
         if graph is not None and not modules.is_users_cache(cache):
             graph.adopt(cache)
@@ -145,7 +147,7 @@ class ModelGraphCache:
 
         try:
             graph = CapturedStep(model, arguments, cache, key, died)
-        except (NotCapturable, RuntimeError) as error:  # what CUDA and PyTorch raise in a capture
+        except (NotCapturable, RuntimeError) as error:  # CUDA and PyTorch raise RuntimeError during a capture
             self.refused[key] = str(error).partition("\n")[0] or type(error).__name__
             raise NotCapturable(self.refused[key]) from error
         self.steps = [*self.steps, graph]
@@ -161,7 +163,7 @@ def release() -> None:
 
 
 def graph_cache_of(model: nn.Module) -> ModelGraphCache:
-    """A model's captured steps, without those of a state that it is no longer in."""
+    """A model's captured steps. They are discarded if the model's state has changed."""
     state, reason = model_state(model)
     found = _models.get(model)
     if found is None or found.state != state:
@@ -171,5 +173,5 @@ def graph_cache_of(model: nn.Module) -> ModelGraphCache:
 
 
 def known_graphs(model: nn.Module) -> ModelGraphCache | None:
-    """A model's captured steps, whatever state it is in now; None when nothing was captured."""
+    """A model's captured steps, without comparing its state; None if it has none."""
     return _models.get(model)

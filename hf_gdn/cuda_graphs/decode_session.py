@@ -1,9 +1,9 @@
-"""Decode steps of ``generate`` as CUDA graphs, captured once for a model, a batch size and a cache length.
+"""Decode steps of ``generate`` as CUDA graphs, captured once per model, batch size and cache length.
 
-``generate`` asks a model's ``get_compiled_call`` for what runs its decode steps when the cache is static; with
-``hf_gdn.patch(cuda_graphs=True)`` it gets a `DecodeSession`. The first decode step of each shape runs eagerly as a
-warm-up, which loads and compiles kernels. The second is captured; its inputs are copied into static buffers, and it
-reads and writes the cache's own tensors. From then on a step is: copy the inputs, replay, clone the outputs.
+With a static cache, ``generate`` calls a model's ``get_compiled_call`` to get the function that runs its decode steps;
+with ``hf_gdn.patch(cuda_graphs=True)``, this is a `DecodeSession`. The first decode step of each shape runs eagerly as
+a warm-up, which loads and compiles kernels. The second is captured: its inputs are copied into static buffers, and it
+reads and writes the cache's own tensors. Each later step copies the inputs, replays the graph and clones the outputs.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .capture import CAPTURES, NotCapturable
 from .captured_step import ModelGraphCache, graph_cache_of, known_graphs
 from .model_state import model_state
 
-MAX_UNSTABLE_STEPS = 4  # steps of one generate() that run eagerly because they differ; after that all do
+MAX_UNSTABLE_STEPS = 4  # steps of one generate() without a matching graph, after which no more are prepared or captured
 
 
 class DecodeSession:
-    """A model as one ``generate`` calls it: steps of one token with a static cache are replayed, all else runs eagerly.
+    """Runs a model for one ``generate``: replays steps of one token with a static cache, runs all other calls eagerly.
 
-    Call it with the model's arguments by keyword; it returns what the model returns.
+    Call it with the model's keyword arguments; it returns the model's outputs.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.known: ModelGraphCache | None = None  # the model is looked at when the first step comes
+        self.known: ModelGraphCache | None = None  # set at the first step
         self.unstable_steps, self.unstable_reason = 0, "inputs"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -49,7 +49,7 @@ class DecodeSession:
             return self.model(**kwargs)
 
     def _step(self, kwargs: dict[str, Any]) -> Any:
-        """A step in a graph, or one that prepares it. Whatever raises NotCapturable has run nothing."""
+        """Replay, capture or warm up one step. If NotCapturable is raised, the step has not run."""
         if self.known is None:
             self.known = graph_cache_of(self.model)
         arguments = dict(kwargs)
@@ -78,14 +78,24 @@ class DecodeSession:
         return graph.run(tensors, cache)
 
     def _warm_up(self, known: ModelGraphCache, cache: Cache, key: Any, kwargs: dict[str, Any]) -> Any:
-        """The first step of each shape, eagerly. A replay does the same if the step leaves Python's state alone."""
+        """Run the first step of each shape eagerly. It can be captured if it changes no Python state and does not wait
+        for the device.
+
+        A first step may wait where later ones do not, for example to read a value that is then remembered. So a step
+        that waits gets one more warm-up. A capture that fails is worse than none: it may break PyTorch's allocator.
+        """
         before = [dict(attributes) for attributes in cache_state.attributes(cache)]
-        outputs = self.model(**kwargs)
+        with CAPTURES[kwargs["input_ids"].device.type].watch(kwargs["input_ids"].device) as waits:
+            outputs = self.model(**kwargs)
         name = cache_state.changed(cache_state.attributes(cache), before)
         if name is not None:
             self.unstable_reason = f"cache's {name!r}"
         elif model_state(self.model)[0] != known.state:
-            known.refused[key] = "a step changes attributes of the model, which a replay would not"
+            known.refused[key] = "a step changes attributes of the model, which a replay would not do"
+        elif waits and key in known.waited:
+            known.refused[key] = f"a step waits for the device ({waits[0]})"
+        elif waits:
+            known.waited.add(key)
         else:
             self.unstable_reason = "inputs"
             known.warm.add(key)
@@ -93,7 +103,7 @@ class DecodeSession:
 
 
 def _inputs(arguments: dict[str, Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """The tensors of nested arguments, and all else of them that makes a graph another one."""
+    """The tensors in nested arguments, and a key of everything else that a graph depends on, such as shapes."""
     leaves, nesting = tree_flatten(arguments)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     strange = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *cache_state.PLAIN))]
@@ -104,12 +114,12 @@ def _inputs(arguments: dict[str, Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
 
 
 def _check(cache: Cache, kwargs: dict[str, Any], autocast: bool) -> None:
-    """Raise NotCapturable for calls that no graph is made of."""
+    """Raise NotCapturable for calls that are never captured."""
     reasons = {
         f"the cache is a {type(cache).__name__}, not a static one": not cache.is_compileable,
         "the cache is offloaded": getattr(cache, "offloading", False),
-        "output_attentions is asked for": kwargs.get("output_attentions"),
-        "output_hidden_states is asked for": kwargs.get("output_hidden_states"),
+        "output_attentions is set": kwargs.get("output_attentions"),
+        "output_hidden_states is set": kwargs.get("output_hidden_states"),
         "gradients are on": torch.is_grad_enabled(),
         "autocast is on": autocast,
     }
@@ -121,7 +131,7 @@ def _check(cache: Cache, kwargs: dict[str, Any], autocast: bool) -> None:
 def make_get_compiled_call(
     original: Callable[..., Any], wanted: Callable[[nn.Module], bool]
 ) -> Callable[[Any, Any], Any]:
-    """The method that replaces transformers' ``get_compiled_call``: a `DecodeSession` for models that are `wanted`."""
+    """Make a replacement for ``get_compiled_call`` that returns a `DecodeSession` for models that are `wanted`."""
 
     @functools.wraps(original)
     def get_compiled_call(self: Any, compile_config: Any) -> Any:

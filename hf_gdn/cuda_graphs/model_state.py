@@ -1,4 +1,4 @@
-"""What a graph depends on in a model: weights, forwards, flags and configs, and what rules graphs out."""
+"""The state of a model that a graph depends on (weights, forwards, flags, configs), and what prevents capturing it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _IGNORED = modules.internal_attributes()
 
 
 def model_state(model: nn.Module) -> tuple[tuple[Any, ...], str | None]:
-    """Everything in a model that a graph depends on, to compare, and why it cannot be captured; None if it can."""
+    """A comparable value of everything in a model that a graph depends on, and why it cannot be captured (or None)."""
     configs: set[int] = set()
 
     def describe(value: Any) -> Any:
@@ -37,18 +37,18 @@ def model_state(model: nn.Module) -> tuple[tuple[Any, ...], str | None]:
     for name, module in model.named_modules():
         hooks = modules.forward_hooks(module)
         if modules.accelerate_hook(module) is not None:
-            reason = f"{name or 'the model'} has one of accelerate's hooks, which moves weights or inputs"
+            reason = f"{name or 'the model'} has an accelerate hook, which moves weights or inputs"
         elif any(not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks):
-            reason = f"{name or 'the model'} has a forward hook, which would run once and never again"
+            reason = f"{name or 'the model'} has a forward hook, which a replay would not run"
         found.append(type(module).forward)
         found += [describe(value) for name, value in vars(module).items() if name not in _IGNORED]
         devices |= {x.device for x in modules.own_tensors(module)}
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
-        reason = "its weights are split over processes"
+        reason = "its weights are sharded over processes"
     elif len(devices) > 1:
         reason = f"its weights are on several devices: {', '.join(sorted(map(str, devices)))}"
     elif modules.has_hooks_of_all_modules():
-        reason = "there are forward hooks for all modules"
+        reason = "global forward hooks are registered"
     elif model.training:
         reason = "it is in training mode"
     return tuple(found), reason

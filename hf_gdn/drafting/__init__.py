@@ -1,1 +1,1 @@
-"""Which tokens to draft in speculative decoding, and how many."""
+"""Speculative decoding: choose which tokens to draft, and how many."""

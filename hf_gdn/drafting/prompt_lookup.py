@@ -1,9 +1,9 @@
-"""Drafts of prompt lookup that cost little where they are refused.
+"""Prompt lookup whose draft length adapts to the acceptance rate.
 
-transformers drafts the same number of tokens whenever the last one stands somewhere in the text, right or not. Reading
-a draft is not free: its tokens go to experts of their own and through the recurrence, and states are taken back. So
-drafts become short and rare where they are refused, and long again where they are right. Which tokens come out does not
-depend on what was drafted.
+transformers drafts a fixed number of tokens whenever it finds the last tokens earlier in the text. Verifying a draft is
+not free: its tokens use additional experts, go through the recurrence, and rejected ones are rolled back. So drafts
+become shorter and less frequent when they are rejected, and long again when they are accepted. The generated tokens do
+not depend on the drafts.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 
 from ..upstream import seams
 
-PROBE = 2  # tokens of a draft after one of which nothing was right
-LONGEST_PAUSE = 32  # tokens
+PROBE = 2  # draft length after a draft that was rejected completely
+LONGEST_PAUSE = 32  # longest pause between drafts, in tokens
 
 
 class AdaptivePromptLookup:
-    """transformers' `PromptLookupCandidateGenerator`, whose ``num_output_tokens`` become the longest draft.
+    """Wraps transformers' `PromptLookupCandidateGenerator`; its ``num_output_tokens`` is the longest draft.
 
-    After a draft of which no token was right drafts have `PROBE` tokens; after two such drafts there is none for 1, 2,
-    4 ... `LONGEST_PAUSE` tokens. Where a token was right, drafts are long again.
+    After a draft without an accepted token, the next draft has `PROBE` tokens. After two and more such drafts in a row,
+    drafting pauses for 1, 2, 4 ... `LONGEST_PAUSE` tokens. After an accepted token, drafts are long again.
     """
 
     def __init__(self, lookup: Any) -> None:
@@ -30,7 +30,7 @@ class AdaptivePromptLookup:
         self.refusals, self.waiting, self.drafted = 0, 0, 0
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else that ``generate`` asks a candidate generator for is the wrapped one's."""
+        """Delegate everything else to the wrapped generator."""
         return getattr(self.lookup, name)
 
     def get_candidates(self, input_ids: Any, **kwargs: Any) -> Any:
@@ -51,7 +51,7 @@ class AdaptivePromptLookup:
 
 
 def make_get_candidate_generator(_: Any) -> Callable[..., Any]:
-    """The method that stands before GenerationMixin's in a patched family."""
+    """Make the method of a patched family that overrides GenerationMixin's."""
 
     def get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = getattr(seams.generation_class(), seams.CANDIDATES)(self, *args, **kwargs)

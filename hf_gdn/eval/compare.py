@@ -17,7 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UserError, reason
-from . import machine, report, sheets
+from . import tables, terminal
+from .records import read
+from .results import SCHEMA, Report, Spread
 
 # Figures of a speed cell's sides and which way is better; `first_call_s` is shown without being judged.
 _SIDES = {
@@ -38,43 +40,58 @@ class Figure:
     better: str = ""
 
 
-def load(path: str) -> dict[str, Any]:
+def load(path: str) -> Report:
     """A report.json. Raises UserError when it is none, or of another layout."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"report {path!r} cannot be read: {reason(error)}") from error
     schema = found.get("schema") if isinstance(found, dict) else None
-    if schema != report.SCHEMA:
-        raise UserError(f"report {path!r} has schema version {schema}; this hf_gdn reads version {report.SCHEMA}")
-    return found
+    if schema != SCHEMA:
+        raise UserError(f"report {path!r} has schema version {schema}; this hf_gdn reads version {SCHEMA}")
+    try:
+        return read(Report, found)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"report {path!r} is damaged: {reason(error)}") from error
 
 
-def figures(found: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+def figures(report: Report) -> Iterator[tuple[str, Figure]]:
     """All figures of a report by a name of their own."""
-    for result in found["results"]:
-        yield f"{result['model']}: passed", Figure(float(result["passed"]), "higher")
-        for row in result.get("parity", {}).get("comparisons", []):
-            name = f"{result['model']}, {row['name']}"
-            yield f"{name}: same model", Figure(float(row["grade"] == "same"), "higher" if row["decides"] else "")
+    for result in report.results:
+        yield f"{result.model}: passed", Figure(float(result.passed), "higher")
+        for row in result.comparisons():
+            name = f"{result.model}, {row.name}"
+            yield f"{name}: same model", Figure(float(row.grade == "same"), "higher" if row.decides else "")
             for statistic in ("ppl_original", "ppl_patched", "kl_mean"):
-                yield f"{name}: {statistic}", Figure(row["statistics"][statistic]["value"])
-        for cell in result.get("speed", {}).get("cells", []):
-            name = f"{result['model']}, {sheets.cell_name(cell)}"
-            yield f"{name}: counts", Figure(float(cell["counts"]), "higher")
-            if "failed" in cell:
+                yield f"{name}: {statistic}", _figure(row.statistics.estimates()[statistic].value)
+        for cell in result.cells():
+            name = f"{result.model}, {cell.name}"
+            yield f"{name}: counts", Figure(float(cell.counts), "higher")
+            if cell.patched is None:
                 continue
             for measure, better in _SIDES.items():
-                value = cell["patched"][measure]
-                value = value["median"] if isinstance(value, dict) else value
-                yield f"{name}: {measure}", Figure(value, better)
-            for measure, factor in cell["speedup"].items():
-                yield f"{name}: speed-up of {measure}", Figure(factor["median"], "higher")
-    for row in found.get("kernels", []):
-        name = sheets.kernel_name(row)
-        yield f"{name}: passed", Figure(float(row["passed"] is True), "higher")
-        yield f"{name}: ms", Figure(row["ms"], "lower")
-        yield f"{name}: extra_mib", Figure(row["extra_mib"], "lower")
+                value = getattr(cell.patched, measure)
+                yield f"{name}: {measure}", _figure(value.median if isinstance(value, Spread) else value, better)
+            for measure, factor in cell.speedups().items():
+                yield f"{name}: speed-up of {measure}", _figure(factor.median, "higher")
+        for way, found in ({} if result.stream is None else result.stream.ways).items():
+            name = f"{result.model}, stream, {way}"
+            yield f"{name}: ratio", _figure(found.ratio, "lower")
+            yield f"{name}: tokens_s", _figure(found.tokens_s, "higher")
+    for kernel in report.kernels or []:
+        yield f"{kernel.name}: passed", Figure(float(kernel.passed is True), "higher")
+        yield f"{kernel.name}: ms", _figure(kernel.ms, "lower")
+        yield f"{kernel.name}: extra_mib", _figure(kernel.extra_mib, "lower")
+    for layer in report.layers or []:
+        ours = layer.budget is not None  # not the original's time, nor that of the projections
+        yield f"{layer.name}: passed", Figure(float(layer.passed is not False), "higher")
+        yield f"{layer.name}: ms", _figure(layer.ms, "lower" if ours else "")
+        if ours:
+            yield f"{layer.name}: speedup", _figure(layer.speedup, "higher")
+
+
+def _figure(value: float | None, better: str = "") -> Figure:
+    return Figure(None if value is None or math.isnan(value) else value, better)
 
 
 @dataclass(frozen=True)
@@ -104,7 +121,7 @@ def _verdict(before: Figure, after: Figure, tolerance: float) -> str:
     return "REGRESSION" if gain < -tolerance else "better" if gain > tolerance else ""
 
 
-def changes(before: dict[str, Any], after: dict[str, Any], tolerance: float) -> list[Change]:
+def changes(before: Report, after: Report, tolerance: float) -> list[Change]:
     """Every figure of two reports; `tolerance` is the share by which one may be worse."""
     old, new = dict(figures(before)), dict(figures(after))
     found = []
@@ -120,14 +137,12 @@ def changes(before: dict[str, Any], after: dict[str, Any], tolerance: float) -> 
 def main(before: str, after: str, tolerance: float) -> bool:
     """Print two reports side by side. Returns whether the second is no regression."""
     a, b = load(before), load(after)
-    if a["kind"] != b["kind"]:
-        raise UserError(f"reports differ in kind: {before!r} is of kind {a['kind']!r}, {after!r} of {b['kind']!r}")
-    console = machine.console()
-    for part in ("machine", "versions"):
+    if a.kind != b.kind:
+        raise UserError(f"reports differ in kind: {before!r} is of kind {a.kind!r}, {after!r} of {b.kind!r}")
+    console = terminal.console()
+    for part, old, new in (("machine", a.machine, b.machine), ("versions", a.versions, b.versions)):
         differing = [
-            f"{name} {a[part].get(name)} → {b[part].get(name)}"
-            for name in {**a[part], **b[part]}
-            if a[part].get(name) != b[part].get(name)
+            f"{name} {old.get(name)} → {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)
         ]
         if differing:
             console.print(f"{part}: {', '.join(differing)}", highlight=False, markup=False)
@@ -135,7 +150,7 @@ def main(before: str, after: str, tolerance: float) -> bool:
     table = Table("", "before", "after", "after / before", "", title=f"{before} → {after}", title_justify="left")
     for change in found:
         style = {"REGRESSION": "red", "GONE": "red", "better": "green"}.get(change.verdict)
-        cells = (sheets.number(change.before), sheets.number(change.after), f"{change.ratio:.3f}", change.verdict)
+        cells = (tables.number(change.before), tables.number(change.after), f"{change.ratio:.3f}", change.verdict)
         table.add_row(escape(change.name), *cells, style=style)
     console.print(table)
     bad = [change.name for change in found if change.verdict in ("REGRESSION", "GONE")]

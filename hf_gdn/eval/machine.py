@@ -6,7 +6,6 @@ import datetime
 import inspect
 import platform
 import subprocess
-import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from .. import registry
+from ..loading.shapes import LARGE, SHAPES
 from ..patches import original_forward, status
+from . import terminal
 
 PACKAGES = (
     "hf-gdn",
@@ -117,20 +117,15 @@ def baseline(families: list[str]) -> dict[str, str]:
     return found
 
 
-def console() -> Console:
-    """Standard output, wide enough for tables where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 160)
-
-
 def show() -> None:
     """Print every op and backend with "serves" or its refusal, and the versions."""
     table = Table("op", "backend", "device", "verdict", title="hf_gdn backends")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for kernel in registry.kernels():
         for device in devices:
-            request = registry.Request(kernel.op, device, torch.float32, 16, 32, 128, 128)
+            request = SHAPES[LARGE[0]].request(kernel.op, torch.device(device), torch.float32)
             table.add_row(kernel.op, kernel.backend, device, kernel.why_not(request) or "serves")
-    out = console()
+    out = terminal.console()
     out.print(table)
     for name, version in versions().items():
         out.print(f"{name} {version}", highlight=False)

@@ -1,216 +1,195 @@
-"""Two sets of logits over the same tokens: how far apart, with standard errors, and is it the same model?
-
-`compare` reduces logits to a few numbers a token, `summarize` makes statistics of those, `grade` the verdict.
-
-Standard errors treat a window as one draw, since tokens of a text depend on each other: for a mean over tokens with
-residuals r, summed in each of G windows to R_w, SE = sqrt(G / (G - 1) * sum R_w^2) / n (the cluster-robust estimator;
-Miller, "Adding Error Bars to Evals", 2024). A single window counts its tokens as draws. Functions of a mean follow by
-the delta method, the correlation by (1 - r^2) / sqrt(n - 2), quantiles by their binomial order statistics; a maximum
-has no standard error.
-"""
+"""Is it still the same model? Logits of original and patched on the same weights and windows, token by token."""
 
 from __future__ import annotations
 
-import math
+import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, reason
+from ..loading.models import Loaded, check_length
+from ..loading.texts import Windows
+from ..patches import patched, unpatched
+from . import forward_modes, parity_statistics
+from .accuracy import SAME_MODEL
+from .options import ParityOptions
+from .parity_results import Comparison, FirstBad, Histogram, Parity, Trace
+from .progress import OnProgress
+from .resume import Row, Work
 
-# How many logits are widened to float64 at a time.
-SLAB = 1 << 22
-
-# The largest differences that still count as the same model, by dtype. `ppl_ratio` bounds |PPL patched / PPL original -
-# 1|, `kl_mean` the mean Kullback-Leibler divergence in nats, `same_top` (in per cent) is a lower bound. docs/report.md
-# has their derivation and what broken kernels reach.
-TOLERANCE = {
-    "float32": {"ppl_ratio": 1e-4, "kl_mean": 1e-8, "same_top": 99.9},
-    "float16": {"ppl_ratio": 2e-3, "kl_mean": 1e-4, "same_top": 99.0},
-    "bfloat16": {"ppl_ratio": 2e-3, "kl_mean": 3e-3, "same_top": 96.0},
-}
-# Beyond its own dtype's bounds but within these a model is "close", not "different": a kernel that rounds where the
-# original does not.
-CLOSE = {"float32": TOLERANCE["bfloat16"], "float16": TOLERANCE["bfloat16"]}
-QUANTILES = {"kl_median": 0.5, "kl_99": 0.99, "kl_999": 0.999}
-
-
-# ----------------------------------------------------------------------------------------------------------- per token
-
-
-@torch.inference_mode()
-def compare(original: Tensor, patched: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Numbers per token of two sets of logits.
-
-    Args:
-        original, patched: logits ``[B, T, vocabulary]``.
-        targets: the tokens that follow, ``[B, T]``.
-
-    Returns:
-        Float64 on the CPU, ``[B, T]`` each: ``log_p`` and ``log_q``, the targets' log-probabilities under original and
-        patched; ``kl``, the divergence of patched from original in nats; ``same_top``, 1 where both have the same most
-        probable token; ``logit_diff``, the largest absolute difference of two logits; ``bad_p`` and ``bad_q``, 1 where
-        any logit is NaN or +inf.
-    """
-    if original.shape != patched.shape or targets.shape != original.shape[:2]:
-        raise ValueError(
-            f"logits must be [B, T, vocabulary] and targets [B, T], got {list(original.shape)}, "
-            f"{list(patched.shape)} and {list(targets.shape)}"
-        )
-    vocabulary = original.shape[2]
-    parts = [
-        _compare_rows(p, q, y)
-        for p, q, y in zip(
-            *(
-                x.split(max(1, SLAB // vocabulary))
-                for x in (original.reshape(-1, vocabulary), patched.reshape(-1, vocabulary), targets.reshape(-1))
-            )
-        )
-    ]
-    return {name: torch.cat([part[name] for part in parts]).view(targets.shape) for name in parts[0]}
-
-
-def _compare_rows(p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    q_logits, targets = q_logits.to(p_logits.device), targets.to(p_logits.device)
-    if p_logits.device.type == "mps":  # has no float64
-        p_logits, q_logits, targets = p_logits.cpu(), q_logits.cpu(), targets.cpu()
-    bad = [(x.isnan() | (x == math.inf)).any(-1) for x in (p_logits, q_logits)]
-    p, q = p_logits.double(), q_logits.double()
-    same_top = p.argmax(-1) == q.argmax(-1)
-    difference = (p - q).abs().nan_to_num(nan=0.0).amax(-1)  # -inf in both, a masked token, is no difference
-    p, q = p.log_softmax(-1), q.log_softmax(-1)
-    log_p, log_q = (x.gather(-1, targets[:, None]).squeeze(-1) for x in (p, q))
-    terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))
-    found = {
-        "log_p": log_p,
-        "log_q": log_q,
-        "kl": terms.sum(-1).clamp_min(0.0),
-        "same_top": same_top,
-        "logit_diff": difference,
-        "bad_p": bad[0],
-        "bad_q": bad[1],
-    }
-    return {name: value.double().cpu() for name, value in found.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------- statistics
-
-
-def mean_error(values: Tensor, window: Tensor) -> tuple[float, float]:
-    """Mean of values ``[n]`` and its standard error, with draws as numbered by window ``[n]``."""
-    n, mean = len(values), values.mean()
-    residuals = values - mean
-    sums = torch.zeros(int(window.max()) + 1, dtype=values.dtype).index_add_(0, window, residuals)
-    groups = int(window.unique().numel())
-    if groups == 1:
-        sums, groups = residuals, n
-    error = math.sqrt(groups / (groups - 1) * sums.square().sum().item()) / n if groups > 1 else math.nan
-    return mean.item(), error
-
-
-def quantile_error(ordered: Tensor, quantile: float) -> tuple[float, float]:
-    """Quantile of ascending values ``[n]`` (the ceil(n q)-th) and half the distance of the order statistics one
-    binomial standard deviation, sqrt(n q (1 - q)), below and above it."""
-    n = len(ordered)
-    place = max(0, math.ceil(n * quantile) - 1)
-    spread = math.ceil(math.sqrt(n * quantile * (1 - quantile)))
-    low, high = max(0, place - spread), min(n - 1, place + spread)
-    return ordered[place].item(), (ordered[high] - ordered[low]).item() / 2
-
-
-def _value(value: float, error: float | None) -> dict[str, float | None]:
-    return {"value": value, "error": error}
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf if not math.isnan(value) else math.nan
-
-
-def summarize(tokens: dict[str, Tensor], window: Tensor) -> dict[str, Any]:
-    """Statistics of scored tokens.
-
-    Args:
-        tokens: what `compare` returns, flattened to ``[n]``.
-        window: ``[n]``, which window a token is in.
-
-    Returns:
-        By name a dict of ``value`` and ``error``, its standard error: ``ppl_original``, ``ppl_patched``, ``ppl_ratio``,
-        ``correlation`` (of the targets' log-probabilities), ``kl_mean``, ``kl_median``, ``kl_99``, ``kl_999`` and
-        ``kl_max`` (nats), ``rms_dp`` (root mean square difference of the targets' probabilities, per cent),
-        ``same_top`` (per cent) and ``logit_diff`` (the largest); ``tokens``, how many, and ``bad``, how many have a
-        logit that is NaN or +inf.
-    """
-    log_p, log_q, kl = tokens["log_p"], tokens["log_q"], tokens["kl"]
-    n = len(log_p)
-    found: dict[str, Any] = {"tokens": n, "bad": int(tokens["bad_p"].sum() + tokens["bad_q"].sum())}
-    for name, values in (("ppl_original", -log_p), ("ppl_patched", -log_q), ("ppl_ratio", log_p - log_q)):
-        mean, error = mean_error(values, window)
-        found[name] = _value(_exp(mean), _exp(mean) * error)
-    p, q = log_p - log_p.mean(), log_q - log_q.mean()
-    norm = math.sqrt((p.square().sum() * q.square().sum()).item())
-    r = (p @ q).item() / norm if norm > 0 else math.nan
-    r = max(-1.0, min(1.0, r)) if not math.isnan(r) else r
-    found["correlation"] = _value(r, (1 - r * r) / math.sqrt(n - 2) if n > 2 else math.nan)
-    found["kl_mean"] = _value(*mean_error(kl, window))
-    ordered = kl.sort().values
-    for name, quantile in QUANTILES.items():
-        found[name] = _value(*quantile_error(ordered, quantile))
-    found["kl_max"] = _value(ordered[-1].item(), None)
-    square, error = mean_error((log_q.exp() - log_p.exp()).square(), window)
-    rms = math.sqrt(square) if square >= 0 else math.nan
-    found["rms_dp"] = _value(100 * rms, 100 * error / (2 * rms) if rms > 0 else error)
-    same, error = mean_error(tokens["same_top"], window)
-    found["same_top"] = _value(100 * same, 100 * error)
-    found["logit_diff"] = _value(tokens["logit_diff"].max().item(), None)
-    return found
-
-
-# ------------------------------------------------------------------------------------------------------------- verdict
+# Logits of one model and one way of reading that are held at a time: windows a forward by default.
+_LOGITS = 1 << 28
+# Edges of the histogram of KL divergences, in powers of ten.
+_DECADES = range(-18, 3)
+# Points of the trace along the text.
+_POINTS = 100
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """``"same"``, ``"close"``, ``"different"`` or ``"not finite"``, and in words what was beyond its bound."""
+class _Pair:
+    """Two runs to be compared; a run is a side, "original" or "patched", and a mode."""
 
-    grade: str
-    why: str = ""
-
-
-def _beyond(statistics: dict[str, Any], bounds: dict[str, float]) -> list[str]:
-    values = {name: statistics[name]["value"] for name in bounds}
-    beyond = []
-    if not abs(values["ppl_ratio"] - 1) <= bounds["ppl_ratio"]:  # so that NaN is beyond
-        beyond.append(f"perplexity ratio {values['ppl_ratio']:.6f} is more than {bounds['ppl_ratio']:g} off 1")
-    if not values["kl_mean"] <= bounds["kl_mean"]:
-        beyond.append(f"mean KL divergence {values['kl_mean']:.1e} is above {bounds['kl_mean']:g}")
-    if not values["same_top"] >= bounds["same_top"]:
-        beyond.append(f"same top token in {values['same_top']:.2f} %, below {bounds['same_top']:g} %")
-    return beyond
+    name: str
+    reference: tuple[str, str]
+    subject: tuple[str, str]
+    decides: bool = True
 
 
-def grade(statistics: dict[str, Any], dtype: str, tolerance: dict[str, float]) -> Verdict:
-    """Is it the same model? `tolerance` has the bounds of `TOLERANCE`; `dtype` is the model's."""
-    if statistics["bad"]:
-        return Verdict("not finite", f"NaN or inf in the logits of {statistics['bad']} tokens")
-    beyond = _beyond(statistics, tolerance)
-    if not beyond:
-        return Verdict("same")
-    near = CLOSE.get(dtype)
-    close = near is not None and not _beyond(statistics, near)
-    return Verdict("close" if close else "different", "; ".join(beyond))
+def check(options: ParityOptions) -> None:
+    """Raise UserError for options that cannot be used."""
+    if options.context < 2 or options.windows < 0:
+        sizes = f"{options.context} and {options.windows}"
+        raise UserError(f"--context must be at least 2 and --windows 0 or more, got {sizes}")
+    unknown = [mode for mode in options.modes if mode not in forward_modes.MODES]
+    if unknown or not options.modes:
+        raise UserError(f"--mode {','.join(unknown)} is not known; modes: {', '.join(forward_modes.MODES)}")
+    for dtype in SAME_MODEL:
+        parity_statistics.bounds(dtype, options.tolerance)
 
 
-def bounds(dtype: str, changes: tuple[str, ...] = ()) -> dict[str, float]:
-    """The bounds for a dtype, with changes like ``"kl_mean=1e-3"``. Raises UserError for one that is none."""
-    found = dict(TOLERANCE[dtype])
-    for change in changes:
-        name, _, value = change.partition("=")
+def _pairs(modes: tuple[str, ...]) -> list[_Pair]:
+    pairs = [_Pair(mode, ("original", mode), ("patched", mode)) for mode in modes]
+    if "mixed" in modes:
+        for side in ("patched", "original"):
+            name = f"{side}: prefill-then-decode against one forward"
+            pairs.append(_Pair(name, (side, "prefill"), (side, "mixed"), decides=side == "patched"))
+    return pairs
+
+
+def measure(
+    loaded: Loaded,
+    windows: Windows,
+    source: str,
+    options: ParityOptions,
+    backend: str,
+    work: Work,
+) -> Parity | None:
+    """Compare the original and the patched model on windows.
+
+    Args:
+        loaded: the model.
+        windows: the windows.
+        source: name of the text.
+        options: how to read them.
+        backend: which the patched layers run on.
+        work: the processes, which share the windows, and where their rows are kept.
+
+    Returns:
+        The part of a report in the main process, None in the others.
+    """
+    context = windows.ids.shape[1]
+    check_length(loaded, context, "--context")
+    pairs = _pairs(options.modes)
+    runs = list(dict.fromkeys(run for pair in pairs for run in (pair.reference, pair.subject)))
+    batch = options.batch_size or max(1, min(16, _LOGITS // (context * loaded.config.vocab_size)))
+    parts = {f"ppl-{number:05d}": ids for number, ids in enumerate(windows.ids.split(batch))}
+    todo = sum(parts[key][:, 1:].numel() for key in work.todo(parts))
+    on_progress = work.bars.add(f"{loaded.source.label}: parity", len(runs) * todo, "tokens")
+
+    def compute(key: str) -> Row:
+        ids = parts[key]
         try:
-            found[name] = found[name] * 0 + float(value)
-        except KeyError as error:
-            raise UserError(f"--tolerance {change}: no bound {name!r}; bounds: {', '.join(found)}") from error
-        except ValueError as error:
-            raise UserError(f"--tolerance {change}: expected NAME=NUMBER, e.g. kl_mean=1e-3") from error
-    return found
+            return _compare(loaded, ids, runs, pairs, backend, lambda done: on_progress(done * work.processes.shards))
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{len(ids)} windows of {context} tokens at a time do not fit into memory ({reason(error)}); "
+                "give a smaller --batch-size or --context"
+            ) from error
+
+    rows = work.fill(parts, compute)
+    if not rows:
+        return None
+    position = torch.arange(1, context)
+    scored = position >= windows.first[:, None]
+    window = torch.arange(len(windows.ids))[:, None].expand_as(scored)[scored]
+    place = (windows.begin[:, None] + position)[scored]
+    tolerance = parity_statistics.bounds(loaded.dtype, options.tolerance)
+    comparisons = []
+    for number, pair in enumerate(pairs):
+        names = [name.partition(".")[2] for name in rows[0] if name.startswith(f"{number}.")]
+        tokens = {name: torch.cat([row[f"{number}.{name}"] for row in rows])[scored] for name in names}
+        statistics = parity_statistics.summarize(tokens, window)
+        verdict = parity_statistics.grade(statistics, loaded.dtype, tolerance)
+        comparisons.append(
+            Comparison(
+                name=pair.name,
+                decides=pair.decides,
+                grade=verdict.grade,
+                why=verdict.why,
+                first_bad=_first_bad(pair, tokens, window, place),
+                statistics=statistics,
+                kl_histogram=_histogram(tokens["kl"]),
+                trace=_trace(tokens, place),
+            )
+        )
+    return Parity(
+        text=source,
+        text_tokens=windows.text_tokens,
+        context=context,
+        windows=len(windows.ids),
+        scored=windows.scored,
+        batch=batch,
+        tolerance=tolerance,
+        comparisons=comparisons,
+        passed=all(row.grade == "same" for row in comparisons if row.decides),
+    )
+
+
+def _compare(
+    loaded: Loaded,
+    ids: Tensor,
+    runs: list[tuple[str, str]],
+    pairs: list[_Pair],
+    backend: str,
+    on_progress: OnProgress,
+) -> Row:
+    """`parity_statistics.compare` of each pair on some windows; keys are the pair's number, a dot and its names."""
+    sides: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "original": unpatched,
+        "patched": lambda: patched(loaded.families, backend=backend, strict=True),
+    }
+    logits = {}
+    for side, mode in runs:
+        with sides[side]():
+            logits[side, mode] = forward_modes.MODES[mode](loaded.model, ids[:, :-1], on_progress)
+    row: Row = {}
+    for number, pair in enumerate(pairs):
+        found = parity_statistics.compare(logits[pair.reference], logits[pair.subject], ids[:, 1:])
+        row |= {f"{number}.{name}": values for name, values in found.items()}
+    return row
+
+
+def _first_bad(pair: _Pair, tokens: dict[str, Tensor], window: Tensor, place: Tensor) -> FirstBad | None:
+    """Where the first logit is that is not finite: run, window and the token of the text that it was to predict."""
+    bad = (tokens["bad_p"] + tokens["bad_q"]).nonzero()
+    if not len(bad):
+        return None
+    first = int(bad[0])
+    side, mode = pair.reference if tokens["bad_p"][first] else pair.subject
+    return FirstBad(f"{side}, {mode}", int(window[first]), int(place[first]))
+
+
+def _histogram(kl: Tensor) -> Histogram:
+    edges = [10.0**decade for decade in _DECADES]
+    finite = kl[kl.isfinite()]
+    cuts = torch.bucketize(finite, torch.tensor(edges, dtype=torch.float64), right=True).clamp(1, len(edges) - 1)
+    counts = torch.bincount(cuts - 1, minlength=len(edges) - 1)
+    return Histogram(edges, counts.tolist())
+
+
+def _trace(tokens: dict[str, Tensor], place: Tensor) -> Trace:
+    order = place.argsort(stable=True)
+    difference = (tokens["log_q"] - tokens["log_p"])[order]
+    edges = torch.linspace(0, len(order), min(_POINTS, len(order)) + 1).round().long().tolist()
+    stretches = [difference[a:b] for a, b in itertools.pairwise(edges)]
+    return Trace(
+        scored=edges[:-1],
+        token=place[order][edges[:-1]].tolist(),
+        mean=[part.mean().item() for part in stretches],
+        largest=[part.abs().max().item() for part in stretches],
+    )

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-Step = Callable[[int], None]
+OnProgress = Callable[[int], None]
 
 
 class _Count(ProgressColumn):
@@ -37,7 +37,7 @@ class Bars:
     def __init__(self, progress: Progress | None = None) -> None:
         self._progress = progress
 
-    def add(self, label: str, total: int, unit: str) -> Step:
+    def add(self, label: str, total: int, unit: str) -> OnProgress:
         """A new bar. Returns a function to be called with the units just done."""
         progress = self._progress
         if progress is None:

@@ -1,55 +1,35 @@
 """How fast `generate` is, original and patched in turns on the same weights, and whether they make the same tokens.
 
-Times are taken where tokens leave `generate`, through its streamer: time to first token (the prefill), time per output
-token after that. A and B take turns, so that what else the machine does hits both; ratios are taken turn by turn.
+A and B take turns, so that what else the machine does hits both; ratios are taken turn by turn. In the lookup variants
+both sides are patched, for the original has no prompt lookup: the first decodes plainly, the second drafts.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from .. import cuda_graphs
 from ..errors import UserError, reason
 from ..loading.models import Loaded, check_length
 from ..patches import patched, unpatched
 from ..upstream import configs, modules, tensors
-from .journal import Row, Work
-from .progress import Step
+from . import lookup
+from .generation import Call, compare_tokens, generate
+from .options import SpeedOptions
+from .progress import OnProgress
+from .records import as_dict, read
+from .results import SideFigures, Speed, SpeedCell, Speedup, Spread, TailSpread
+from .resume import Row, Work
 
-# Two tokens whose logits are so close that rounding decides between them: this many units of the dtype's epsilon times
-# the largest logit. In fp32 the error is that of sums of thousands of terms, in 16 bits that of the last roundings.
-_TIE = {"float32": 64.0, "float16": 4.0, "bfloat16": 4.0}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is timed: every combination of batch size, prompt length and variant.
-
-    Args:
-        batch, prompt: sizes; empty for 1 and 8 by 512 and 4096 tokens on an accelerator, 1 and 4 by 128 and 512
-            elsewhere.
-        new_tokens: generated, whatever the end-of-sequence token says; None for 128, or 64 on a CPU.
-        rounds: timed turns, after the warm-up.
-        variants: names of `VARIANTS`.
-    """
-
-    batch: tuple[int, ...] = ()
-    prompt: tuple[int, ...] = ()
-    new_tokens: int | None = None
-    rounds: int = 5
-    variants: tuple[str, ...] = ("eager",)
+SIDES = ("original", "patched")
 
 
 @dataclass(frozen=True)
@@ -67,201 +47,134 @@ class Cell:
         return f"b{self.batch}-p{self.prompt}-n{self.new_tokens}-{self.variant}"
 
 
+# ------------------------------------------------------------------------------------------------------------ variants
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to generate.
+
+    Args:
+        arguments: of ``generate``, for both sides.
+        warmups: untimed calls until it is warm.
+        cuda_graphs: whether the patched side replays CUDA graphs.
+        prompt: kind of the prompt for prompt lookup, which the second side uses; None for the others.
+    """
+
+    arguments: Callable[[], dict[str, Any]] = dict
+    warmups: int = 1
+    cuda_graphs: bool = False
+    prompt: str | None = None
+
+
 def _compiled() -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": configs.compile_on_all_devices()}
 
 
-# Arguments of `generate` that make a variant, and how many untimed calls it takes to be warm.
-VARIANTS: dict[str, tuple[Callable[[], dict[str, Any]], int]] = {
-    "eager": (dict, 1),
-    "static": (lambda: {"cache_implementation": "static", "disable_compile": True}, 1),
-    "compile": (_compiled, 2),
-    "graph": (_compiled, 2),  # the original compiled, the patched from a CUDA graph
+VARIANTS: dict[str, Variant] = {
+    "eager": Variant(),
+    "static": Variant(lambda: {"cache_implementation": "static", "disable_compile": True}),
+    "compile": Variant(_compiled, 2),
+    "graph": Variant(_compiled, 2, cuda_graphs=True),  # the original compiled, the patched from a CUDA graph
+    **{f"lookup-{kind}": Variant(prompt=kind) for kind in lookup.PROMPTS},
 }
-# Called with the model's families, the backend and the variant.
-SIDES: dict[str, Callable[[list[str], str, str], AbstractContextManager[Any]]] = {
-    "original": lambda families, backend, variant: unpatched(),
-    "patched": lambda families, backend, variant: patched(
-        families, backend=backend, strict=True, cuda_graphs=variant == "graph"
-    ),
+# What --variant takes: a name, or one for several.
+NAMES = {
+    **{name: (name,) for name, variant in VARIANTS.items() if variant.prompt is None},
+    "lookup": tuple(name for name, variant in VARIANTS.items() if variant.prompt is not None),
 }
 
 
-def plan(options: Options, device: torch.device) -> list[Cell]:
+def plan(options: SpeedOptions, device: torch.device) -> list[Cell]:
     """The cells, with the device's defaults. Raises UserError for values that cannot be used."""
-    unknown = [name for name in options.variants if name not in VARIANTS]
+    unknown = [name for name in options.variants if name not in NAMES]
     if unknown or not options.variants:
-        raise UserError(f"--variant {','.join(unknown)} is not known; variants: {', '.join(VARIANTS)}")
+        raise UserError(f"--variant {','.join(unknown)} is not known; variants: {', '.join(NAMES)}")
     if "graph" in options.variants and device.type not in cuda_graphs.CAPTURES:
         raise UserError(f"--variant graph needs a CUDA device; the model is on {device.type}")
     fast = device.type != "cpu"
     batch = options.batch or ((1, 8) if fast else (1, 4))
     prompt = options.prompt or ((512, 4096) if fast else (128, 512))
     new_tokens = options.new_tokens or (128 if fast else 64)
-    if min(*batch, *prompt, options.rounds) < 1 or new_tokens < 2:
+    if min(*batch, *prompt, options.rounds, options.draft_tokens) < 1 or new_tokens < 2:
         raise UserError("--batch, --prompt and --rounds must be at least 1, --new-tokens at least 2")
-    return [Cell(b, p, new_tokens, name) for name in options.variants for b in batch for p in prompt]
-
-
-# --------------------------------------------------------------------------------------------------------------- a call
-
-
-class _Clock(BaseStreamer):
-    """Notes when each token leaves `generate`."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is held back."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of `generate`: its new tokens ``[B, N]``, seconds to the first token, between tokens, and in all, and
-    the peak memory in MiB."""
-
-    tokens: Tensor
-    first: float
-    between: tuple[float, ...]
-    seconds: float
-    peak_mib: float | None
-
-
-def generate(model: Any, prompt: Tensor, new_tokens: int, **arguments: Any) -> Call:
-    """Greedy tokens after prompt ``[B, T]``, timed. `arguments` go to ``model.generate``."""
-    clock = _Clock()
-    _reset_peak(model.device)
-    _wait(model.device)
-    start = time.perf_counter()
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        streamer=clock,
-        **arguments,
-    )
-    _wait(model.device)
-    end = time.perf_counter()
-    times = clock.times[1:]  # the first is the prompt's
-    between = tuple(b - a for a, b in itertools.pairwise(times))
-    return Call(out[:, prompt.shape[1] :].cpu(), times[0] - start, between, end - start, _peak_mib(model.device))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-_PEAK = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
-    elif _PEAK[0].exists():
-        with contextlib.suppress(OSError):  # not everywhere allowed; the peak is the process's then
-            _PEAK[0].write_text("5")  # resets the peak of the resident set
-
-
-def _peak_mib(device: torch.device) -> float | None:
-    """Peak since the reset: of memory allocated on all devices, or of the process's resident set; None: unknown."""
-    if device.type == "cuda":
-        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 2**20
-    if _PEAK[1].exists():
-        for line in _PEAK[1].read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return None
+    if "lookup" in options.variants and 1 not in batch:
+        raise UserError(f"--variant lookup generates one sequence at a time; --batch is {','.join(map(str, batch))}")
+    names = [name for given in options.variants for name in NAMES[given]]
+    return [
+        Cell(b, p, new_tokens, name)
+        for name in names
+        for b in batch
+        for p in prompt
+        if b == 1 or VARIANTS[name].prompt is None
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------- a cell
 
 
-def in_turns(runs: dict[str, Callable[[], Call]], warmups: int, rounds: int, step: Step) -> dict[str, list[Call]]:
-    """Calls by name, A B A B ..., the warm-ups first; `step` is told of each."""
+def in_turns(
+    runs: dict[str, Callable[[], Call]], warmups: int, rounds: int, on_progress: OnProgress
+) -> dict[str, list[Call]]:
+    """Calls by name, A B A B ..., the warm-ups first; `on_progress` is told of each."""
     calls: dict[str, list[Call]] = {name: [] for name in runs}
     for _ in range(warmups + rounds):
         for name, run in runs.items():
             calls[name].append(run())
-            step(1)
+            on_progress(1)
     return calls
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+def _spread(values: list[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
 
 
-def summarize(cell: Cell, calls: list[Call], warmups: int) -> dict[str, Any]:
+def summarize(cell: Cell, calls: list[Call], warmups: int) -> SideFigures:
     """A side's figures; the first call is the cold one, warm-ups count no further."""
     timed = calls[warmups:]
     between = [1e3 * gap for call in timed for gap in call.between]
     p90 = statistics.quantiles(between, n=10)[-1] if len(between) > 1 else between[0]
     peaks = [call.peak_mib for call in timed if call.peak_mib is not None]
-    return {
-        "ttft_ms": spread([1e3 * call.first for call in timed]),
-        "tpot_ms": {**spread(between), "p90": p90},
-        "prefill_tokens_s": spread([cell.batch * cell.prompt / call.first for call in timed]),
-        "decode_tokens_s": spread([cell.batch * len(call.between) / sum(call.between) for call in timed]),
-        "generate_tokens_s": spread([call.tokens.numel() / call.seconds for call in timed]),
-        "peak_mib": max(peaks) if peaks else None,
-        "first_call_s": calls[0].seconds,
-    }
+    return SideFigures(
+        ttft_ms=_spread([1e3 * call.first for call in timed]),
+        tpot_ms=TailSpread(**vars(_spread(between)), p90=p90),
+        prefill_tokens_s=_spread([cell.batch * cell.prompt / call.first for call in timed]),
+        decode_tokens_s=_spread([cell.batch * len(call.between) / sum(call.between) for call in timed]),
+        generate_tokens_s=_spread([call.tokens.numel() / call.seconds for call in timed]),
+        peak_mib=max(peaks) if peaks else None,
+        first_call_s=calls[0].seconds,
+    )
 
 
-def _ratios(original: list[Call], patched: list[Call]) -> dict[str, dict[str, float]]:
-    """Original time over patched time, turn by turn."""
-    measures: dict[str, Callable[[Call], float]] = {
-        "prefill": lambda call: call.first,
-        "decode": lambda call: sum(call.between),
-        "generate": lambda call: call.seconds,
-    }
-    return {
-        name: spread([measure(a) / measure(b) for a, b in zip(original, patched)]) for name, measure in measures.items()
-    }
+def _ratios(original: list[Call], patched: list[Call]) -> Speedup:
+    def ratios(of: Callable[[Call], float]) -> Spread:
+        return _spread([of(a) / of(b) for a, b in zip(original, patched)])
+
+    return Speedup(
+        prefill=ratios(lambda call: call.first),
+        decode=ratios(lambda call: sum(call.between)),
+        generate=ratios(lambda call: call.seconds),
+    )
 
 
-def compare_tokens(model: Any, prompt: Tensor, original: Tensor, patched: Tensor, dtype: str) -> dict[str, Any]:
-    """Did both generate the same?
-
-    Returns:
-        ``verdict``: "same", "tie" (they part where the original's own logits for the two tokens are closer than its
-        dtype's rounding) or "other"; ``row`` and ``token``, where they part first, and ``gap``, how far the two logits
-        are apart there, for the latter two.
-    """
-    worst: dict[str, Any] = {"verdict": "same"}
-    for row in range(len(original)):
-        differing = (original[row] != patched[row]).nonzero()
-        if not len(differing):
-            continue
-        at = int(differing[0])
-        ids = torch.cat((prompt[row].cpu(), original[row, :at]))[None].to(model.device)
-        with torch.inference_mode(), unpatched():
-            logits = model(ids, use_cache=False).logits[0, -1].double().cpu()
-        gap = abs(logits[original[row, at]] - logits[patched[row, at]]).item()
-        bound = _TIE[dtype] * torch.finfo(getattr(torch, dtype)).eps * logits.abs().max().item()
-        found = {"verdict": "tie" if gap <= bound else "other", "row": row, "token": at, "gap": gap}
-        if worst["verdict"] == "same" or found["verdict"] == "other":
-            worst = found
-        if found["verdict"] == "other":
-            break
-    return worst
+def _patches(side: str, loaded: Loaded, backend: str, variant: Variant) -> AbstractContextManager[Any]:
+    if side == "original" and variant.prompt is None:
+        return unpatched()
+    return patched(loaded.families, backend=backend, strict=True, cuda_graphs=variant.cuda_graphs)
 
 
-def _measure(loaded: Loaded, cell: Cell, prompt: Tensor, backend: str, rounds: int, step: Step) -> Row:
-    make, warmups = VARIANTS[cell.variant]
+def _measure(
+    loaded: Loaded, cell: Cell, prompt: Tensor, backend: str, options: SpeedOptions, on_progress: OnProgress
+) -> SpeedCell:
+    variant = VARIANTS[cell.variant]
+    drafts = {} if variant.prompt is None else {"prompt_lookup_num_tokens": options.draft_tokens}
+    vocabulary = loaded.config.vocab_size
 
     def runner(side: str) -> Callable[[], Call]:
         def run() -> Call:
-            with SIDES[side](loaded.families, backend, cell.variant):
-                return generate(loaded.model, prompt, cell.new_tokens, **make())
+            more = drafts if side == "patched" else {}
+            with _patches(side, loaded, backend, variant):
+                return generate(loaded.model, prompt, cell.new_tokens, **variant.arguments(), **more)
 
         return run
 
@@ -269,25 +182,28 @@ def _measure(loaded: Loaded, cell: Cell, prompt: Tensor, backend: str, rounds: i
     torch.compiler.reset()
     cuda_graphs.release()
     modules.forget_compiled_call(loaded.model)
-    row: Row = {"batch": cell.batch, "prompt": cell.prompt, "new_tokens": cell.new_tokens, "variant": cell.variant}
     try:
         # Around all turns, so that a graph is kept from one to the next.
-        with SIDES["patched"](loaded.families, backend, cell.variant):
-            calls = in_turns({side: runner(side) for side in SIDES}, warmups, rounds, step)
+        with contextlib.ExitStack() as around:
+            around.enter_context(_patches("patched", loaded, backend, variant))
+            if variant.prompt == "refused":
+                around.enter_context(lookup.random_drafts(vocabulary))
+            runs = {side: runner(side) for side in SIDES}
+            calls = in_turns(runs, variant.warmups, options.rounds, on_progress)
     except (torch.OutOfMemoryError, tensors.compiler_error()) as error:
-        return {**row, "counts": False, "failed": f"{type(error).__name__}: {reason(error)}"}
+        return SpeedCell(**vars(cell), counts=False, failed=f"{type(error).__name__}: {reason(error)}")
     made = {side: calls[side][-1].tokens for side in SIDES}
-    steady = all(torch.equal(call.tokens, made[side]) for side in SIDES for call in calls[side])
     tokens = compare_tokens(loaded.model, prompt, made["original"], made["patched"], loaded.dtype)
-    return {
-        **row,
-        "counts": tokens["verdict"] != "other",
-        "rounds": rounds,
-        **{side: summarize(cell, calls[side], warmups) for side in SIDES},
-        "speedup": _ratios(calls["original"][warmups:], calls["patched"][warmups:]),
-        "tokens": tokens,
-        "repeatable": steady,
-    }
+    return SpeedCell(
+        **vars(cell),
+        counts=tokens.verdict != "other",
+        rounds=options.rounds,
+        original=summarize(cell, calls["original"], variant.warmups),
+        patched=summarize(cell, calls["patched"], variant.warmups),
+        speedup=_ratios(calls["original"][variant.warmups :], calls["patched"][variant.warmups :]),
+        tokens=tokens,
+        repeatable=all(torch.equal(call.tokens, made[side]) for side in SIDES for call in calls[side]),
+    )
 
 
 def prompts(loaded: Loaded, ids: Tensor | None, batch: int, length: int) -> Tensor:
@@ -299,22 +215,24 @@ def prompts(loaded: Loaded, ids: Tensor | None, batch: int, length: int) -> Tens
     return ids[(begin[:, None] + torch.arange(length)) % len(ids)]
 
 
-def measure(loaded: Loaded, ids: Tensor | None, options: Options, backend: str, work: Work) -> dict[str, Any]:
-    """Time a model; arguments as for `hf_gdn.eval.ppl.measure`, with the text's tokens `ids` for prompts.
+def measure(loaded: Loaded, ids: Tensor | None, options: SpeedOptions, backend: str, work: Work) -> Speed | None:
+    """Time a model; arguments as for `hf_gdn.eval.parity.measure`, with the text's tokens `ids` for prompts.
 
     Returns:
-        The "speed" part of a report (docs/report.md) in the main process, an empty dict in the others.
+        The part of a report in the main process, None in the others.
     """
     cells = {f"speed-{cell.key}": cell for cell in plan(options, loaded.model.device)}
     for cell in cells.values():
         check_length(loaded, cell.prompt + cell.new_tokens, "prompt and new tokens together")
-    total = sum(2 * (options.rounds + VARIANTS[cells[key].variant][1]) for key in work.todo(cells))
-    step = work.bars.add(f"{loaded.source.label}: speed", total, "calls")
+    total = sum(2 * (options.rounds + VARIANTS[cells[key].variant].warmups) for key in work.todo(cells))
+    on_progress = work.bars.add(f"{loaded.source.label}: speed", total, "calls")
 
     def compute(key: str) -> Row:
         cell = cells[key]
-        prompt = prompts(loaded, ids, cell.batch, cell.prompt).to(loaded.model.device)
-        return _measure(loaded, cell, prompt, backend, options.rounds, step)
+        prompt, kind = prompts(loaded, ids, cell.batch, cell.prompt), VARIANTS[cell.variant].prompt
+        if kind is not None:
+            prompt = lookup.prompt(kind, prompt, loaded.config.vocab_size)
+        return as_dict(_measure(loaded, cell, prompt.to(loaded.model.device), backend, options, on_progress))
 
-    rows = work.fill(cells, compute, spread=False)
-    return {"cells": rows, "passed": all(row["counts"] for row in rows)} if rows else {}
+    rows = [read(SpeedCell, row) for row in work.fill(cells, compute, spread=False)]
+    return Speed(rows, all(row.counts for row in rows)) if rows else None

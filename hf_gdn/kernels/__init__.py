@@ -1,6 +1,6 @@
-"""The ops, each with its oracle and random inputs. `hf_gdn.kernels.contract` says how their kernels are called.
+"""Declare the ops, each with its oracle and random inputs. `contract` defines the signatures of their kernels.
 
-Ops come in pairs: one decay per head (GDN) and one per channel (KDA).
+All ops but the norm come in pairs: one decay per head (GDN) and one per channel (KDA).
 """
 
 from __future__ import annotations

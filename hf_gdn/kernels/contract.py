@@ -1,21 +1,21 @@
-"""What kernels and layers agree on: how a kernel is called, and the types of its arguments.
+"""The interface between kernels and layers: signatures of kernels and types of their arguments.
 
-A kernel of the delta rule is called with inputs that `hf_gdn.ops` has checked, as
+A delta-rule kernel is called with inputs that `hf_gdn.ops` has checked, as
 
     fn(q, k, v, g, beta, *, scale, initial_state=None, cu_seqlens=None, qk_l2norm=False)  ->  (o, final_state)
 
 q, k ``[B, T, HK, K]``; v ``[B, T, HV, V]``; g in natural log, ``[B, T, HV]`` for the gated delta rule (GDN) and
 ``[B, T, HV, K]`` for Kimi delta attention (KDA); beta ``[B, T, HV]``; states ``[N, HV, K, V]`` in fp32 (float64 for
-float64 inputs). N is the number of sequences: B, or ``len(cu_seqlens) - 1`` where B is 1 and sequences are packed along
-T. o is ``[B, T, HV, V]`` in v's dtype; the final state is always returned. Inputs may be strided in their outer
+float64 inputs). N is the number of sequences: B, or ``len(cu_seqlens) - 1`` if B is 1 and sequences are packed along T.
+o is ``[B, T, HV, V]`` in v's dtype; the final state is always returned. Inputs may be strided in their outer
 dimensions; the last one is contiguous.
 
 The recurrent ops take two more arguments, for decoding:
 
-    inplace=False       write the final state into `initial_state` and return that very tensor
-    token_states=None   a tensor ``[B, T, HV, K, V]`` in fp32 that receives the state after every token
+    inplace=False       write the final state to `initial_state` and return this tensor
+    token_states=None   a tensor ``[B, T, HV, K, V]`` in fp32 to which the state after every token is written
 
-The other ops surround the delta rule between a layer's projections:
+The other ops compute the rest of what is between a layer's projections:
 
     prologue    fn(projected, weights, spec, *, conv_state=None, keep=0, cu_seqlens=None, lengths=None)
                 ->  DeltaRuleInputs
@@ -23,11 +23,11 @@ The other ops surround the delta rule between a layer's projections:
     gated norm  fn(o, z, weight, spec)  ->  y ``[B, T, HV, V]``
                 y <- norm(o) gate(z)
     step        fn(projected, weights, spec, conv_state, state)  ->  y
-                all of a layer's work between its projections, for the next few tokens of a cache; `conv_state` and
-                `state` are updated in place
+                everything between a layer's projections, for the next few tokens of a cache; `conv_state` and `state`
+                are updated in place
 
-Their inputs are the projections' outputs, unchanged: `Projections` holds views with any strides. q, k, v and o are
-rounded to the model's dtype once each, and beta as transformers rounds it; the rest is fp32.
+Their inputs are the outputs of the projections without a copy: `Projections` holds views with any strides. q, k, v and
+o are rounded to the model's dtype once each, and beta as in transformers; all other values are fp32.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Projections(NamedTuple):
-    """Outputs of a layer's input projections for ``[B, T]`` tokens; R = HV / HK value heads share a key head.
+    """Outputs of a layer's input projections for ``[B, T]`` tokens. R = HV / HK value heads share a key head.
 
     The last dimension of q, k, v, z and of KDA's a is contiguous.
     """
@@ -57,14 +57,14 @@ class Projections(NamedTuple):
     q: Tensor  # [B, T, HK, K], before the convolution
     k: Tensor  # [B, T, HK, K]
     v: Tensor  # [B, T, HK, R, V]
-    a: Tensor | None  # [B, T, HK, R] (GDN) or [B, T, HV K] (KDA), before bias and gate; None where g is given
+    a: Tensor | None  # [B, T, HK, R] (GDN) or [B, T, HV K] (KDA), before bias and gate; None if g is given
     b: Tensor  # [B, T, HK, R], before the sigmoid
     z: Tensor  # [B, T, HK, R, V], gate of the output norm
-    qkv: Tensor | None = None  # [B, T, C], q | k | v, where one projection returns all three
-    g: Tensor | None = None  # [B, T, HV, K], from a forget gate that had to be called
+    qkv: Tensor | None = None  # [B, T, C], q | k | v, if one projection returns all three
+    g: Tensor | None = None  # [B, T, HV, K], decay from a forget-gate module that had to be called
 
     def joined(self) -> Tensor:
-        """q | k | v side by side, ``[B, T, C]``."""
+        """q | k | v concatenated, ``[B, T, C]``."""
         if self.qkv is not None:
             return self.qkv
         return torch.cat((self.q.flatten(2), self.k.flatten(2), self.v.flatten(2)), -1)
@@ -77,19 +77,20 @@ class Weights(NamedTuple):
     conv_bias: Tensor | None  # [C]
     A_log: Tensor  # [HV] elements
     dt_bias: Tensor  # [HV] or, for KDA, [HV K] elements
-    norm: Tensor | None  # [V]; None where the norm module has to be called
+    norm: Tensor | None  # [V]; None if the norm module has to be called
 
 
 class LayerSpec(NamedTuple):
-    """The options in which model families differ.
+    """Options that differ between model families.
 
     Args:
-        lower_bound: the decay is ``lower_bound sigmoid(exp(A_log) a)`` rather than ``-exp(A_log) softplus(a)``.
-        decay_in_dtype: the decay is rounded to the model's dtype.
+        lower_bound: if given, the log-decay is ``lower_bound sigmoid(exp(A_log) a)``, else ``-exp(A_log) softplus(a)``.
+        decay_in_dtype: round the log-decay to the model's dtype.
         beta_scale: factor on beta.
-        activation: activation of the convolution: a key of `ACTIVATIONS`, or a function for any other.
-        gate: activation of the norm's gate, likewise.
-        norm_in_fp32: the norm's weight is applied in fp32, else in the model's dtype, after rounding.
+        activation: activation of the convolution: a key of `ACTIVATIONS`, or a function.
+        gate: activation of the norm's gate: a key of `ACTIVATIONS`, or a function.
+        norm_in_fp32: apply the norm's weight in fp32; otherwise the norm is rounded first and the weight is applied in
+            the model's dtype.
         eps: epsilon of the norm.
     """
 
@@ -103,11 +104,11 @@ class LayerSpec(NamedTuple):
 
 
 class DeltaRuleInputs(NamedTuple):
-    """Inputs of the delta rule, and the convolution's next state."""
+    """Inputs of the delta rule, and the new convolution state."""
 
     q: Tensor  # [B, T, HK, K], normalised over K, in the model's dtype
-    k: Tensor  # [B, T, HK, K], likewise
+    k: Tensor  # [B, T, HK, K], as q
     v: Tensor  # [B, T, HV, V], in the model's dtype
     g: Tensor  # [B, T, HV] (GDN) or [B, T, HV, K] (KDA), natural-log decay in fp32
     beta: Tensor  # [B, T, HV], in fp32
-    conv_state: Tensor | None  # [B, C, keep], contiguous: the convolution's last `keep` inputs; None where keep is 0
+    conv_state: Tensor | None  # [B, C, keep], contiguous: the last `keep` inputs of the convolution; None if keep is 0

@@ -1,4 +1,4 @@
-"""Random inputs of every op, for tests and benchmarks. What is random is drawn in float64 and then rounded."""
+"""Random inputs of every op, for tests and benchmarks. Values are drawn in float64 and then rounded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .contract import LayerSpec, Projections, Weights, state_dtype
 
 
 def for_delta_rule(per_channel: bool) -> Callable[..., dict[str, Any]]:
-    """Make the `make_inputs` of a delta rule with one decay per channel (KDA) or per head (GDN)."""
+    """Return the `make_inputs` of a delta rule with one decay per channel (KDA) or per head (GDN)."""
 
     def make_inputs(
         *, B=1, T=64, HK=2, HV=2, K=64, V=64, dtype=torch.float32, device="cpu", seed=0, decay=0.5, state=True
@@ -39,7 +39,7 @@ def for_delta_rule(per_channel: bool) -> Callable[..., dict[str, Any]]:
 
 
 def for_layer(per_channel: bool, state: bool) -> Callable[..., dict[str, Any]]:
-    """Make the `make_inputs` of a step (with a state) or of a prologue (without)."""
+    """Return the `make_inputs` of a step (with a state) or of a prologue (without)."""
 
     def make_inputs(
         *, B=1, T=1, HK=2, HV=2, K=64, V=64, width=4, bias=False, dtype=torch.float32, device="cpu", seed=0, **spec

@@ -4,7 +4,7 @@ Per sequence and value head, with S of shape [K, V]:
 
     S <- diag(exp g_t) S ;  u = beta_t (v_t - S^T k_t) ;  S <- S + k_t u^T ;  o_t = scale * S^T q_t
 
-It is written to be read, shares nothing with the kernels it judges, and is slow. Give it float64.
+It is slow, written for readability, and shares no code with the kernels that it tests. Call it with float64 inputs.
 Source: Gated Delta Networks (arXiv 2412.06464), equation 10; Kimi Linear (arXiv 2510.26692), equation 1.
 """
 
@@ -24,7 +24,7 @@ def delta_rule(q, k, v, g, beta, *, scale, initial_state=None, cu_seqlens=None, 
         scale: factor on the output.
         initial_state: ``[N, HV, K, V]``, N the number of sequences; zeros when None.
         cu_seqlens: ``[N + 1]`` boundaries of N sequences packed along T (then B is 1).
-        qk_l2norm: normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
+        qk_l2norm: L2-normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
 
     Returns:
         ``(o, final_state)``: ``[B, T, HV, V]`` and ``[N, HV, K, V]``, in v's dtype.
@@ -71,15 +71,16 @@ def delta_rule(q, k, v, g, beta, *, scale, initial_state=None, cu_seqlens=None, 
 
 
 def prologue(projected, weights, spec, *, conv_state=None, keep=0, cu_seqlens=None, lengths=None):
-    """Everything between a layer's input projections and the delta rule. Give it float64.
+    """Everything between a layer's input projections and the delta rule. Call it with float64 inputs.
 
     Args:
-        projected, weights, spec: `hf_gdn.kernels.contract`; tensors may be strided, a is given, the activation is silu.
+        projected, weights, spec: see `hf_gdn.kernels.contract`. Tensors may be strided; a must be given and the
+            activation must be silu.
         conv_state: ``[B, C, keep]``, the last inputs of the convolution before these tokens, oldest first; zeros when
             None.
         keep: columns of the convolution state that is returned.
-        cu_seqlens: ``[N + 1]`` boundaries of N sequences packed along T (then B is 1), which do not see conv_state.
-        lengths: ``[B]``, tokens of each row; what comes after them is padding.
+        cu_seqlens: ``[N + 1]`` boundaries of N sequences packed along T (then B is 1), which do not read conv_state.
+        lengths: ``[B]``, number of tokens in each row; padding follows them.
 
     Returns:
         ``(q, k, v, g, beta, conv_state)``: q, k ``[B, T, HK, K]``, normalised; v ``[B, T, HV, V]``; g ``[B, T, HV]`` or
@@ -125,21 +126,21 @@ def prologue(projected, weights, spec, *, conv_state=None, keep=0, cu_seqlens=No
 
 
 def gated_norm(o, z, weight, spec):
-    """RMS norm of o ``[B, T, HV, V]`` gated by z ``[B, T, HK, R, V]``: ``[B, T, HV, V]``. Give it float64."""
+    """RMS norm of o ``[B, T, HV, V]``, gated by z ``[B, T, HK, R, V]``. Returns ``[B, T, HV, V]``."""
     z = z.reshape(o.shape)
     gate = 1 / (1 + torch.exp(-z)) * (z if spec.gate == "silu" else 1)
     return o / (o.pow(2).mean(-1, keepdim=True) + spec.eps).sqrt() * weight * gate
 
 
 def step(projected, weights, spec, conv_state, state):
-    """Everything between a layer's projections, for tokens that follow those of a cache. Give it float64.
+    """Everything between a layer's projections, for tokens that continue a cache. Call it with float64 inputs.
 
     Args:
         projected, weights, spec, conv_state: as in `prologue`.
         state: ``[B, HV, K, V]``.
 
     Returns:
-        ``(y, conv_state, state)``: ``[B, T, HV, V]``, and the two as they are afterwards; nothing is changed in place.
+        ``(y, conv_state, state)``: ``[B, T, HV, V]``, and the new states; nothing is updated in place.
     """
     *inputs, conv_state = prologue(projected, weights, spec, conv_state=conv_state, keep=conv_state.shape[2])
     o, state = delta_rule(*inputs, scale=projected.q.shape[3] ** -0.5, initial_state=state)

@@ -6,41 +6,17 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from ..errors import UserError, reason
 from ..patches import all_families, families_in
 from ..upstream.configs import has_causal_model
+from .shapes import ASSETS, CONFIGS, embedded
 
-if TYPE_CHECKING:
-    from ..eval.ranks import Ranks
-
-ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 T = TypeVar("T")
-
-# Released models by the name --config knows them by: their own config.json's values where they are not the defaults of
-# transformers' config classes.
-CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3_next-80b": (
-        "qwen3_next",
-        {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
-            "max_position_embeddings": 262144,
-            "intermediate_size": 5120,
-        },
-    ),
-    "kimi_linear-48b": (
-        "kimi_linear",
-        {
-            "layer_types": [
-                "full_attention" if i in (4, 8, 12, 16, 20, 24, 27) else "linear_attention" for i in range(1, 28)
-            ]
-        },
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -96,11 +72,6 @@ class Loaded:
         return families_in(self.model)
 
 
-def embedded() -> list[str]:
-    """Names of the two tiny trained models that come with the package."""
-    return sorted(path.name for path in ASSETS.iterdir() if (path / "config.json").is_file())
-
-
 def _path(name: str) -> str:
     return str(ASSETS / name) if name in embedded() and not Path(name).exists() else name
 
@@ -108,12 +79,12 @@ def _path(name: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- devices
 
 
-def pick_device(name: str | None, ranks: Ranks | None = None) -> torch.device:
-    """The device asked for, or the best there is; with several processes the one accelerate gave to this process."""
-    if ranks is not None and ranks.device is not None:
+def pick_device(name: str | None, given: torch.device | None = None) -> torch.device:
+    """The device asked for, or the best there is; with several processes the one `given` by accelerate to this one."""
+    if given is not None:
         if name is not None and torch.device(name).index is not None:
             raise UserError(f"--device {name} names one device; with several processes give cpu, cuda or nothing")
-        return ranks.device
+        return given
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, reason
-from . import data
+from . import stdlib_text
 
 # Between documents, as it is usual for WikiText.
 JOIN = "\n\n"
@@ -53,7 +53,7 @@ class Windows:
 
 def embedded() -> Text:
     """The held-out modules of the Python standard library."""
-    return Text("held-out modules of the Python standard library", data.held_out_text())
+    return Text("held-out modules of the Python standard library", stdlib_text.held_out_text())
 
 
 def read_files(paths: Sequence[str], field: str = "text") -> Text:
@@ -98,7 +98,7 @@ def _read_parquet(path: Path, field: str) -> list[str]:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError("reading .parquet needs pyarrow: pip install pyarrow") from error
+        raise UserError("reading .parquet needs pyarrow: pip install 'hf-gdn[eval]'") from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
         _field(dict.fromkeys(file.schema_arrow.names, ""), field, f"text {str(path)!r}")
@@ -119,7 +119,7 @@ def read_dataset(name: str, split: str, field: str = "text") -> Text:
     try:
         import datasets
     except ImportError as error:
-        raise UserError("--dataset needs the datasets library: pip install datasets") from error
+        raise UserError("--dataset needs the datasets library: pip install 'hf-gdn[eval]'") from error
     path, _, config = name.partition(":")
     try:
         found = datasets.load_dataset(path, config or None, split=split)

@@ -1,12 +1,12 @@
 """Patching transformers' layer classes, and undoing it.
 
-- `api` has what users call, `inspect` says what is patched, `in_force` holds it.
-- `family_patch` makes the swaps of one family and `swap` carries them out; `self_check` compares a layer with the
-  original where transformers is newer than the tested range.
-- `families/` has one file a model family.
-- `forward` is the forward of patched layers. Below it are `recording`, `padding` and `mixer`, each calling only those
-  after it, and `plan`, which kernels a layer runs on. `text_model` is the forward of patched text models, `packing`
-  reads the bounds of packed sequences.
+- `api` has the public functions, `inspect` reports what is patched, `in_force` stores it.
+- `family_patch` builds the swaps of one family and `swap` applies them; `self_check` compares a patched layer with the
+  original if transformers is newer than the tested range.
+- `families/` has one file per model family.
+- `forward` is the forward of patched layers. It calls `recording`, `padding` and `mixer`, each of which calls only
+  those after it. `plan` chooses a layer's kernels. `text_model` is the forward of patched text models. `packing` reads
+  the boundaries of packed sequences.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Patching, process-wide: what users call.
+"""The public functions that patch and unpatch, process-wide.
 
-Models built before and after are served alike, since instances look their forward up on the class. Every change is
-checked before the first is made; whatever is raised half-way, everything is as it was (`swap`).
+Models may be built before or after patching, because instances look up their forward on the class. All changes are
+checked before the first one is made. If an exception interrupts patching, the previous state is restored (`swap`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .in_force import Table
 from .inspect import Status, status
 from .plan import Settings
 from .self_check import SelfCheck
-from .swap import Swap, own
+from .swap import Swap, class_attribute
 
 
-def _choose(names: Iterable[str] | str | None) -> dict[str, Family]:
-    """The families named, all for None. Raises ValueError for an unknown name."""
+def _select_families(names: Iterable[str] | str | None) -> dict[str, Family]:
+    """Look up the named families; None selects all. Raises ValueError for an unknown name."""
     known = all_families()
     wanted = [names] if isinstance(names, str) else list(known if names is None else names)
     unknown = [name for name in wanted if name not in known]
@@ -49,24 +49,24 @@ def _check_version() -> None:
 
 
 def _graph_swap() -> Swap:
-    """The swap of get_compiled_call, the one in force if there is one."""
+    """Return the swap of get_compiled_call: the current one if it is in force, else a new one."""
     for change in in_force.current().patches.values():
         if change.decode_swap is not None:
             return change.decode_swap
     owner = seams.compiled_call_class()
-    here = own(owner, "get_compiled_call")
+    here = class_attribute(owner, "get_compiled_call")
     return Swap(owner, "get_compiled_call", here, make_get_compiled_call(here, _has_graphs))
 
 
 def _has_graphs(model: torch.nn.Module) -> bool:
-    """Whether a model has layers of a family that is patched with CUDA graphs."""
+    """Whether a model has layers of a family patched with ``cuda_graphs=True``."""
     patches = in_force.current().patches.values()
     classes = tuple(change.layer.cls for change in patches if change.decode_swap is not None)
     return any(isinstance(module, classes) for module in model.modules())
 
 
-def _change(wanted: Table) -> Status:
-    """Put `wanted` in force and return the status; if anything is raised, put back what was in force."""
+def _apply_or_roll_back(wanted: Table) -> Status:
+    """Put `wanted` in force and return the status. If an exception is raised, restore the previous table."""
     before = in_force.current()
     try:
         in_force.put(wanted, before)
@@ -77,10 +77,10 @@ def _change(wanted: Table) -> Status:
 
 
 def _give_up(name: str, why: str) -> None:
-    """Leave a family original because its patched layer differs from the original (`self_check`)."""
+    """Unpatch a family whose patched layer differs from the original (`self_check`)."""
     with in_force.lock:
         if name in in_force.current().patches:
-            _change(in_force.current().without(name, why))
+            _apply_or_roll_back(in_force.current().without(name, why))
     warn_once(f"{name} runs unpatched: {why}")
 
 
@@ -93,30 +93,32 @@ def patch(
 ) -> Status:
     """Make the gated-delta-rule layers of transformers run on hf_gdn's kernels, process-wide.
 
-    Call it before or after models are loaded, as often as you like; later calls change the settings of the families
-    they name. `unpatch` undoes it exactly. With ``HF_GDN_DISABLE=1`` in the environment it has no effect.
+    Call it before or after loading models, any number of times. Later calls change the settings of the families they
+    name. `unpatch` undoes it exactly. It has no effect if ``HF_GDN_DISABLE=1`` is set in the environment.
 
-    A family that the installed transformers does not fit (a class is missing, a forward takes other arguments, caches
-    lack what layers need) is left original: its models run unpatched, one warning and `status` name it and the reason.
-    With a transformers newer than the tested range, a patched layer is also compared with the original the first time
-    a model of its family runs, and the family is left original where the two differ.
+    A family stays original if it does not fit the installed transformers: a class is missing, a forward takes other
+    arguments, or caches lack what the layers need. Its models run unpatched; one warning and `status` give the reason.
+    If transformers is newer than the tested range, a patched layer is also compared with the original the first time a
+    model of its family runs. If the two differ, the family stays original.
 
     Args:
-        families: names of model types such as ``"qwen3_next"``; None takes all that transformers has and that fit.
-        backend: a backend of `hf_gdn.registry.backends()`, which then serves every call or raises; ``"auto"`` takes the
-            fastest that can (or the one in ``HF_GDN_BACKEND``) and warns once when that is not the fastest there is.
-        strict: raise where a call, or with None a family, would be left to the original.
-        cuda_graphs: let ``generate`` with a static cache on a CUDA device replay its decode steps from CUDA graphs
-            (`hf_gdn.cuda_graphs`) rather than compile them. Anything that cannot be captured falls back to eager
-            execution; one warning gives the reason. ``generate(..., disable_compile=True)`` does without.
+        families: names of model types such as ``"qwen3_next"``. None selects all that transformers has and that fit.
+        backend: a name from `hf_gdn.registry.backends()`; this backend then serves every call or raises. ``"auto"``
+            takes the first backend that serves the call, fastest first (or the one in ``HF_GDN_BACKEND``), and warns
+            once if it is not the fastest.
+        strict: raise an error instead of running the original forward or, with ``families=None``, leaving a family
+            original.
+        cuda_graphs: with a static cache on a CUDA device, let ``generate`` replay its decode steps from CUDA graphs
+            (`hf_gdn.cuda_graphs`) instead of compiling them. Anything that cannot be captured falls back to eager
+            execution; one warning gives the reason. ``generate(..., disable_compile=True)`` turns it off for one call.
 
     Returns:
-        What is patched now, see `status`.
+        The new status, see `status`.
 
     Raises:
-        ValueError: an unknown family or backend.
-        PatchError: transformers is of an unsupported version, or a family that was named (or with `strict` any) does
-            not fit it. Nothing is patched then.
+        ValueError: unknown family or backend.
+        PatchError: the transformers version is unsupported, or a named family (with `strict`, any family) does not fit
+            it. Nothing is patched then.
 
     Example:
         >>> hf_gdn.patch("qwen3_next", backend="eager").active
@@ -135,7 +137,7 @@ def _patch_families(families: Iterable[str] | str | None, backend: str, strict: 
             warn_once("HF_GDN_DISABLE is set: patch() does nothing")
             return status()
         registry.check_backend(backend)
-        chosen = _choose(families)
+        chosen = _select_families(families)
         _check_version()
         settings = Settings(registry.DEFAULT_BACKEND if backend == "auto" else backend, strict)
         registry.check_backend(settings.backend)
@@ -155,13 +157,17 @@ def _patch_families(families: Iterable[str] | str | None, backend: str, strict: 
         missing = family_patch.rollback_missing()
         if missing is not None:
             warn_once(f"rolling tokens back, which assisted decoding needs, is not available: {missing}")
-        return _change(wanted)
+        return _apply_or_roll_back(wanted)
 
 
 def _with(table: Table, family: Family, settings: Settings, graph_swap: Swap | None) -> Table:
-    """The table with a family patched. Raises PatchError where transformers is not as the family expects."""
+    """Return the table with a family patched. Raises PatchError if the family does not fit transformers."""
     now = table.patches.get(family.name)
-    if now is None or now.settings != settings or own(now.layer.cls, "forward") is not now.layer.replacement:
+    if (
+        now is None
+        or now.settings != settings
+        or class_attribute(now.layer.cls, "forward") is not now.layer.replacement
+    ):
 
         def first_run(layer: Swap) -> SelfCheck | None:
             return None if versions.is_tested() else SelfCheck(family, settings, layer, _give_up)
@@ -174,24 +180,24 @@ def _with(table: Table, family: Family, settings: Settings, graph_swap: Swap | N
 
 
 def unpatch(families: Iterable[str] | str | None = None) -> Status:
-    """Undo `patch`, for all families or those named: their classes' ``forward`` is the original object again.
+    """Undo `patch` for the named families, or for all: their classes' ``forward`` is the original object again.
 
-    If another library has replaced a forward since, its replacement is left in place and a warning says so.
+    If another library has replaced a forward since, its replacement is left in place and a warning is logged.
 
     Raises:
-        ValueError: an unknown family.
+        ValueError: unknown family.
 
     Example:
         >>> hf_gdn.patch().active, hf_gdn.unpatch().active
         (True, False)
     """
     with in_force.lock:
-        chosen = _choose(families)
+        chosen = _select_families(families)
         release_graphs()
         wanted = in_force.current()
         for name in chosen:
             wanted = wanted.without(name)
-        return _change(wanted)
+        return _apply_or_roll_back(wanted)
 
 
 @contextlib.contextmanager
@@ -202,7 +208,7 @@ def patched(
     strict: bool = False,
     cuda_graphs: bool = False,
 ) -> Iterator[Status]:
-    """`patch` inside a with block; what was in force before is in force again after it.
+    """Context manager that patches like `patch` and restores the previous patches on exit.
 
     Example:
         >>> with hf_gdn.patched(strict=True):
@@ -216,7 +222,7 @@ def patched(
 
 @contextlib.contextmanager
 def unpatched() -> Iterator[Status]:
-    """The original transformers inside a with block; what was in force before is in force again after it.
+    """Context manager that runs the original transformers and restores the previous patches on exit.
 
     Example:
         >>> _ = hf_gdn.patch()
@@ -226,4 +232,4 @@ def unpatched() -> Iterator[Status]:
         True
     """
     with in_force.restored():
-        yield _change(Table())  # keeps CUDA graphs for after the block
+        yield _apply_or_roll_back(Table())  # captured CUDA graphs stay valid after the block

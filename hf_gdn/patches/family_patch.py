@@ -1,8 +1,8 @@
-"""The swaps that patch one model family, made from seams that have been checked.
+"""Build the swaps that patch one model family, after checking the seams they rely on.
 
-A family swaps its layers' ``forward`` and its text model's, which tells the layers of packed sequences. Where
-transformers lets tokens be rolled back, it also says so to ``generate``. With any family come methods that caches of
-linear-attention layers lack (`cache_swaps`).
+A family swaps the ``forward`` of its layers and of its text model, which passes packed sequences to the layers. If
+the installed transformers allows tokens to be rolled back, it also enables assisted decoding in ``generate``. Any
+patched family adds methods that caches of linear-attention layers lack (`cache_swaps`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..upstream import cache_names, indexer_positions, seams
 from .families.base import Family
 from .forward import make_forward
 from .plan import Settings
-from .swap import Swap, own
+from .swap import Swap, class_attribute
 from .text_model import FirstRun, make_generate, make_model_forward
 
 
@@ -29,10 +29,11 @@ class FamilyPatch:
     """The swaps of one family.
 
     Attributes:
-        family, settings: what was patched, and how it runs.
-        layer: of the layers' ``forward``.
-        others: of everything else that the family swaps.
-        decode_swap: of ``get_compiled_call``, the same for all families that have CUDA graphs; None without.
+        family, settings: the patched family and how it runs.
+        layer: swap of the layers' ``forward``.
+        others: all other swaps of the family.
+        decode_swap: swap of ``get_compiled_call``, shared by all families that use CUDA graphs; None if this one does
+            not.
     """
 
     family: Family
@@ -43,8 +44,8 @@ class FamilyPatch:
 
 
 def _swap(cls: type, name: str, make: Callable[[Any], Any], current: FamilyPatch | None) -> Swap:
-    """The swap of a class's attribute, over the original that a patch in force has kept."""
-    value = own(cls, name)
+    """Swap a class attribute. If the current patch replaced it already, start from the original it kept."""
+    value = class_attribute(cls, name)
     for swap in (current.layer, *current.others) if current is not None else ():
         if (swap.cls, swap.name) == (cls, name) and value is swap.replacement:
             value = swap.original
@@ -52,7 +53,7 @@ def _swap(cls: type, name: str, make: Callable[[Any], Any], current: FamilyPatch
 
 
 def layer_class(family: Family) -> Any:
-    """The class of a family's layers. Raises PatchError where transformers is not as expected."""
+    """Return the class of a family's layers. Raises PatchError if the class is missing or has other arguments."""
     try:
         return seams.layer_class(family.module, family.class_name)
     except PatchError as error:
@@ -62,15 +63,15 @@ def layer_class(family: Family) -> Any:
 def build(
     family: Family, settings: Settings, current: FamilyPatch | None, first_run: Callable[[Swap], FirstRun | None]
 ) -> FamilyPatch:
-    """The patch of a family.
+    """Build the patch of a family.
 
     Args:
-        family, settings: what to patch, and how it is to run.
-        current: the family's patch that is in force, None without.
-        first_run: makes, from the swap of the layers' forward, what is called when a text model first runs.
+        family, settings: the family to patch and how it runs.
+        current: the family's patch in force, or None.
+        first_run: takes the swap of the layers' forward and returns the check to call when a text model runs, or None.
 
     Raises:
-        PatchError: transformers is not as expected; the text begins with the family's name.
+        PatchError: the family does not fit transformers; the text begins with the family's name.
     """
     cls = layer_class(family)
     try:
@@ -91,7 +92,7 @@ def build(
 
 
 def rollback_missing() -> str | None:
-    """Why tokens cannot be rolled back with the installed transformers, so that assistants are refused; None if not."""
+    """Why the installed transformers cannot roll back tokens, so ``generate`` refuses assistants; None if it can."""
     try:
         seams.check_rollback()
     except PatchError as error:
@@ -101,7 +102,7 @@ def rollback_missing() -> str | None:
 
 @functools.cache
 def cache_swaps() -> tuple[Swap, ...]:
-    """What caches and ``generate`` gain with any patched family."""
+    """The swaps in caches and ``generate`` that any patched family brings."""
     mixin, methods = seams.linear_cache_mixin(), dict(row_methods.METHODS)
     if rollback_missing() is None:
         methods |= rollback.METHODS
@@ -110,4 +111,6 @@ def cache_swaps() -> tuple[Swap, ...]:
         places += [(seams.cache_class("Cache"), name, make) for name, make in indexer_positions.METHODS.items()]
     if cache_names.name() != cache_names.NAMES[0]:
         places.append((seams.generation_class(), "generate", make_generate))
-    return tuple(Swap(cls, name, own(cls, name), make(own(cls, name))) for cls, name, make in places)
+    return tuple(
+        Swap(cls, name, class_attribute(cls, name), make(class_attribute(cls, name))) for cls, name, make in places
+    )

@@ -1,6 +1,7 @@
-"""The one forward that replaces those of the patched layers: what a call needs, and which floor below serves it.
+"""The forward of all patched layers. It dispatches each call.
 
-`recording` for tokens that may be rolled back, `padding` for masks, `mixer` for everything else and below both.
+`recording` serves tokens that may be rolled back, `padding` serves masked rows. Both call `mixer`, which serves
+everything else.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ class Unserved(Exception):
 
 
 def _check_served(layer: Any, cache: Any, kwargs: dict[str, Any]) -> None:
-    """Raise Unserved for calls that belong to the original forward."""
+    """Raise Unserved for calls that the original forward must serve."""
     if torch.compiler.is_exporting():
         raise Unserved("torch.export traces the original forward")
     if kwargs.get("seq_idx") is not None and kwargs.get("cu_seq_lens_q") is None and torch.compiler.is_compiling():
-        raise Unserved("bounds of packed sequences are read off seq_idx by the host; give cu_seq_lens_q when compiling")
+        raise Unserved("reading seq_idx needs a host sync, which torch.compile cannot trace; pass cu_seq_lens_q")
     if cache is not None and not hasattr(cache.layers[layer.layer_idx], "recurrent_states"):
         raise Unserved(f"layer {layer.layer_idx} of the {type(cache).__name__} holds no recurrent state")
 
 
 def make_forward(family: Family, original: Callable[..., Tensor], settings: Settings) -> Callable[..., Tensor]:
-    """The forward that replaces `original` on a family's class, with the same arguments and result."""
+    """Make the forward that replaces `original` on a family's class; arguments and result are the same."""
     plans = Plans(family, settings)
 
     @seams.force_accelerate_hooks(family.direct)
@@ -68,10 +69,10 @@ def make_forward(family: Family, original: Callable[..., Tensor], settings: Sett
             rollback.discard(call.states)
         if cu_seqlens is None:
             return run_padded(call, hidden_states, attention_mask)
-        if attention_mask is not None:  # bounds count padding; there it is made zero
+        if attention_mask is not None:  # cu_seqlens counts padded positions too, so set their hidden states to zero
             hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
         packed = hidden_states.reshape(1, -1, hidden_states.shape[2])
         return run(call, packed, cu_seqlens=cu_seqlens).reshape(hidden_states.shape)
 
-    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # others check names by it
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # libraries inspect argument names
     return forward

@@ -1,4 +1,4 @@
-"""What is patched: status, the kernels that a model's layers run on, and the originals."""
+"""Report what is patched: status, the kernels that a model's layers run on, and the original forwards."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..upstream import seams, versions
 from . import in_force
 from .families import all_families
 from .family_patch import FamilyPatch, layer_class, rollback_missing
-from .swap import describe, foreign_forward, own
+from .swap import class_attribute, describe, foreign_forward
 
 
 @dataclass(frozen=True)
 class FamilyStatus:
-    """What became of one family.
+    """Status of one family.
 
     Attributes:
         name, layer: the model type and the name of its layer class.
         state: ``"patched"``, ``"original"``, ``"absent from transformers ..."`` or ``"replaced by ..."``.
-        cuda_graphs: whether ``generate`` replays the decode steps of its models.
-        reason: why `hf_gdn.patch` left it original; None where it was patched, or not asked for.
+        cuda_graphs: whether ``generate`` replays the decode steps of its models from CUDA graphs.
+        reason: why `hf_gdn.patch` left the family original; None if it is patched or was not requested.
     """
 
     name: str
@@ -40,13 +40,13 @@ class FamilyStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """What `hf_gdn.status()` found; prints as a small table.
+    """Result of `hf_gdn.status()`; prints as a small table.
 
     Attributes:
-        backend: the backends that patched layers were given, ``"none"`` without any.
-        families: one row a family.
+        backend: the backends of the patched families, ``"none"`` if no family is patched.
+        families: one row per family.
         transformers: the installed version.
-        missing: why tokens cannot be rolled back with this version; None where they can.
+        missing: why this version cannot roll back tokens; None if it can or if no family is patched.
     """
 
     backend: str
@@ -66,7 +66,7 @@ class Status:
 
 
 def status() -> Status:
-    """What is patched, family by family, on which backend.
+    """Return which families are patched, and on which backend.
 
     Example:
         >>> _ = hf_gdn.patch("kimi_linear")
@@ -81,10 +81,10 @@ def status() -> Status:
         elif change is None:
             state = "original"
         else:
-            current = own(change.layer.cls, "forward")
+            current = class_attribute(change.layer.cls, "forward")
             state = "patched" if current is change.layer.replacement else f"replaced by {describe(current)}"
         seam = change.decode_swap if change is not None else None
-        replays = seam is not None and own(seam.cls, seam.name) is seam.replacement
+        replays = seam is not None and class_attribute(seam.cls, seam.name) is seam.replacement
         rows.append(FamilyStatus(name, family.class_name, state, replays, table.misfits.get(name)))
     backend = ", ".join(dict.fromkeys(change.settings.backend for change in table.patches.values())) or "none"
     missing = rollback_missing() if table.patches else None
@@ -92,30 +92,30 @@ def status() -> Status:
 
 
 def original_forward(family: str) -> Callable[..., Any]:
-    """transformers' own forward of a family's layers, patched or not."""
+    """Return transformers' own forward of a family's layers, whether they are patched or not."""
     change = in_force.current().patches.get(family)
     return change.layer.original if change is not None else layer_class(all_families()[family]).forward
 
 
 def families_in(model: torch.nn.Module) -> list[str]:
-    """Names of the families that a model has layers of, text towers of multimodal ones included."""
+    """Names of the families whose layers a model contains, including those in text towers of multimodal models."""
     layers = {type(module).__name__ for module in model.modules()}
     return [name for name, family in all_families().items() if family.class_name in layers]
 
 
 def unpatchable(model: torch.nn.Module) -> str | None:
-    """Why layers of a model were left original by the `hf_gdn.patch` in force; None when none was."""
+    """Why the `hf_gdn.patch` in force left layers of a model original; None if it left none."""
     misfits = in_force.current().misfits
     found = [f"{name}: {misfits[name]}" for name in families_in(model) if name in misfits]
     return "; ".join(found) or None
 
 
 def layer_kernels(model: torch.nn.Module) -> dict[str, str]:
-    """Which kernels a patched model's layers run on, without gradients.
+    """Return the kernels that the layers of a patched model run on when no gradients are needed.
 
     Returns:
-        Layer's name in the model -> ``"chunk_gdn: triton, step_gdn: triton"``, or ``"original"`` when its class is
-        not patched, or ``"replaced by ..."`` when the layer was given another forward of its own.
+        Layer name in the model -> ``"chunk_gdn: triton, step_gdn: triton"``, or ``"original"`` if its class is not
+        patched, or ``"replaced by ..."`` if the layer instance has its own forward.
 
     Example:
         >>> from hf_gdn.patches import layer_kernels

@@ -1,7 +1,7 @@
-"""Everything between a patched layer's projections, on the kernels of its plan, and the cache that it continues.
+"""Run a patched layer: its projections, the kernels of its plan, and the cache update.
 
-The layer's own modules are called, so LoRA, quantized layers and hooks keep working, and the cache is transformers'
-own: convolution states ``[B, C, width]`` in the model's dtype, recurrent states ``[B, HV, K, V]`` in fp32.
+It calls the layer's own modules, so LoRA, quantized layers and hooks keep working. The cache is transformers' own:
+convolution states ``[B, C, width]`` in the model's dtype, recurrent states ``[B, HV, K, V]`` in fp32.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class LayerCall:
 
     Attributes:
         layer: the module.
-        cache: transformers' cache, None without.
-        states: the layer's part of it.
+        cache: transformers' cache, or None.
+        states: the layer's entry in the cache, or None.
     """
 
     def __init__(self, plans: Plans, layer: Any, cache: Any) -> None:
@@ -32,7 +32,7 @@ class LayerCall:
 
     @property
     def continues(self) -> bool:
-        """Whether the cache holds tokens of this layer."""
+        """Whether the cache already holds tokens of this layer."""
         return self.states is not None and self.states.has_previous_state[0]
 
     def project(self, x: Tensor) -> Projections:
@@ -40,29 +40,29 @@ class LayerCall:
         return self.family.project(self.layer, x)
 
     def output(self, mixed: Tensor) -> Tensor:
-        """The output projection of ``[B, T, HV V]``."""
+        """Apply the output projection to ``[B, T, HV V]``."""
         return getattr(self.layer, self.family.output_name)(mixed)
 
     def prepare(self, projected: Projections) -> tuple[KernelPlan, Weights]:
-        """The kernels that serve these inputs, and the layer's weights."""
+        """The kernels for these inputs, and the layer's weights."""
         return self._plans.of(self.layer, projected)
 
 
 def run(call: LayerCall, x: Tensor, *, cu_seqlens: Tensor | None = None, real: Tensor | None = None) -> Tensor:
-    """The whole layer on x ``[B, T, hidden]``; arguments as for `mix`."""
+    """Run the whole layer on x ``[B, T, hidden]``; arguments as for `mix`."""
     return call.output(mix(call, call.project(x), cu_seqlens, real))
 
 
 def mix(
     call: LayerCall, projected: Projections, cu_seqlens: Tensor | None = None, real: Tensor | None = None
 ) -> Tensor:
-    """From the input projections to the output projection: ``[B, T, HV V]``. The cache is updated.
+    """Run everything between the projections and update the cache. Returns ``[B, T, HV V]``.
 
     Args:
         call: the layer and its cache.
         projected: outputs of the input projections.
-        cu_seqlens: bounds of sequences packed in one row, ``[N + 1]``.
-        real: ``[B, T]``, false for padding, which stands at the end of rows.
+        cu_seqlens: ``[N + 1]`` boundaries of sequences packed in one row.
+        real: ``[B, T]``, false for padding, which must be at the end of rows.
     """
     plan, weights = call.prepare(projected)
     batch, length = projected.q.shape[:2]
@@ -107,7 +107,7 @@ def mix(
 
 
 def step_kernel(plan: KernelPlan, length: int, states: Any) -> Kernel | None:
-    """The kernel that does all of a layer's work for the next `length` tokens of a cache layer; None if none serves."""
+    """The step kernel for the next `length` tokens of a cache layer; None if no step kernel serves them."""
     serves = length <= plan.few.delta_rule.max_tokens and states.conv_states[0].is_contiguous()
     return plan.step if serves and states.recurrent_states[0].is_contiguous() else None
 
@@ -115,8 +115,8 @@ def step_kernel(plan: KernelPlan, length: int, states: Any) -> Kernel | None:
 def _store(call: LayerCall, recent: Tensor, state: Tensor | None) -> None:
     """Write the convolution state `recent` to the cache, and the recurrent state unless it was updated in place.
 
-    All allocations happen before either state is written, so an exception leaves the cache unchanged. On a first call
-    the convolution state is written last: it marks the layer as initialized.
+    All allocations happen before either state is written, so an exception leaves the cache unchanged. On the first
+    call, the convolution state is written last, because it marks the layer as initialized.
     """
     layer, states = call.layer, call.states
     if state is not None:
@@ -124,7 +124,7 @@ def _store(call: LayerCall, recent: Tensor, state: Tensor | None) -> None:
     if not states.has_previous_state[0]:
         call.cache.update_conv_state(recent, layer.layer_idx, conv_kernel_size=layer.conv1d.weight.shape[2])
     else:
-        states.conv_states[0].copy_(recent)  # in place: CUDA graphs know its address
+        states.conv_states[0].copy_(recent)  # in place: captured CUDA graphs hold its address
 
 
 def _check_cache(call: LayerCall, plan: KernelPlan, q: Tensor, weights: Weights, sequences: int) -> None:

@@ -1,4 +1,4 @@
-"""Packed sequences: where one ends and the next begins, as the user gives it to the layers."""
+"""Boundaries of packed sequences, from the keyword arguments of a layer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..operators import check_bounds
 
 
 def bounds(x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """Where sequences packed in x ``[B, T, hidden]`` begin and end in it, rows one behind the other: ``[N + 1]``.
+    """Return the boundaries ``[N + 1]`` of sequences packed in x ``[B, T, hidden]``, as indices into its B T tokens.
 
-    From ``cu_seq_lens_q`` (of one row), or else from a ``seq_idx`` of ``[1, T]`` or ``[B, T]``; None without either.
+    They come from ``cu_seq_lens_q`` (B = 1), else from ``seq_idx`` ``[1, T]`` or ``[B, T]``. None if neither is given.
 
     Raises:
-        ValueError: either does not fit x.
+        ValueError: ``cu_seq_lens_q`` or ``seq_idx`` does not fit x.
     """
     cu_seqlens, seq_idx = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
     batch, length = x.shape[:2]

@@ -1,4 +1,4 @@
-"""Padded rows: tokens are moved to the front of their rows, so that padding follows them and is read by nobody."""
+"""Padded rows: move the tokens of each row to its front, so that no token can read the padding behind them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _all_ones = read_once(lambda mask: bool(mask.all()))
 
 
 def hides_nothing(mask: Tensor) -> bool:
-    """Whether a mask that a model always gives says nothing. A single token is never padding, as in transformers."""
+    """Whether a mask ``[B, T]`` is known to hide nothing. A single token is never padding, as in transformers."""
     if mask.shape[1] == 1:
         return True
     return not torch.compiler.is_compiling() and _all_ones(mask)
 
 
 def _order(mask: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """How tokens are moved to the front of their rows and padding behind them.
+    """Compute the permutation that moves the tokens of each row to its front.
 
     Args:
         mask: ``[B, T]``, 0 for padding.
         x: hidden states ``[B, T, hidden]``.
 
     Returns:
-        Where each place's token is from, ``[B, T, 1]``, and which places then hold one, ``[B, T]``.
+        The source position of each position, ``[B, T, 1]``, and which positions then hold a token, ``[B, T]``.
     """
     if mask.shape != x.shape[:2]:
         raise ValueError(f"attention_mask must be [B, T] = {list(x.shape[:2])}, got {list(mask.shape)}")
@@ -36,7 +36,7 @@ def _order(mask: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def run_padded(call: LayerCall, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The layer on x ``[B, T, hidden]``; tokens that the mask ``[B, T]`` hides have no effect, and give zeros."""
+    """Run the layer on x ``[B, T, hidden]``. Tokens that the mask ``[B, T]`` hides have no effect and return zeros."""
     if mask is None:
         return run(call, x)
     order, real = _order(mask, x)

@@ -1,4 +1,4 @@
-"""Which kernels a layer runs on: decided once for a layer, a device and a dtype, and remembered until that changes."""
+"""Choose the kernels of a layer, once per layer, device and dtype, and cache the choice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..kernels.contract import LayerSpec, Projections, Weights
 from ..registry import Kernel
 from .families.base import Dims, Family
 
-MAX_WIDTH = 8  # of convolutions that the Triton kernels serve
+MAX_WIDTH = 8  # widest convolution that the Triton kernels serve
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Settings:
 
 
 class Route(NamedTuple):
-    """The kernels of one way through a layer; norm is None where the norm module has to be called."""
+    """The kernels for one call of a layer; norm is None if the norm module has to be called."""
 
     delta_rule: Kernel
     prologue: Kernel
@@ -35,14 +35,14 @@ class Route(NamedTuple):
 
 
 class KernelPlan:
-    """The kernels of a layer for inputs of one kind.
+    """The kernels of a layer for one device, dtype and gradient mode.
 
     Attributes:
-        dims, spec: the layer's.
-        needs_grad: whether gradients are wanted.
-        few: for a few tokens, through the recurrent kernel.
-        step: the kernel that does all of a layer's work between its projections for the next few tokens of a cache;
-            None where its backend has none, or none that serves.
+        dims, spec: dimensions and options of the layer.
+        needs_grad: whether gradients are needed.
+        few: the route for a few tokens, with the recurrent kernel.
+        step: the kernel that does everything between the projections for the next few tokens of a cache; None if its
+            backend has none that serves the layer.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class KernelPlan:
         self.needs_grad = grad
         self._variant, self._gate_known = family.variant, isinstance(self.spec.gate, str)
         self._has_norm = weights.norm is not None
-        # Whether convolution and gates are those that every backend's kernels have.
+        # Whether every backend's kernels support this convolution and these gates.
         self._plain = self.spec.activation == "silu" and projected.a is not None and weights.conv.shape[1] <= MAX_WIDTH
         self._request = projected.q.device.type, projected.q.dtype, (*self.dims,), settings.backend, grad
         self.few = self._route("recurrent")
@@ -62,7 +62,7 @@ class KernelPlan:
         self.step = registry.get_or_none(f"step_{self._variant}", self.few.delta_rule.backend) if serves else None
 
     def route(self, tokens: int) -> Route:
-        """The kernels for a call of so many tokens."""
+        """The kernels for a call with this number of tokens."""
         if tokens <= self.few.delta_rule.max_tokens:
             return self.few
         if self._many is None:
@@ -77,23 +77,23 @@ class KernelPlan:
 
 
 def _same_backend_or_eager(kernel: Kernel, op: str, serves: bool) -> Kernel:
-    """The same backend's kernel for `op`, or eager's if it has none that serves."""
+    """The same backend's kernel for `op`, or eager's if it has none or `serves` is false."""
     found = (registry.get_or_none(op, kernel.backend) if serves else None) or registry.get_or_none(op, "eager")
     assert found is not None
     return found
 
 
 class Plans:
-    """The plans of all layers of a patched family, by layer and by what decides them."""
+    """The plans of all layers of a patched family, cached by layer and by the properties they depend on."""
 
     def __init__(self, family: Family, settings: Settings) -> None:
         self.family, self.settings = family, settings
         self._known: WeakKeyDictionary[nn.Module, dict[Hashable, KernelPlan]] = WeakKeyDictionary()
 
     def of(self, layer: Any, projected: Projections) -> tuple[KernelPlan, Weights]:
-        """A layer's plan for the outputs of its projections, and its weights.
+        """Return a layer's plan for these projection outputs, and its weights.
 
-        Weights are read anew: offloading and training replace them.
+        Weights are read on every call, because offloading and training replace them.
         """
         family, weights = self.family, self.family.weights(layer)
         grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*projected, *weights))

@@ -1,4 +1,4 @@
-"""Calls whose tokens a cache records, so that they can be rolled back (`hf_gdn.caches.rollback`)."""
+"""Record the tokens of a call in its cache, so that they can be rolled back (`hf_gdn.caches.rollback`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .padding import run_padded
 
 
 def run_recorded(call: LayerCall, x: Tensor, mask: Tensor | None) -> Tensor:
-    """`run_padded` for one row, whose last tokens can then be rolled back."""
+    """`run_padded` for one row; its last tokens, up to `rollback.RECORDED`, can be rolled back afterwards."""
     if x.shape[1] > rollback.RECORDED:
         sizes = x.shape[1] - rollback.RECORDED, rollback.RECORDED
         rollback.discard(call.states)
@@ -29,7 +29,7 @@ def run_recorded(call: LayerCall, x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _mix_recorded(call: LayerCall, x: Tensor, real: Tensor | None) -> Tensor:
-    """`mix` on x ``[1, t, hidden]``, recorded; `real` ``[T]`` tells which positions of the call these tokens had."""
+    """`mix` on x ``[1, t, hidden]`` with recording. `real` ``[T]`` marks which positions of the call are tokens."""
     projected, states = call.project(x), call.states
     plan, weights = call.prepare(projected)
     if call.continues:
@@ -50,7 +50,7 @@ def _mix_recorded(call: LayerCall, x: Tensor, real: Tensor | None) -> Tensor:
 
 
 def _replay(call: LayerCall, projected: Projections) -> rollback.Replay | None:
-    """The function that replays tokens like these; None without a step kernel."""
+    """The function that replays such tokens; None if there is no step kernel."""
     plan, weights = call.prepare(projected)
     kernel, spec = step_kernel(plan, 1, call.states), plan.spec
     return None if kernel is None else lambda projected, *states: kernel.fn(projected, weights, spec, *states)

@@ -1,9 +1,9 @@
-"""One layer, a few tokens, original against patched: run once where transformers is newer than the tested range.
+"""Compare a patched layer with the original, once, if transformers is newer than the tested range.
 
-A new version may change what a layer computes without changing the names that the seams are checked for. So the first
-time a text model of a patched family runs, a layer is made from the model's own config with random fp32 weights, on
-the model's device, and both forwards read the same tokens: six at once, and five and one through a cache. Padding and
-packed sequences, where the original is wrong (docs/differences.md), are not compared.
+A new version may change what a layer computes without changing any name that the seams check. The first time a text
+model of a patched family runs, a layer is built from the model's own config with random fp32 weights on the model's
+device. Both forwards process the same tokens: six at once, then five and one through a cache. Padding and packed
+sequences are not compared, because the original is wrong there (docs/differences.md).
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ from .families.base import Family
 from .plan import Settings
 from .swap import Swap
 
-# Both forwards sum the same fp32 products in another order: 1e-6 apart at most, or 1e-3 where matrix products run in
-# TF32 (2^-11 a factor). A layer that computes something else is off by a tenth and more with weights of order one.
+# Both forwards sum the same fp32 products in different orders, so they differ by at most 1e-6, or by 1e-3 if matrix
+# products run in TF32 (2^-11 per factor). A layer that computes something else is off by at least 0.1, because weights
+# are of order one.
 BUDGET = 5e-3
 _TOKENS, _HIDDEN = 6, 64
 
-# What was found, by layer class, original forward and device type: None for no difference.
+# Results by layer class, original forward and device type: the difference in words, None if there is none.
 _found: dict[tuple[type, Any, str], str | None] = {}
 
 
 class SelfCheck:
-    """Compares a family's patched layer with the original when a text model first runs; call it with the model.
+    """Compares a family's patched layer with the original when a text model first runs. Call it with the model.
 
     Args:
-        family, settings, layer: what is patched, and the swap of the layers' forward.
-        give_up: called with the family's name and the reason where the two differ.
+        family, settings, layer: the patched family, how it runs, and the swap of the layers' forward.
+        give_up: called with the family's name and the reason if the two differ.
     """
 
     def __init__(self, family: Family, settings: Settings, layer: Swap, give_up: Callable[[str, str], None]) -> None:
         self.family, self.settings, self.layer, self.give_up = family, settings, layer, give_up
 
     def __call__(self, model: Any) -> bool:
-        """Whether the patched forward may serve; otherwise the family is left original.
+        """Return whether the patched forward may be used. If not, `give_up` has been called.
 
         Raises:
-            PatchError: they differ, and the settings are strict.
+            PatchError: the two differ and the settings are strict.
         """
         device = next(iter(model.parameters())).device
         device = torch.device("cpu") if device.type == "meta" else device  # offloaded weights
@@ -64,19 +65,19 @@ class SelfCheck:
 
 
 def difference(family: Family, swap: Swap, config: Any, device: torch.device) -> str | None:
-    """What sets a family's patched layer apart from the original, in words; None where nothing does.
+    """Describe how a family's patched layer differs from the original; None if it does not.
 
     Args:
         family: the family.
-        swap: of the layer class's forward.
-        config: of the text model; its layer is made with another hidden size.
-        device: where to compare.
+        swap: swap of the layer class's forward.
+        config: config of the text model; the layer is built with a smaller hidden size.
+        device: device to compare on.
     """
     try:
         layer = _layer(swap.cls, config, device)
         x = _random((2, _TOKENS, layer.hidden_size), 1.0).to(device)
         wanted, got = (_run(forward, layer, x, config) for forward in (swap.original, swap.replacement))
-    except Exception as error:  # whatever a new version raises
+    except Exception as error:  # a new version may raise anything
         return (
             f"a layer of {versions.installed()} could not be compared with the original: "
             f"{type(error).__name__}: {reason(error)}"
@@ -92,7 +93,7 @@ def difference(family: Family, swap: Swap, config: Any, device: torch.device) ->
 
 
 def _layer(cls: Any, config: Any, device: torch.device) -> Any:
-    """A layer with random weights, few hidden channels and everything else as the config says."""
+    """Build a layer with random weights and few hidden channels; everything else follows the config."""
     config = copy.deepcopy(config)
     config.hidden_size = _HIDDEN
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -113,7 +114,7 @@ def _random(shape: tuple[int, ...], scale: float, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def _run(forward: Callable[..., Tensor], layer: Any, x: Tensor, config: Any) -> dict[str, Tensor]:
-    """Outputs and cached states of a forward, called by position as every version takes it."""
+    """Outputs and cached states of a forward. Arguments are positional, because their names differ by version."""
     cache = DynamicCache(config=config)
     first, last = x.split([_TOKENS - 1, 1], 1)
     outputs = {

@@ -1,7 +1,7 @@
-"""Swapping attributes of classes and putting them back, so that whatever is raised half-way leaves all or nothing.
+"""Swap attributes of classes and restore them, safely under interruption.
 
-Nothing here keeps a record of how far it has come: what an attribute is says whether its swap has been made, so that a
-move from one set of swaps to another can be run again, or back, from wherever it was interrupted.
+No progress is stored. The current value of an attribute tells whether its swap has been applied, so going from one set
+of swaps to another can be repeated or reversed from any point of interruption.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 from ..log import logger, warn_once
 from ..upstream import modules
 
-MISSING: Any = object()  # what a class has that does not have an attribute itself
+MISSING: Any = object()  # stands for an attribute that a class does not define itself
 
 
 @dataclass(frozen=True)
 class Swap:
-    """An attribute of a class: what stood there (MISSING for nothing) and what is to stand there."""
+    """A class attribute, its original value (MISSING if the class does not define it) and its replacement."""
 
     cls: type
     name: str
@@ -27,18 +27,18 @@ class Swap:
     replacement: Any
 
 
-def own(cls: type, name: str) -> Any:
-    """A class's own attribute, MISSING where it has none."""
+def class_attribute(cls: type, name: str) -> Any:
+    """The attribute that a class defines itself, not one it inherits; MISSING if there is none."""
     return cls.__dict__.get(name, MISSING)
 
 
 def describe(function: Any) -> str:
-    """Where a function is from, for messages."""
+    """Module and qualified name of a function, for messages."""
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
 
 
-def _moved(value: Any, old: Swap | None, new: Swap | None) -> Any:
-    """What an attribute becomes when `new` follows `old`; what is neither's stays."""
+def _value_after_swap(value: Any, old: Swap | None, new: Swap | None) -> Any:
+    """The value of an attribute after `old` is undone and `new` applied; any value not set by them is kept."""
     if old is not None and old is not new and value is old.replacement:
         value = old.original
     if new is not None and value is new.original:
@@ -50,10 +50,10 @@ def _by_place(swaps: Iterable[Swap]) -> dict[tuple[type, str], Swap]:
     return {(swap.cls, swap.name): swap for swap in swaps}
 
 
-def move(old: Iterable[Swap], new: Iterable[Swap]) -> None:
-    """Undo the swaps of `old` that are not in `new`, make those of `new`.
+def apply_swaps(old: Iterable[Swap], new: Iterable[Swap]) -> None:
+    """Undo the swaps of `old` that are not in `new`, then apply those of `new`.
 
-    An attribute that somebody else has replaced since is left in place, and a warning says so.
+    An attribute that another library has replaced since is left in place and a warning is logged.
     """
     before, after = _by_place(old), _by_place(new)
     changes = {
@@ -61,52 +61,51 @@ def move(old: Iterable[Swap], new: Iterable[Swap]) -> None:
         for place in {**before, **after}
         if before.get(place) is not after.get(place)
     }
-    for (cls, name), (gone, come) in changes.items():
-        here = own(cls, name)
-        value = _moved(here, gone, come)
+    for (cls, name), (previous, wanted) in changes.items():
+        here = class_attribute(cls, name)
+        value = _value_after_swap(here, previous, wanted)
         if value is MISSING and here is not MISSING:
             delattr(cls, name)
         elif value is not here:
             setattr(cls, name, value)
-        elif come is None and gone is not None and here is not gone.original:
+        elif wanted is None and previous is not None and here is not previous.original:
             logger.warning(
-                "%s.%s was replaced by %s after hf_gdn patched it; that one is left in place",
+                "%s.%s was replaced by %s after hf_gdn patched it; the replacement is left in place",
                 cls.__name__,
                 name,
                 describe(here),
             )
-    _tell_instances({cls: pair for (cls, name), pair in changes.items() if name == "forward"})
+    _update_bound_instances({cls: pair for (cls, name), pair in changes.items() if name == "forward"})
 
 
-def _tell_instances(changes: dict[type, tuple[Swap | None, Swap | None]]) -> None:
-    """Move the forwards that instances hold themselves: accelerate's hooks, and what removes them, and kernelize()
-    leave the one they found in the instance.
+def _update_bound_instances(changes: dict[type, tuple[Swap | None, Swap | None]]) -> None:
+    """Update forwards that are bound to instances. Adding or removing accelerate's hooks, and kernelize(), bind them.
 
-    One walk over all objects for all classes: it takes tens of milliseconds in a large process.
+    All classes share one walk over all objects, which takes tens of milliseconds in a large process.
     """
     if not changes:
         return
     for instance in gc.get_referrers(*changes):
-        for cls, (gone, come) in changes.items():
+        for cls, (previous, wanted) in changes.items():
             if not isinstance(instance, cls):
                 continue
             for name in modules.HELD_FORWARDS:
                 function = getattr(instance.__dict__.get(name), "__func__", None)
-                moved = _moved(function, gone, come)
+                moved = _value_after_swap(function, previous, wanted)
                 if moved is not function:
                     instance.__dict__[name] = moved.__get__(instance)
-            theirs = foreign_forward(instance, come)
+            theirs = foreign_forward(instance, wanted)
             if theirs is not None:
                 warn_once(
-                    f"some {cls.__name__} hold a forward of their own, {theirs}: that one runs, not hf_gdn's "
-                    "(kernelize() and use_kernels=True bind one where the hub has a kernel for the device)"
+                    f"some {cls.__name__} instances have their own forward, {theirs}, which runs instead of hf_gdn's "
+                    "(kernelize() and use_kernels=True bind one if the hub has a kernel for the device)"
                 )
 
 
 def foreign_forward(instance: Any, swap: Swap | None) -> str | None:
-    """The forward that an instance was given by somebody else and runs instead of its patched class's, or None.
+    """Describe the forward that another library bound to an instance and that runs instead of its class's; or None.
 
-    A forward that accelerate has wrapped is looked at as it was before.
+    If accelerate has wrapped the forward, the unwrapped one is examined.
     """
     held = modules.unwrapped_forward(instance)
     function: Callable[..., Any] | None = getattr(held, "__func__", held)

@@ -1,7 +1,7 @@
-"""The forward that replaces a text model's: packed sequences by ``position_ids``, and caches that plan forwards.
+"""The forward of patched text models. It supports sequences packed by ``position_ids``, and caches that plan forwards.
 
-``cu_seq_lens_q`` and ``seq_idx`` reach the layers as keywords (`packing`). ``position_ids`` that restart do not:
-transformers makes masks of full attention of them and does not pass them to its linear layers.
+``cu_seq_lens_q`` and ``seq_idx`` reach the layers as keyword arguments (`packing`). ``position_ids`` do not:
+transformers builds the masks of full attention from them but does not pass them to linear layers.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from torch import Tensor
 
 from ..upstream import cache_names, versions
 
-# Called with a text model each time it runs eagerly; False leaves the call to the original.
+# Called with a text model each time it runs eagerly. If it returns False, the original forward serves the call.
 FirstRun = Callable[[Any], bool]
 
 
 def _restarts(given: dict[str, Any]) -> Tensor | None:
-    """Which sequence a token belongs to, ``[1 or B, T]``, where position_ids restart; None where nothing is packed.
+    """Sequence index of each token, ``[1 or B, T]``, from restarts of position_ids; None if nothing is packed.
 
-    As in transformers' own masks, a mask or a past means that nothing is; explicit bounds come first.
+    As in transformers' own masks, a mask or a non-empty cache means that nothing is packed. Explicit boundaries take
+    precedence.
     """
     position_ids, past = given.get("position_ids"), cache_names.look(given)
     if position_ids is None or any(
         given.get(name) is not None for name in ("attention_mask", "seq_idx", "cu_seq_lens_q")
     ):
         return None
-    if position_ids.ndim == 3:  # multimodal: text positions come first, if they are there
+    if position_ids.ndim == 3:  # multimodal: text positions, if present, come first
         if len(position_ids) not in (1, 4):
             return None
         position_ids = position_ids[0]
@@ -42,10 +43,10 @@ def _restarts(given: dict[str, Any]) -> Tensor | None:
 
 
 def _check_recording(cache: Any) -> None:
-    """Raise ValueError for a static cache of a hybrid model that records its past, where transformers masks it wrongly.
+    """Raise ValueError for a static cache of a hybrid model that records its past, if transformers masks it wrongly.
 
-    Where a recording cache counts as not compileable, decode steps get no mask: queries attend to slots that hold no
-    token yet, in the original models too.
+    If transformers treats a recording cache as not compileable, decode steps get no mask, so queries attend to slots
+    that hold no token yet. The original models have the same problem.
     """
     layers = getattr(cache, "layers", ())
     recording = next((layer for layer in layers if hasattr(layer, "record_past")), None)
@@ -53,16 +54,16 @@ def _check_recording(cache: Any) -> None:
         return
     if any(layer.is_compileable for layer in layers if not hasattr(layer, "record_past")):
         raise ValueError(
-            f"a {type(cache).__name__} of a hybrid model that records its past, as assisted decoding makes it, is "
-            f"masked wrongly by {versions.installed()}: decode steps attend to empty slots; expected a DynamicCache"
+            f"expected a DynamicCache, got a {type(cache).__name__} that records its past, as in assisted decoding: "
+            f"with a hybrid model it is masked wrongly by {versions.installed()}, decode steps attend to empty slots"
         )
 
 
 def make_model_forward(original: Callable[..., Any], first_run: FirstRun | None = None) -> Callable[..., Any]:
-    """The forward that replaces a text model's: the same, but it passes restarting position_ids on as ``seq_idx``.
+    """Make the forward that replaces a text model's. If ``position_ids`` restart, it passes ``seq_idx`` to the layers.
 
-    Not under torch.compile, where nobody can read them: there the layers need ``cu_seq_lens_q``. Caches that plan
-    forwards (`hf_gdn.caches.SinkCache`) determine mask and positions. A cache is taken by any of its names.
+    Under torch.compile their values cannot be read, so callers must pass ``cu_seq_lens_q``. Caches that plan forwards
+    (`hf_gdn.caches.SinkCache`) determine mask and positions. The cache argument may have any of its three names.
     """
     names, cache_name = list(inspect.signature(original).parameters)[1:], cache_names.name_in(original)
 
@@ -71,7 +72,7 @@ def make_model_forward(original: Callable[..., Any], first_run: FirstRun | None 
         if first_run is not None and not torch.compiler.is_compiling() and not first_run(self):
             return original(self, *args, **kwargs)
         if len(args) > len(names):
-            return original(self, *args, **kwargs)  # which raises
+            return original(self, *args, **kwargs)  # raises TypeError
         given = {**dict(zip(names, args)), **kwargs}
         cache = cache_names.take(given)
         if cache is not None:
@@ -91,7 +92,7 @@ def make_model_forward(original: Callable[..., Any], first_run: FirstRun | None 
 
 
 def make_generate(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The ``generate`` of versions that call a cache otherwise, which then takes ``cache=`` as later ones do."""
+    """Make a ``generate`` that accepts ``cache=`` in versions whose own argument has another name."""
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:

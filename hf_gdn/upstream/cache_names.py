@@ -1,9 +1,9 @@
-"""What a cache is called: by models, layers, ``generate`` and outputs.
+"""The name of the cache argument of models, layers and ``generate``, and of the cache in outputs.
 
-From transformers 5.24 on it is ``cache`` everywhere. Before, models, ``generate`` and outputs called it
-``past_key_values`` and linear-attention layers ``cache_params``; 5.24 takes the old names with a warning. Code of this
-package passes a cache by the name that the installed version prefers, so that no such warning is ours, and accepts all
-three from users.
+From transformers 5.24 on, it is ``cache`` everywhere. Before, it was ``past_key_values`` in models, ``generate`` and
+outputs, and ``cache_params`` in linear-attention layers; 5.24 accepts the old names with a warning. This package passes
+a cache by the name that the installed version prefers, so it never causes that warning, and accepts all three names
+from users.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def name_in(function: Callable[..., Any]) -> str | None:
-    """The name under which a function takes a cache, None when it takes none."""
+    """The name of a function's cache argument, or None."""
     parameters = inspect.signature(function).parameters
     return next((name for name in NAMES if name in parameters), None)
 
 
 @functools.cache
 def name() -> str:
-    """The name under which the installed transformers' models and ``generate`` take a cache."""
+    """The name of the cache argument of models and ``generate`` in the installed transformers."""
     return name_in(seams.generation_class().prepare_inputs_for_generation) or NAMES[0]
 
 
@@ -41,28 +41,28 @@ def as_layer_argument(layer: Any, cache: Any) -> dict[str, Any]:
 
 
 def take(arguments: dict[str, Any], found: Any = None) -> Any:
-    """Remove the cache from keyword arguments and return it, whatever it is called; None when there is none.
+    """Remove the cache, under any of its names, from keyword arguments and return it; None if there is none.
 
     Args:
         arguments: keyword arguments; changed in place.
-        found: a cache that was given otherwise.
+        found: a cache that was passed in another way, or None.
 
     Raises:
-        TypeError: two different caches were given under two names.
+        TypeError: two different caches were passed.
     """
     for candidate in NAMES:
         value = arguments.pop(candidate, None)
         if value is not None and found is not None and value is not found:
-            raise TypeError(f"two caches were given, as {' and '.join(NAMES)}; expected one, as {name()!r}")
+            raise TypeError(f"expected one cache, as {name()!r}; got two under different names of {', '.join(NAMES)}")
         found = value if found is None else found
     return found
 
 
 def look(arguments: dict[str, Any]) -> Any:
-    """The cache among keyword arguments, whatever it is called; None when there is none."""
+    """Return the cache among keyword arguments, under any of its names; None if there is none."""
     return next((arguments[key] for key in NAMES if arguments.get(key) is not None), None)
 
 
 def of_outputs(outputs: Any) -> Any:
-    """The cache that a model or ``generate`` returned with its outputs; None when it returned none."""
+    """The cache in the outputs of a model or of ``generate``; None if there is none."""
     return getattr(outputs, name(), None)

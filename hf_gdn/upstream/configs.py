@@ -1,4 +1,4 @@
-"""Private attributes of transformers' configs and of what chooses a model class for one."""
+"""Private attributes of transformers' configs and auto classes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import Any
 
 
 def attention_implementation(config: Any) -> str:
-    """The attention implementation that a model runs on."""
+    """The attention implementation that a model uses."""
     return config._attn_implementation
 
 
 def commit(config: Any) -> str | None:
-    """The revision of the hub that a config was loaded from; None for others."""
+    """The hub revision that a config was loaded from; None if it was not loaded from the hub."""
     return getattr(config, "_commit_hash", None)
 
 
 def compile_on_all_devices() -> Any:
-    """A CompileConfig with which ``generate`` compiles on every device; by default it does so on CUDA alone."""
+    """A CompileConfig with which ``generate`` compiles on every device; by default it compiles on CUDA only."""
     from transformers import CompileConfig
 
     config: Any = CompileConfig()

@@ -1,7 +1,7 @@
-"""Positions that transformers 5.17 keeps on a cache itself: Qwen4-Exp's indexer reads those of all its tokens.
+"""Fix for transformers 5.17, which stores the positions of Qwen4-Exp's indexer on the cache instead of on its layers.
 
-5.17 changes the layers when tokens are rolled back or sequences selected and leaves these positions as they were: the
-first gives wrong logits, the second an error in the next forward. Later versions keep them on the layers.
+When tokens are rolled back or sequences selected, 5.17 updates the layers but not these positions. Rolling back then
+gives wrong logits; selecting sequences gives an error in the next forward. Later versions keep them on the layers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def on_cache() -> bool:
 
 
 def first_indexed(cache: Any) -> int | None:
-    """The cache's first indexed layer, where transformers keeps its positions ``[3, B, T]`` on the cache."""
+    """Index of the cache's first indexed layer if the cache stores positions ``[3, B, T]``; else None."""
     if not on_cache():
         return None
     return next((index for index, layer in enumerate(cache.layers) if hasattr(layer, "indexer_keys")), None)
@@ -37,7 +37,7 @@ def first_indexed(cache: Any) -> int | None:
 def _with_positions(
     change: Callable[[Any, Tensor, Any], Tensor],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a method of Cache that calls the original and then changes the positions on the cache as well."""
+    """Make a replacement for a method of Cache that also applies `change` to the positions on the cache."""
 
     def make(original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
@@ -56,7 +56,7 @@ def _rows(_: Any, positions: Tensor, rows: Tensor) -> Tensor:
     return positions[:, rows.to(positions.device)]
 
 
-# Method of Cache -> what makes its replacement from the original.
+# Method of Cache -> function that makes its replacement from the original.
 METHODS: dict[str, Callable[[Callable[..., None]], Callable[..., None]]] = {
     "crop": _with_positions(lambda cache, positions, _: positions[..., : cache.get_seq_length()]),
     "reorder_cache": _with_positions(_rows),

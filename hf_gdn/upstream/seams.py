@@ -1,7 +1,7 @@
-"""Classes, arguments and attributes of transformers that hf_gdn swaps or relies on, looked up when they are needed.
+"""Look up and check the classes, arguments and attributes of transformers that hf_gdn swaps or relies on.
 
-Every function here either returns what was asked for or raises PatchError with the seam, the installed version, what
-was found and what was expected. `hf_gdn.patch` calls them before it changes anything.
+If a seam is missing or different, the functions raise PatchError with the seam, the installed version, what was found
+and what was expected. `hf_gdn.patch` calls them before it changes anything.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from ..errors import PatchError
 from . import cache_names, versions
 
-# Arguments of a text model's forward that packing and `SinkCache` read, beside the cache.
+# Arguments of a text model's forward, besides the cache, that packing and `SinkCache` read.
 MODEL_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
-# What the forward of a patched layer and rolling tokens back read and write on a linear-attention cache layer.
+# Attributes of a linear-attention cache layer that patched forwards and rollback read and write.
 _LAYER_ATTRIBUTES = (
     "conv_states",
     "recurrent_states",
@@ -28,18 +28,18 @@ _LAYER_ATTRIBUTES = (
     "number_of_states",
     "record_past",
 )
-STATEFUL = "_is_stateful"  # whether recurrent states cannot be rolled back, for which generate() refuses assistants
-CANDIDATES = "_get_candidate_generator"  # the method of generate() that makes what drafts tokens
+STATEFUL = "_is_stateful"  # true if recurrent states cannot be rolled back; generate() then refuses assistants
+CANDIDATES = "_get_candidate_generator"  # the method with which generate() makes the generator of draft tokens
 _MASK_FUNCTION = "create_recurrent_attention_mask"
 
 
 def has_module(module: str) -> bool:
-    """Whether transformers has the package of a modeling module."""
+    """Whether the installed transformers has the package that contains a modeling module."""
     return importlib.util.find_spec(module.rpartition(".")[0]) is not None
 
 
 def class_of(module: str, name: str) -> Any:
-    """A class, or a function, of a module of transformers."""
+    """A class or function from a module of transformers."""
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
@@ -58,15 +58,16 @@ def _misfit(what: str, found: Iterable[str], expected: Iterable[str]) -> PatchEr
 
 
 def force_accelerate_hooks(children: Iterable[str]) -> Callable[[Any], Any]:
-    """A decorator for a forward that reads parameters of children without calling them.
+    """Make a decorator for a forward that reads parameters of children without calling them.
 
-    Accelerate's offloading loads the weights of a module when it is called; transformers' own layers use this too.
+    Accelerate's offloading loads a module's weights when the module is called, so the decorator triggers its hooks.
+    transformers' own layers use the same decorator.
     """
     return class_of("transformers.integrations.accelerate", "force_accelerate_hooks")(list(children))
 
 
 def layer_class(module: str, name: str) -> Any:
-    """A linear-attention layer's class, whose forward takes hidden states, a cache and a mask, in that order."""
+    """The class of a linear-attention layer; its forward takes hidden states, a cache and a mask, in that order."""
     cls = class_of(module, name)
     found = _arguments(cls.forward)
     expected = ["self", "hidden_states", cache_names.name_in(cls.forward) or cache_names.NAMES[0], "attention_mask"]
@@ -76,7 +77,7 @@ def layer_class(module: str, name: str) -> Any:
 
 
 def text_model_class(module: str, name: str) -> Any:
-    """A text model's class, whose forward takes a cache and `MODEL_ARGUMENTS` by keyword."""
+    """The class of a text model; its forward takes a cache and `MODEL_ARGUMENTS`."""
     cls = class_of(module, name)
     found = _arguments(cls.forward)
     expected = [*MODEL_ARGUMENTS, cache_names.name_in(cls.forward) or cache_names.NAMES[0]]
@@ -94,15 +95,15 @@ def cache_class(name: str) -> Any:
 
 
 def linear_cache_mixin() -> Any:
-    """The base of all cache layers with convolution and recurrent states, to which `hf_gdn.patch` adds methods."""
+    """The base class of cache layers with convolution and recurrent states; `hf_gdn.patch` adds methods to it."""
     return cache_class("LinearAttentionCacheLayerMixin")
 
 
 def check_linear_caches() -> None:
-    """Raise PatchError unless caches store and return the states of linear-attention layers as layers here expect."""
+    """Raise PatchError unless caches store the states of linear-attention layers as patched layers expect."""
     name, cls, cache = "LinearAttentionLayer", cache_class("LinearAttentionLayer"), cache_class("Cache")
     if not issubclass(cls, linear_cache_mixin()):
-        raise PatchError(f"{name} of {versions.installed()} is no LinearAttentionCacheLayerMixin")
+        raise PatchError(f"{name} of {versions.installed()} is not a LinearAttentionCacheLayerMixin")
     layer = cls()
     missing = [attribute for attribute in _LAYER_ATTRIBUTES if not hasattr(layer, attribute)]
     missing += [method for method in ("reset", "reorder_cache", "lazy_initialization") if not hasattr(layer, method)]
@@ -120,9 +121,9 @@ def check_linear_caches() -> None:
 
 
 def check_masks() -> None:
-    """Raise PatchError unless linear-attention layers get masks from the function whose rules `patches.mixer` follows.
+    """Raise PatchError unless the function that makes the masks of linear-attention layers has the expected arguments.
 
-    That function returns None or ``[B, T]``, and None for a single token.
+    Patched layers rely on its results: None or ``[B, T]``, and None for a single token.
     """
     function = getattr(importlib.import_module("transformers.masking_utils"), _MASK_FUNCTION, None)
     if function is None:
@@ -136,7 +137,7 @@ def check_masks() -> None:
 
 
 def stateful_class(model_class: Any) -> Any:
-    """The base of a model class that says whether states can be rolled back; ``generate`` refuses assistants by it."""
+    """The base of a model class that defines `STATEFUL`, by which ``generate`` refuses assistants."""
     found = next(base for base in model_class.__mro__ if STATEFUL in vars(base) or base is object)
     if found in (object, class_of("transformers", "PreTrainedModel")):
         raise PatchError(f"{model_class.__name__} of {versions.installed()} has no base with {STATEFUL} of its own")
@@ -144,7 +145,7 @@ def stateful_class(model_class: Any) -> Any:
 
 
 def check_rollback() -> None:
-    """Raise PatchError unless rolling tokens back can be added to caches and to ``generate`` (assistants, lookup)."""
+    """Raise PatchError unless rollback can be added to caches and to ``generate`` (assistants, prompt lookup)."""
     mixin = linear_cache_mixin()
     for name in ("crop", "activate_past_recording"):
         if not hasattr(mixin, name):
@@ -164,21 +165,21 @@ def check_rollback() -> None:
 
 
 def generation_class() -> Any:
-    """The class that has ``generate``."""
+    """The class that defines ``generate``."""
     return class_of("transformers", "GenerationMixin")
 
 
 def prompt_lookup_class() -> Any:
-    """The generator of draft tokens that looks them up in the text so far."""
+    """The class that drafts tokens by prompt lookup."""
     return class_of("transformers.generation.candidate_generator", "PromptLookupCandidateGenerator")
 
 
 def compiled_call_class() -> Any:
-    """The class whose ``get_compiled_call(compile_config)`` gives ``generate`` what runs its decode steps."""
+    """The class that defines ``get_compiled_call(compile_config)``, which returns the decode step for ``generate``."""
     cls = class_of("transformers", "PreTrainedModel")
     found = vars(cls).get("get_compiled_call")
     if found is None:
         raise PatchError(f"cuda_graphs: PreTrainedModel of {versions.installed()} has no get_compiled_call")
-    if len(_arguments(found)) != 2:  # generate() gives one, by position
+    if len(_arguments(found)) != 2:  # generate() passes one argument, by position
         raise _misfit("cuda_graphs: PreTrainedModel.get_compiled_call", _arguments(found), ["self", "compile_config"])
     return cls

@@ -5,6 +5,7 @@ All exist in torch 2.7 to 2.14.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -21,32 +22,46 @@ __all__ = [
     "parts",
     "mark_static_address",
     "free_cublas_workspaces",
+    "abandon_pool",
     "compiler_error",
 ]
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor has been written to in place; 0 for tensors of inference mode, which do not count."""
+    """How often a tensor has been modified in place; 0 for inference tensors, which do not count modifications."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def parts(tensor: Any) -> list[Tensor]:
-    """The tensors that a wrapper subclass (a quantized weight, say) is made of; none for a plain tensor."""
+    """The inner tensors of a wrapper subclass such as a quantized weight; empty for a plain tensor."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return []
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 def mark_static_address(tensor: Tensor) -> None:
-    """Tell torch.compile that a tensor stays where it is, so that its CUDA graphs do not copy it."""
+    """Tell torch.compile that a tensor's address does not change, so that its CUDA graphs do not copy it."""
     torch._dynamo.mark_static_address(tensor)
 
 
 def free_cublas_workspaces() -> None:
-    """Free cuBLAS's workspaces on a CUDA device: those that a graph's capture made belong to the graph."""
+    """Free cuBLAS's workspaces. Those allocated during a capture belong to the memory pool of that graph."""
     torch._C._cuda_clearCublasWorkspaces()
 
 
+def abandon_pool(device: int, pool: tuple[int, int]) -> None:
+    """End the allocation to a graph's memory pool, and release the pool, after a capture that failed.
+
+    Below torch 2.12 ``capture_end`` raises before it ends the allocation (pytorch issues 180395 and 190348), and the
+    next ``torch.cuda.empty_cache()`` fails an internal assert. Later versions end it, and there is nothing to end.
+    """
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        function = getattr(torch._C, name, None)
+        if function is not None:
+            with contextlib.suppress(RuntimeError):
+                function(device, pool)
+
+
 def compiler_error() -> type[Exception]:
-    """The base of what torch.compile raises."""
+    """The base class of the errors that torch.compile raises."""
     return torch._dynamo.exc.TorchDynamoException

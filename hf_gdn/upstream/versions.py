@@ -1,4 +1,4 @@
-"""Which versions of transformers are supported, tested and installed."""
+"""The supported, tested and installed versions of transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from packaging.version import Version
 
 from ..errors import PatchError
 
-# The suite runs on the oldest, on the newest, and on the last version before caches were renamed.
+# The test suite runs on the oldest and the newest version, and on the last one before the cache argument was renamed.
 OLDEST, NEWEST = "5.17", "5.24"
 _BELOW = "6"
 # Model types that were added after the oldest supported version.
@@ -20,7 +20,7 @@ def version() -> str:
 
 
 def installed() -> str:
-    """The installed transformers, as messages name it."""
+    """Name and version of the installed transformers, for messages."""
     return f"transformers {version()}"
 
 
@@ -29,13 +29,13 @@ def _release() -> tuple[int, ...]:
 
 
 def check() -> None:
-    """Raise PatchError unless the installed transformers is one that hf_gdn can patch."""
+    """Raise PatchError unless hf_gdn supports the installed transformers."""
     if not Version(OLDEST).release <= _release() < Version(_BELOW).release:
         raise PatchError(f"hf_gdn needs transformers >= {OLDEST} and < {_BELOW}; {installed()} is installed")
 
 
 def is_tested() -> bool:
-    """Whether the installed transformers is within the range that the test suite runs on."""
+    """Whether the installed transformers is within the tested range."""
     return Version(OLDEST).release <= _release() <= Version(NEWEST).release
 
 

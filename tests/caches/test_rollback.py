@@ -162,7 +162,7 @@ def test_more_than_was_recorded_is_refused_and_nothing_changed(model):
         cache.activate_past_recording()
         read(model, ids[:1, :4], cache)
         before = [state.clone() for state in states(cache)]
-        with pytest.raises(RuntimeError, match=r"crop\(-5\) rolls 5 tokens back, the layer has recorded 4"):
+        with pytest.raises(RuntimeError, match=r"crop\(-5\) rolls back 5 tokens, the layer has recorded 4"):
             cache.crop(-5)
         assert all(torch.equal(x, y) for x, y in zip(states(cache), before))
         cache.crop(-4)

@@ -14,7 +14,7 @@ import hf_gdn
 from hf_gdn.caches import SinkCache
 from hf_gdn.caches.sinks import SUPPORTED
 from hf_gdn.caches.sinks.plan import Sizes, plan_piece
-from hf_gdn.eval.stream import PlainWindow
+from hf_gdn.eval.long_stream import PlainWindow
 from hf_gdn.loading.models import ASSETS
 from hf_gdn.testing import assert_close, error
 from hf_gdn.testing.tolerances import LAYER
@@ -401,7 +401,7 @@ def _calls(model, ids):
     return {
         "the SinkCache holds 2 rows, the model was given 1": dict(input_ids=ids[:1]),
         "attention_mask must be": dict(input_ids=ids, attention_mask=torch.ones(2, 31)),
-        "one sequence a row, got seq_idx": dict(input_ids=ids, **packed),
+        "one sequence per row, not packed sequences; got seq_idx": dict(input_ids=ids, **packed),
         "images": dict(input_ids=ids, position_ids=image),
         "neither input_ids nor inputs_embeds": dict(),
     }

@@ -281,11 +281,11 @@ def test_files_made_to_mislead(saved, smallest, tmp_path):
         caches.load(_written(tmp_path / "lacks", header, {k: v for k, v in good.items() if k != "layers.1.values"}))
     headers = [
         ("length", "4", "for 2 sequences of 4 tokens"), ("length", "-3", "length of '-3'"), ("length", "³", "length"),
-        ("length", "9" * 5000, "length"), ("batch_size", "3", "another batch size"), ("dtype", "float64", "dtype"),
+        ("length", "9" * 5000, "length"), ("batch_size", "3", "batch size or dtype"), ("dtype", "float64", "dtype"),
         ("layers", "linear,linear", "expected"), ("layers", "linear", "has a tensor 'layers.1"),
         ("layers", "", "tensor"),
         ("layers", "linear,__import__", "kinds: linear, attention, indexed"),
-        ("model", "x", "no fingerprint"),
+        ("model", "x", "expected a fingerprint"),
     ]  # fmt: skip
     for name, value, says in headers:
         with pytest.raises(SnapshotError, match=says):
@@ -293,7 +293,7 @@ def test_files_made_to_mislead(saved, smallest, tmp_path):
     found = caches.load(_written(tmp_path / "states", header, {**good, "layers.0.conv.7": good["layers.0.conv.0"]}))
     (cache,) = caches.fork(smallest[1], 1)
     before = cache_contents.everything(cache)
-    with pytest.raises(SnapshotError, match=r"has 1 states a layer, the snapshot conv\.7; nothing was restored"):
+    with pytest.raises(SnapshotError, match=r"has 1 states per layer, the snapshot conv\.7; nothing was restored"):
         caches.restore(cache, found)
     assert cache_contents.everything(cache) == before
 
@@ -313,11 +313,11 @@ def test_files_that_are_no_snapshots(saved, tmp_path):
             caches.load(path)
     for metadata in (None, {}, {"format": "pt"}):
         save_file({"weight": torch.zeros(3)}, path, metadata=metadata)
-        with pytest.raises(SnapshotError, match=r"is no snapshot: the format"):
+        with pytest.raises(SnapshotError, match=r"is not a snapshot: the format"):
             caches.load(path)
     for data in (b"", b"\0" * 8, b"\0" * 100, b"GGUF", os.urandom(1000), struct.pack("<Q", 2) + b"{}"):
         path.write_bytes(data)
-        with pytest.raises(SnapshotError, match="is no snapshot"):
+        with pytest.raises(SnapshotError, match="is not a snapshot"):
             caches.load(path)
 
 

@@ -324,7 +324,7 @@ _TYPES = ["linear_attention"] * 3 + ["full_attention"]
 REFUSED = {
     "batch size": (dict(rows=3), {}, "holds 2 sequences, the snapshot 3"),
     "fewer layers": ({}, dict(num_hidden_layers=8, layer_types=_TYPES * 2), "layers 6 linear, 2 attention, the"),
-    "layers in other order": ({}, dict(layer_types=_TYPES[::-1]), "other order"),
+    "layers in other order": ({}, dict(layer_types=_TYPES[::-1]), "kinds or order differ"),
     "heads": ({}, dict(linear_num_value_heads=8), r"conv\.0: the cache holds"),
     "window": ({}, dict(linear_conv_kernel_dim=3), r"conv\.0: the cache holds"),
     "attention heads": ({}, dict(num_key_value_heads=2), "keys: the cache holds"),
@@ -384,7 +384,7 @@ def test_caches_that_have_no_snapshots():
     snapshot = caches.snapshot(filled(model))
     other = DynamicCache(config=model.config)
     other.layers[0] = LinearAttentionAndFullAttentionLayer()
-    text = "layer 0: a LinearAttentionAndFullAttentionLayer has no snapshots; .*StaticLayer"
+    text = "layer 0: snapshots do not support a LinearAttentionAndFullAttentionLayer; .*StaticLayer"
     with pytest.raises(SnapshotError, match=text):
         caches.snapshot(other)
     with pytest.raises(SnapshotError, match=text):

@@ -7,8 +7,11 @@ import pytest
 
 from hf_gdn import cli
 from hf_gdn.errors import UserError
-from hf_gdn.eval import compare, report
-from tests.eval.test_report import PARITY, SPEED, invoke
+from hf_gdn.eval import compare
+from hf_gdn.eval.kernel_results import KernelRow, LayerRow
+from hf_gdn.eval.records import as_dict, read
+from hf_gdn.eval.results import SCHEMA, Report
+from tests.eval.commands import PARITY, SPEED, invoke
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +23,16 @@ def whole(tmp_path_factory):
 
 
 def verdicts(before, after, tolerance=0.05):
-    return {change.name: change.verdict for change in compare.changes(before, after, tolerance) if change.verdict}
+    return {change.name: change.verdict for change in changes(before, after, tolerance) if change.verdict}
+
+
+def changes(before, after, tolerance):
+    return compare.changes(read(Report, before), read(Report, after), tolerance)
 
 
 def test_a_report_is_no_regression_of_itself(whole):
     assert verdicts(whole, whole) == {}
-    assert all(change.ratio == 1 for change in compare.changes(whole, whole, 0) if change.before)
+    assert all(change.ratio == 1 for change in changes(whole, whole, 0) if change.before)
 
 
 def test_slower_faster_and_within_the_tolerance(whole):
@@ -67,9 +74,22 @@ def test_a_figure_that_became_nothing(whole):
 
 
 def kernels(ms, passed=True):
-    row = dict(op="chunk_gdn", shape="s", batch=1, tokens=2, direction="forward", backend="eager", ms=ms, passed=passed,
-               extra_mib=1.0)  # fmt: skip
-    return {"results": [], "kernels": [row]}
+    row = KernelRow("chunk_gdn", "s", 1, 2, "forward", "eager", ms=ms, passed=passed, extra_mib=1.0)
+    return as_dict(Report(kernels=[row]))
+
+
+def layers(ms, passed=True):
+    side = LayerRow("s", "decode", 1, 1, "eager", ms=ms, budget=1e-5, passed=passed, speedup=ms and 2 / ms)
+    return as_dict(Report(layers=[side, LayerRow("s", "decode", 1, 1, "original", ms=2.0)]))
+
+
+def test_layers():
+    slower = verdicts(layers(1.0), layers(1.2))
+    assert slower == {
+        "layer decode, s, 1 × 1, eager: ms": "REGRESSION",
+        "layer decode, s, 1 × 1, eager: speedup": "REGRESSION",
+    }
+    assert set(verdicts(layers(1.0), layers(None, False)).values()) == {"GONE", "REGRESSION"}
 
 
 def test_kernels():
@@ -100,10 +120,14 @@ def test_reports_that_cannot_be_compared(whole, tmp_path, monkeypatch, capsys):
     bad.write_text("[1")
     good = tmp_path / "good.json"
     good.write_text(json.dumps(whole))
-    with pytest.raises(UserError, match=f"has schema version 1; this hf_gdn reads version {report.SCHEMA}"):
+    with pytest.raises(UserError, match=f"has schema version 1; this hf_gdn reads version {SCHEMA}"):
         compare.main(str(old), str(good), 0.05)
     with pytest.raises(UserError, match="'report', .*of 'ppl'"):
         compare.main(str(good), str(other), 0.05)
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text(json.dumps({**whole, "results": [{"model": "x"}]}))
+    with pytest.raises(UserError, match="is damaged: 'name'"):
+        compare.main(str(damaged), str(good), 0.05)
     with pytest.raises(UserError, match="cannot be read"):
         compare.main(str(bad), str(good), 0.05)
     monkeypatch.setattr("sys.argv", ["hf-gdn", "compare", str(tmp_path / "none.json"), str(good)])

@@ -1,57 +1,23 @@
 """The commands: pass on the real kernels, fail on a broken one, write every format, refuse bad input in one line."""
 
 import csv
-import dataclasses
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from typer.testing import CliRunner
 
 from hf_gdn import cli, patches, registry
-from hf_gdn.eval import output, report
-from hf_gdn.loading import data, models
+from hf_gdn.eval import results, writers
+from hf_gdn.loading import models, stdlib_text
 from tests import tiny
+from tests.eval.commands import PARITY, SPEED, invoke, run
 
-PARITY = ("--context", "64", "--windows", "4")
-SPEED = ("--batch", "1,2", "--prompt", "8,16", "--new-tokens", "4", "--rounds", "1")
 ROOT = Path(__file__).parents[2]
-
-
-def run(*arguments, **env):
-    """The command in a process of its own: exit code, output, error output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_gdn", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def invoke(*arguments):
-    """The command in this process."""
-    return CliRunner().invoke(cli.app, list(map(str, arguments)))
-
-
-@pytest.fixture(scope="module")
-def default_report(tmp_path_factory):
-    """One real run of the main job, small."""
-    folder = tmp_path_factory.mktemp("report") / "new" / "folder"
-    return folder, run("report", *PARITY, *SPEED, "--output", str(folder))
-
-
-@pytest.fixture(scope="module")
-def found(default_report):
-    return json.loads((default_report[0] / "report.json").read_text())
 
 
 def test_default_report(default_report, found):
@@ -59,7 +25,7 @@ def test_default_report(default_report, found):
     assert code == 0, err
     assert "PASSED" in out and "Traceback" not in err
     assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "report.csv", "report.html"}
-    assert found["passed"] and found["schema"] == report.SCHEMA and found["kind"] == "report"
+    assert found["passed"] and found["schema"] == results.SCHEMA and found["kind"] == "report"
     assert {r["model_type"] for r in found["results"]} == {"qwen3_next", "kimi_linear"}
     for result in found["results"]:
         rows = {row["name"]: row for row in result["parity"]["comparisons"]}
@@ -101,7 +67,7 @@ def test_every_key_is_documented(found, tmp_path):
     )
     kernels = json.loads((tmp_path / "report.json").read_text())
     text = (ROOT / "docs" / "report.md").read_text()
-    assert f"version {report.SCHEMA}" in text
+    assert f"version {results.SCHEMA}" in text
     keys = {*names(found), *names(kernels), *names(kernels["kernels"])}
     missing = sorted(key for key in keys if f"`{key}`" not in text)
     assert not missing, f"docs/report.md says nothing of {missing}"
@@ -115,7 +81,7 @@ def test_markdown_and_csv(default_report, found):
     assert "original: torch" not in markdown and "causal_conv1d_fn: torch" in markdown
     assert "command: hf-gdn report --context 64" in markdown
     rows = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text())))
-    assert tuple(rows[0]) == output.CSV_HEADER
+    assert tuple(rows[0]) == writers.CSV_HEADER
     by_name = {(row["model"], row["item"], row["side"], row["measure"]): row for row in rows}
     statistic = found["results"][0]["parity"]["comparisons"][0]["statistics"]["ppl_ratio"]
     row = by_name["kimi_linear-tiny", "prefill", "", "ppl_ratio"]
@@ -127,24 +93,8 @@ def test_markdown_and_csv(default_report, found):
 
 
 def test_json_has_no_nan():
-    assert json.loads(output.to_json({"a": [float("nan"), {"b": float("inf")}, 1.5]})) == {
-        "a": [None, {"b": None}, 1.5]
-    }
-
-
-@pytest.fixture
-def broken():
-    """Kernels of a backend "broken" that forget to decay the state."""
-    for op in tiny.DELTA_RULES:
-        eager = registry.get(op, "eager")
-
-        def fn(q, k, v, g, beta, eager=eager, **kwargs):
-            return eager.fn(q, k, v, torch.zeros_like(g), beta, **kwargs)
-
-        registry.register(dataclasses.replace(eager, backend="broken", fn=fn))
-    yield
-    for op in tiny.DELTA_RULES:
-        registry.unregister(op, "broken")
+    report = results.Report(machine={"a": [float("nan"), {"b": float("inf")}, 1.5]})
+    assert json.loads(writers.to_json(report))["machine"] == {"a": [None, {"b": None}, 1.5]}
 
 
 def test_a_broken_kernel_fails_the_report(broken, tmp_path):
@@ -177,14 +127,30 @@ def test_ppl_and_speed_are_halves_of_the_report(tmp_path):
 @pytest.mark.parametrize("name", models.embedded())
 def test_a_model_and_texts_of_ones_own(tmp_path, name):
     source = models.ASSETS / name
-    (tmp_path / "a.txt").write_text(data.held_out_text()[:100_000])
-    rows = data.held_out_text()[100_000:200_000].split("\n\n")
+    (tmp_path / "a.txt").write_text(stdlib_text.held_out_text()[:100_000])
+    rows = stdlib_text.held_out_text()[100_000:200_000].split("\n\n")
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in rows))
     code, _, err = run(
-        "ppl", "--context", "256", "--windows", "8", "--model", str(source),
-        "--text", str(tmp_path / "a.txt"), "--text", str(tmp_path / "b.jsonl"), "--field", "body",
-        "--dtype", "bfloat16", "--device", "cpu", "--output", str(tmp_path / "out"),
-    )  # fmt: skip
+        "ppl",
+        "--context",
+        "256",
+        "--windows",
+        "8",
+        "--model",
+        str(source),
+        "--text",
+        str(tmp_path / "a.txt"),
+        "--text",
+        str(tmp_path / "b.jsonl"),
+        "--field",
+        "body",
+        "--dtype",
+        "bfloat16",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "out"),
+    )
     assert code == 0, err
     (result,) = json.loads((tmp_path / "out" / "report.json").read_text())["results"]
     assert result["dtype"] == "bfloat16" and result["parity"]["tolerance"]["ppl_ratio"] == 2e-3
@@ -192,8 +158,20 @@ def test_a_model_and_texts_of_ones_own(tmp_path, name):
 
 
 def test_random_weights_at_a_config(tmp_path):
-    arguments = ["--config", "qwen3_next-80b", "--layers", "4", "--set", "hidden_size=64", "--set", "num_experts=4",
-                 "--set", "vocab_size=512", "--set", "num_experts_per_tok=2"]  # fmt: skip
+    arguments = [
+        "--config",
+        "qwen3_next-80b",
+        "--layers",
+        "4",
+        "--set",
+        "hidden_size=64",
+        "--set",
+        "num_experts=4",
+        "--set",
+        "vocab_size=512",
+        "--set",
+        "num_experts_per_tok=2",
+    ]
     result = invoke("report", *arguments, *PARITY, *SPEED, "--output", tmp_path)
     assert result.exit_code == 0, result.output
     (found,) = json.loads((tmp_path / "report.json").read_text())["results"]
@@ -324,40 +302,3 @@ def test_env_lists_every_kernel():
     for kernel in registry.kernels():
         assert any(kernel.op in line and kernel.backend in line for line in out.splitlines())
     assert "serves" in out and "needs a CUDA device; the tensors are on cpu" in out and "torch " in out
-
-
-def test_kernels_command(tmp_path, broken):
-    arguments = ["kernels", "--op", "recurrent_gdn,recurrent_kda", "--batch", "1", "--seconds", "0.01", "--output"]
-    result = invoke(*arguments, tmp_path / "a", "--backend", "transformers,eager")
-    assert result.exit_code == 0 and "PASSED: 4 results of 4" in result.output, result.output
-    found = json.loads((tmp_path / "a" / "report.json").read_text())
-    assert found["kind"] == "kernels" and found["ceilings"]["copy_gb_s"] > 0 and len(found["kernels"]) == 4
-    assert all(row["share_bandwidth"] > 0 and row["speedup"] > 0 for row in found["kernels"])
-    page = (tmp_path / "a" / "report.html").read_text()
-    assert "recurrent_kda, kimi_linear-48b, float32" in page
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "a" / "report.csv").read_text())))
-    assert {row["side"] for row in rows} == {"transformers", "eager"}
-    result = invoke(*arguments, tmp_path / "b")
-    assert (
-        result.exit_code == 1 and "FAILED: recurrent_gdn, qwen3_next-80b, 1 × 1, broken: wrong result" in result.output
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--shape", "llama"], "--shape llama is not known; shapes: qwen3_next-80b"),
-        (["--op", "softmax"], "--op softmax is not known; ops: chunk_gdn"),
-        (["--backend", "magic"], "--backend magic is not known; backends: transformers"),
-        (["--backend", "triton"], "backend 'triton' cannot serve chunk_gdn at qwen3_next-80b: needs a CUDA device"),
-        (["--gpu-graph"], "--gpu-graph needs a CUDA device; the device is cpu"),
-        (["--tokens", "x"], "--tokens x: expected whole numbers"),
-    ],
-)
-def test_bad_input_of_kernels(arguments, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["hf-gdn", "kernels", "--output", str(tmp_path), *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and text in err and err.count("\n") == 1, err
-    assert not list(tmp_path.iterdir())

@@ -8,12 +8,15 @@ import pytest
 import torch
 from transformers import CompileConfig, PreTrainedModel
 
+import hf_gdn
 from hf_gdn import cuda_graphs, registry
 from hf_gdn.errors import UserError
-from hf_gdn.eval import speed
-from hf_gdn.eval.journal import Journal, Work
-from hf_gdn.eval.ranks import Ranks
-from hf_gdn.loading import models
+from hf_gdn.eval import generation, lookup, speed
+from hf_gdn.eval.distributed import Processes
+from hf_gdn.eval.options import SpeedOptions
+from hf_gdn.eval.results import Spread, TokenMatch
+from hf_gdn.eval.resume import Journal, Work
+from hf_gdn.loading import models, texts
 from tests import tiny
 from tests.tape import Tape
 
@@ -21,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def call(tokens, first=1.0, between=(0.5, 0.5), peak=10.0):
-    return speed.Call(torch.tensor(tokens), first, between, first + sum(between), peak)
+    return generation.Call(torch.tensor(tokens), first, between, first + sum(between), peak)
 
 
 def test_turns_alternate():
@@ -44,21 +47,21 @@ def test_figures_by_hand():
     cold = call([[1, 2, 3]] * 2, first=9.0, peak=99.0)
     calls = [cold, call([[1, 2, 3]] * 2, 1.0, (0.5, 0.3)), call([[1, 2, 3]] * 2, 2.0, (0.1, 0.1), 20.0)]
     found = speed.summarize(cell, calls, 1)
-    assert found["ttft_ms"] == {"median": 1500.0, "low": 1000.0, "high": 2000.0}
-    assert found["tpot_ms"]["median"] == pytest.approx(200.0) and found["tpot_ms"]["p90"] == pytest.approx(600.0)
-    assert found["prefill_tokens_s"]["median"] == pytest.approx((20 / 1 + 20 / 2) / 2)
-    assert found["decode_tokens_s"]["high"] == pytest.approx(2 * 2 / 0.2)
-    assert found["generate_tokens_s"]["low"] == pytest.approx(6 / 2.2)
-    assert found["peak_mib"] == 20.0 and found["first_call_s"] == 10.0
+    assert found.ttft_ms == Spread(1500.0, 1000.0, 2000.0)
+    assert found.tpot_ms.median == pytest.approx(200.0) and found.tpot_ms.p90 == pytest.approx(600.0)
+    assert found.prefill_tokens_s.median == pytest.approx((20 / 1 + 20 / 2) / 2)
+    assert found.decode_tokens_s.high == pytest.approx(2 * 2 / 0.2)
+    assert found.generate_tokens_s.low == pytest.approx(6 / 2.2)
+    assert found.peak_mib == 20.0 and found.first_call_s == 10.0
     ratios = speed._ratios([call([[1]], 2.0, (1.0,))], [call([[1]], 1.0, (0.25,))])
-    assert ratios["prefill"]["median"] == 2 and ratios["decode"]["median"] == 4
-    assert ratios["generate"]["median"] == 3 / 1.25
+    assert ratios.prefill.median == 2 and ratios.decode.median == 4
+    assert ratios.generate.median == 3 / 1.25
 
 
 def test_times_are_those_of_generate(family):
     model = tiny.model(family)
     ids, _ = tiny.batch(2, 20)
-    found = speed.generate(model, ids, 5)
+    found = generation.generate(model, ids, 5)
     assert found.tokens.shape == (2, 5) and len(found.between) == 4 and min(found.between) > 0
     assert 0 < found.first < found.seconds and found.first + sum(found.between) <= found.seconds
     assert found.peak_mib is None or found.peak_mib > 50
@@ -85,34 +88,35 @@ def test_tokens_same_tied_and_other():
     prompt, tokens = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[1, 2, 3], [3, 2, 1]])
     eps = torch.finfo(torch.float32).eps
     model = Fixed(1.0, 1.0 + 8 * eps, 0.0, 1.0)
-    assert speed.compare_tokens(model, prompt, tokens, tokens, "float32") == {"verdict": "same"}
+    assert generation.compare_tokens(model, prompt, tokens, tokens, "float32") == TokenMatch("same")
     tied = torch.tensor([[1, 2, 3], [1, 2, 1]])
-    found = speed.compare_tokens(model, prompt, tokens, tied, "float32")
-    assert found == {"verdict": "tie", "row": 1, "token": 0, "gap": pytest.approx(8 * eps)}
+    found = generation.compare_tokens(model, prompt, tokens, tied, "float32")
+    assert found == TokenMatch("tie", 1, 0, pytest.approx(8 * eps))
     other = torch.tensor([[1, 0, 3], [1, 2, 1]])
-    found = speed.compare_tokens(model, prompt, tokens, other, "float32")
-    assert found == {"verdict": "other", "row": 0, "token": 1, "gap": 1.0}
-    assert speed.compare_tokens(Fixed(1.0, 1.01, 0.99, 1.0), prompt, tokens, other, "bfloat16")["verdict"] == "tie"
+    found = generation.compare_tokens(model, prompt, tokens, other, "float32")
+    assert found == TokenMatch("other", 0, 1, 1.0)
+    assert generation.compare_tokens(Fixed(1.0, 1.01, 0.99, 1.0), prompt, tokens, other, "bfloat16").verdict == "tie"
 
 
 def run(options, backend="auto", folder=None, source=None, ids=None):
     loaded = models.load(source or models.Source("qwen3_next-tiny", random=True), CPU, torch.float32)
-    return speed.measure(loaded, ids, options, backend, Work(Ranks(), Journal(folder, {})))
+    return speed.measure(loaded, ids, options, backend, Work(Processes(), Journal(folder, {})))
 
 
 def test_every_combination_is_a_cell(tmp_path):
-    options = speed.Options((1, 2), (8, 16), 4, 2, ("eager", "static"))
+    options = SpeedOptions((1, 2), (8, 16), 4, 2, ("eager", "static"))
     found = run(options, folder=tmp_path)
-    cells = [(cell["variant"], cell["batch"], cell["prompt"]) for cell in found["cells"]]
+    cells = [(cell.variant, cell.batch, cell.prompt) for cell in found.cells]
     assert cells == [(v, b, p) for v in ("eager", "static") for b in (1, 2) for p in (8, 16)]
-    assert found["passed"]
-    for cell in found["cells"]:
-        assert cell["counts"] and cell["repeatable"] and cell["tokens"] == {"verdict": "same"}
-        for side in ("original", "patched"):
+    assert found.passed
+    for cell in found.cells:
+        assert cell.counts and cell.repeatable and cell.tokens == TokenMatch("same")
+        assert list(cell.sides()) == ["original", "patched"]
+        for side in cell.sides().values():
             for name in ("ttft_ms", "tpot_ms", "prefill_tokens_s", "decode_tokens_s", "generate_tokens_s"):
-                value = cell[side][name]
-                assert 0 < value["low"] <= value["median"] <= value["high"]
-            assert cell[side]["tpot_ms"]["p90"] > 0 and cell[side]["first_call_s"] > 0
+                value = getattr(side, name)
+                assert 0 < value.low <= value.median <= value.high
+            assert side.tpot_ms.p90 > 0 and side.first_call_s > 0
 
 
 def test_compiled_runs_both_sides(tmp_path, monkeypatch):
@@ -125,10 +129,10 @@ def test_compiled_runs_both_sides(tmp_path, monkeypatch):
     config = CompileConfig(backend=backend, mode=None)
     config._compile_all_devices = True
     make = {"cache_implementation": "static", "compile_config": config}
-    monkeypatch.setitem(speed.VARIANTS, "compile", (lambda: make, 1))
+    monkeypatch.setitem(speed.VARIANTS, "compile", speed.Variant(lambda: make, 1))
     source = models.Source("kimi_linear-tiny", random=True)
-    found = run(speed.Options((1,), (8,), 4, 1, ("compile",)), folder=tmp_path, source=source)
-    assert found["passed"] and len(seen) == 2  # one graph for the original, one for the patched model
+    found = run(SpeedOptions((1,), (8,), 4, 1, ("compile",)), folder=tmp_path, source=source)
+    assert found.passed and len(seen) == 2  # one graph for the original, one for the patched model
 
 
 def test_graph_captures_once_in_all_turns(tmp_path, monkeypatch):
@@ -143,8 +147,8 @@ def test_graph_captures_once_in_all_turns(tmp_path, monkeypatch):
 
     monkeypatch.setattr(PreTrainedModel, "get_compiled_call", compiled)
     source = models.Source("kimi_linear-tiny", random=True)
-    found = run(speed.Options((1,), (8,), 6, 2, ("graph",)), folder=tmp_path, source=source)
-    assert found["passed"] and len(asked) == 4  # the original's calls, two to warm up and two timed
+    found = run(SpeedOptions((1,), (8,), 6, 2, ("graph",)), folder=tmp_path, source=source)
+    assert found.passed and len(asked) == 4  # the original's calls, two to warm up and two timed
     assert (Tape.recorded, Tape.replayed) == (1, 4 + 3 * 5)
 
 
@@ -166,10 +170,10 @@ def wrong():
 
 def test_a_fast_wrong_answer_does_not_count(wrong, tmp_path):
     loaded = models.Source("qwen3_next-tiny")
-    found = run(speed.Options((1,), (32,), 16, 1), wrong, tmp_path, loaded)
-    (cell,) = found["cells"]
-    assert not found["passed"] and not cell["counts"] and cell["tokens"]["verdict"] == "other"
-    assert math.isfinite(cell["tokens"]["gap"])
+    found = run(SpeedOptions((1,), (32,), 16, 1), wrong, tmp_path, loaded)
+    (cell,) = found.cells
+    assert not found.passed and not cell.counts and cell.tokens.verdict == "other"
+    assert math.isfinite(cell.tokens.gap)
 
 
 def test_what_cannot_be_compiled_is_said(tmp_path, monkeypatch):
@@ -177,25 +181,66 @@ def test_what_cannot_be_compiled_is_said(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("out of memory: 7 GiB wanted")
 
     monkeypatch.setattr(speed, "generate", fails)
-    found = run(speed.Options((1,), (8,), 4, 1), folder=tmp_path)
-    assert not found["passed"] and found["cells"][0]["failed"] == "OutOfMemoryError: out of memory: 7 GiB wanted"
+    found = run(SpeedOptions((1,), (8,), 4, 1), folder=tmp_path)
+    assert not found.passed and found.cells[0].failed == "OutOfMemoryError: out of memory: 7 GiB wanted"
+
+
+@pytest.mark.parametrize("name", models.embedded())
+def test_lookup_drafts_on_four_kinds_of_prompts(name, tmp_path):
+    loaded = models.load(models.Source(name), CPU, torch.float32)
+    ids = texts.tokenize(loaded.tokenizer, texts.embedded())
+    options = SpeedOptions((1, 2), (24,), 8, 1, ("eager", "lookup"))
+    found = speed.measure(loaded, ids, options, "auto", Work(Processes(), Journal(tmp_path, {})))
+    kinds = [f"lookup-{kind}" for kind in lookup.PROMPTS]
+    assert [(cell.variant, cell.batch) for cell in found.cells] == [
+        ("eager", 1),
+        ("eager", 2),
+        *((kind, 1) for kind in kinds),
+    ]
+    for cell in found.cells:
+        assert cell.failed is None and cell.counts and cell.tokens.verdict in ("same", "tie")
+        assert cell.patched.decode_tokens_s.low > 0 and cell.speedup.generate.median > 0
+
+
+def test_tokens_that_leave_together_share_their_time():
+    """As accepted drafts do."""
+    model = tiny.model("qwen3_next")
+    ids = tiny.batch(1, 4)[0].repeat(1, 6)
+    with hf_gdn.patched():
+        found = generation.generate(model, ids, 12, prompt_lookup_num_tokens=3)
+    assert found.tokens.shape == (1, 12) and len(found.between) == 11 and found.first > 0
+    assert found.first + sum(found.between) <= found.seconds
+
+
+def test_prompts_of_lookup():
+    text = torch.arange(10)[None]
+    assert lookup.prompt("repetitive", text, 50).tolist() == [[0, 1, 2, 0, 1, 2, 0, 1, 2, 0]]
+    assert torch.equal(lookup.prompt("text", text, 50), text) and torch.equal(lookup.prompt("refused", text, 50), text)
+    assert lookup.prompt("random", text, 50).shape == (1, 10)
 
 
 def test_defaults_follow_the_device():
-    assert [cell.key for cell in speed.plan(speed.Options(), CPU)] == [
-        "b1-p128-n64-eager", "b1-p512-n64-eager", "b4-p128-n64-eager", "b4-p512-n64-eager",
-    ]  # fmt: skip
-    assert speed.plan(speed.Options(), torch.device("cuda"))[-1] == speed.Cell(8, 4096, 128, "eager")
+    assert [cell.key for cell in speed.plan(SpeedOptions(), CPU)] == [
+        "b1-p128-n64-eager",
+        "b1-p512-n64-eager",
+        "b4-p128-n64-eager",
+        "b4-p512-n64-eager",
+    ]
+    assert speed.plan(SpeedOptions(), torch.device("cuda"))[-1] == speed.Cell(8, 4096, 128, "eager")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (speed.Options(variants=("fast",)), "--variant fast is not known; variants: eager, static, compile, graph"),
-        (speed.Options(variants=("graph",)), "--variant graph needs a CUDA device; the model is on cpu"),
-        (speed.Options(batch=(0,)), "--batch, --prompt and --rounds must be at least 1"),
-        (speed.Options(rounds=0), "--rounds must be at least 1"),
-        (speed.Options(new_tokens=1), "--new-tokens at least 2"),
+        (
+            SpeedOptions(variants=("fast",)),
+            "--variant fast is not known; variants: eager, static, compile, graph",
+        ),
+        (SpeedOptions(variants=("graph",)), "--variant graph needs a CUDA device; the model is on cpu"),
+        (SpeedOptions(variants=("lookup",), batch=(4, 8)), "--variant lookup generates one sequence at a time; --b"),
+        (SpeedOptions(batch=(0,)), "--batch, --prompt and --rounds must be at least 1"),
+        (SpeedOptions(rounds=0), "--rounds must be at least 1"),
+        (SpeedOptions(new_tokens=1), "--new-tokens at least 2"),
     ],
 )
 def test_bad_options(options, message):
@@ -205,7 +250,7 @@ def test_bad_options(options, message):
 
 def test_prompts_longer_than_the_model(tmp_path):
     with pytest.raises(UserError, match="prompt and new tokens together is 4098 tokens; qwen3_next-tiny .* takes 4096"):
-        run(speed.Options((1,), (4090,), 8), folder=tmp_path)
+        run(SpeedOptions((1,), (4090,), 8), folder=tmp_path)
 
 
 def test_prompts_are_stretches_of_the_text():

@@ -68,7 +68,7 @@ def test_chunks_of_many_lengths(op, lengths):
 
 
 def test_memory_is_linear_in_tokens():
-    from hf_gdn.eval.microbench import peak_bytes
+    from hf_gdn.eval.timing import peak_bytes
 
     peaks = []
     for T in (1024, 4096):

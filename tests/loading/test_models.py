@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hf_gdn import patches
-from hf_gdn.eval import perplexity
-from hf_gdn.loading import data, models, texts
+from hf_gdn.eval import forward_modes
+from hf_gdn.loading import models, stdlib_text, texts
 
 NAMES = models.embedded()
 CHUNK_FUNCTION = {"qwen3_next": "torch_chunk_gated_delta_rule", "kimi_linear": "chunk_kimi_delta_attention"}
@@ -45,18 +45,20 @@ def cut(function):
 
 def test_far_from_chance_and_worse_without_its_state(name, loaded, monkeypatch):
     ids = texts.windows(texts.tokenize(loaded.tokenizer, texts.embedded()), 512, None, 16).ids
-    whole = perplexity.perplexity(perplexity.log_probs(perplexity.prefill(loaded.model, ids[:, :-1]), ids[:, 1:]))
+    whole = forward_modes.perplexity(
+        forward_modes.log_probs(forward_modes.prefill(loaded.model, ids[:, :-1]), ids[:, 1:])
+    )
     assert whole < 14
     family = patches.all_families()[loaded.model.config.model_type]
     module = importlib.import_module(family.module)
     function = CHUNK_FUNCTION[family.name]
     monkeypatch.setattr(module, function, cut(inspect.unwrap(getattr(module, function))))
-    forgetful = perplexity.log_probs(perplexity.prefill(loaded.model, ids[:, :-1]), ids[:, 1:])
-    assert perplexity.perplexity(forgetful) > 1.02 * whole
+    forgetful = forward_modes.log_probs(forward_modes.prefill(loaded.model, ids[:, :-1]), ids[:, 1:])
+    assert forward_modes.perplexity(forgetful) > 1.02 * whole
 
 
 def test_held_out_modules_are_not_trained_on(name):
-    trained = data.stdlib_files()
-    held_out = data.held_out_text()
+    trained = stdlib_text.stdlib_files()
+    held_out = stdlib_text.held_out_text()
     assert len(trained) > 100 and len(held_out) > 300_000
     assert not any(path.read_text(errors="replace") in held_out for path in trained if path.stat().st_size > 2000)

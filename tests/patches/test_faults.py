@@ -413,7 +413,7 @@ def changed_places() -> list[tuple[type, str]]:
 
 def attributes() -> dict[tuple[type, str], object]:
     """All attributes of classes that patching changes."""
-    return {place: swap.own(*place) for place in changed_places()}
+    return {place: swap.class_attribute(*place) for place in changed_places()}
 
 
 def put_back(originals) -> None:
@@ -515,7 +515,7 @@ def test_an_interruption_at_any_line_leaves_all_as_it_was(does, stand, error, ho
             left.append(f"{here}: {', '.join(w for w, x, y in zip(what, now, before) if x != y)}")
             continue
         assert hf_gdn.patch(FAMILIES, cuda_graphs=True).active
-        assert all(swap.own(*place) is not original for place, original in originals.items())
+        assert all(swap.class_attribute(*place) is not original for place, original in originals.items())
         hf_gdn.unpatch()
         assert standing(hooked)[0] == originals
     assert not left, "not as before: " + "; ".join(left)

@@ -247,7 +247,7 @@ def test_what_the_mixer_cannot_serve_goes_to_the_original(model, caplog, monkeyp
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_compiles_without_a_break(family, backend):
     """With a static cache, as generate() does: decode steps through inductor, prefill and pieces through dynamo."""
-    tiny.skip_what_it_cannot(family, "`torch.compile`, full graph")
+    tiny.skip_what_it_cannot(family, "`torch.compile(fullgraph=True)`")
     torch._dynamo.reset()
     model = tiny.model(family)
     model.set_experts_implementation("batched_mm")  # one that can be traced

@@ -1,4 +1,4 @@
-"""Attention sinks: `SinkCache` reads any number of tokens in fixed memory."""
+"""Attention sinks: `SinkCache` processes any number of tokens in constant memory."""
 
 from .cache import SUPPORTED, SinkCache, SinkLayer
 

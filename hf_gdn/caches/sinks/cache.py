@@ -1,24 +1,24 @@
-"""Attention sinks: a cache for hybrid models that takes any number of tokens in fixed memory.
+"""Attention sinks: a cache for hybrid models that processes any number of tokens in constant memory.
 
-Full-attention layers keep the first `sink_tokens` and the last `window` tokens (StreamingLLM, Xiao et al. 2023), linear
-layers their states, which are of one size anyway. The buffers are made once and written as rings; `hf_gdn.patch()` must
-be in force, for the text model's forward tells the cache what a layer's `update` does not get to know: which tokens are
-padding, and the rotary frequencies. In return it takes positions and masks from the cache.
+Full-attention layers keep the first `sink_tokens` and the last `window` tokens (StreamingLLM, Xiao et al. 2023). Linear
+layers keep their states, whose size is constant. The buffers are allocated once and used as ring buffers.
+`hf_gdn.patch()` must be in force: the text model's patched forward passes the cache what ``update`` of a layer does not
+receive (which tokens are padding, and the rotary frequencies), and takes positions and masks from the cache.
 
-**Positions.** What counts is how far apart a query and a key are *inside the cache*. transformers caches keys that are
-already rotated, and rotary scores depend on differences only: between tokens in the window these are right as they are,
-and sinks are turned after the query from the key as it came, in fp32 (`plan`). Two things keep that exact for
-ever:
+**Positions.** Attention must see the distance between a query and a key *inside the cache*. transformers caches keys
+after rotation, and rotary scores depend on differences of positions only. Differences within the window are already
+correct. Sinks are rotated forward with the query, from the original key, in fp32 (`plan`). This stays exact because:
 
-- Positions do not grow with the stream. The angle of position p is p times a frequency, rounded in fp32: at a million
-  it is off by 0.03 rad, at 2^24 positions stop being integers, and models would see values they were never trained on.
-  So positions are set back by a power of two (C or the next above, `Sizes.era`) whenever they are that far beyond C,
-  and the window's keys are turned back as far, once in a key's life. Positions stay below C + era + T in a piece of T.
-- The rotary type must be relative: frequencies and scale may be any, but the same at all positions. With ``dynamic``
-  and ``longrope``, where frequencies depend on the length read, keys in the cache would not fit later ones: refused.
+- Positions do not grow with the stream. The angle of position p is p times a frequency, rounded in fp32: at p = 10^6 it
+  is off by 0.03 rad, from 2^24 on positions are not exact integers, and models would see positions they were never
+  trained on. So positions are reduced by a power of two (`Sizes.era`, at least C) when they exceed C by that much, and
+  the window's keys are rotated back by as much, once for each key. In a piece of T tokens, positions stay below
+  C + era + T.
+- The rotary type must be relative: any frequencies and scale, but the same at all positions. ``dynamic`` and
+  ``longrope`` are refused, because their frequencies depend on the length, so cached keys would not match later ones.
 
-``default``, ``linear``, ``llama3``, ``yarn`` and ``proportional`` are relative; a key's scale stays on it. Models
-without rotary keys (Kimi-Linear, OLMo-Hybrid as released) need nothing of this.
+``default``, ``linear``, ``llama3``, ``yarn`` and ``proportional`` are relative; cached keys keep their scale. Models
+without rotary keys (Kimi-Linear, OLMo-Hybrid as released) need none of this.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from .plan import MultiTokenPlan, SingleTokenPlan, Sizes, plan_piece, plan_step,
 
 __all__ = ["SinkCache", "SinkLayer"]
 
-# Model types whose full attention reads keys (or latents) and values and nothing beside.
+# Model types whose full attention reads only keys (or latents) and values.
 SUPPORTED = ("bailing_hybrid", "kimi_linear", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next")
 _REFUSED = {
-    "glm5_next": "its indexer looks at all tokens",
-    "lara_mini": "its sliding-window layers keep no first tokens",
-    "qwen4_exp": "its indexer looks at all tokens",
+    "glm5_next": "its indexer reads all tokens",
+    "lara_mini": "its sliding-window layers do not keep the first tokens",
+    "qwen4_exp": "its indexer reads all tokens",
 }
 _NOT_RELATIVE = ("dynamic", "longrope")
 
 
 class SinkLayer(CacheLayerMixin):
-    """Keys and values of one full-attention layer: two buffers ``[B, H, sinks + window, D]``, and sinks as they came.
+    """Keys and values of one full-attention layer: two buffers ``[B, H, sinks + window, D]``, and the original sinks.
 
-    Of latent attention (MLA) "keys" and "values" are the two latents, kept and evicted together.
+    With latent attention (MLA), "keys" and "values" are the two latents, stored and evicted together.
     """
 
     is_compileable = True
@@ -59,11 +59,11 @@ class SinkLayer(CacheLayerMixin):
     def __init__(self, cache: SinkCache) -> None:
         super().__init__()
         self.cache = cache
-        self.rotary_values = cache.latent  # latent attention has its rotary part where others have values
-        self.sinks: Tensor | None = None  # [B, H, sinks, rotary dimensions], as they came
+        self.rotary_values = cache.latent  # latent attention stores its rotary part in the values
+        self.sinks: Tensor | None = None  # [B, H, sinks, rotary dimensions], as received
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the buffers, of zeros."""
+        """Allocate the buffers, filled with zeros."""
         sizes, inv_freq = self.cache.sizes, self.cache.inv_freq
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         for name, new in (("keys", key_states), ("values", value_states)):
@@ -77,22 +77,22 @@ class SinkLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def buffers(self) -> list[Tensor]:
-        """All that the layer holds."""
+        """All buffers of the layer."""
         return [x for x in (self.keys, self.values, self.sinks) if x is not None]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take in what a forward has computed and return the keys and values that its queries read."""
+        """Store the keys and values of a forward and return those that its queries read."""
         if self.cache.plan is None:
             raise RuntimeError(
-                "a SinkCache is filled by models that hf_gdn has patched: call hf_gdn.patch() before the model reads; "
-                f"types: {', '.join(SUPPORTED)}"
+                "a SinkCache needs a model that hf_gdn has patched: call hf_gdn.patch() first; "
+                f"model types: {', '.join(SUPPORTED)}"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self.cache.plan.apply(self, key_states, value_states)
 
     def set_back(self, positions: Tensor, inv_freq: Tensor) -> None:
-        """Turn the window's keys back by positions ``[B]``."""
+        """Rotate the window's keys back by positions ``[B]``."""
         if not self.is_initialized:
             return
         held: Any = self.values if self.rotary_values else self.keys
@@ -101,7 +101,7 @@ class SinkLayer(CacheLayerMixin):
         window.copy_(turned(window, angle))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that a forward reads, and 0. The mask itself is the cache's own."""
+        """The number of keys that a forward reads, and offset 0. The mask itself comes from `SinkCache.begin`."""
         held = min(int(self.get_seq_length()), self.cache.sizes.slots)
         return (self.cache.sizes.slots if query_length == 1 else held + query_length), 0
 
@@ -109,14 +109,14 @@ class SinkLayer(CacheLayerMixin):
         return self.cache.seen()
 
     def get_max_length(self) -> int:
-        return -1  # takes any number
+        return -1  # unlimited
 
     def reset(self) -> None:
         for buffer in self.buffers():
             buffer.zero_()
 
     def rows(self, index: Tensor) -> None:
-        """Replace the rows by those that index names; in place where their number stays."""
+        """Gather the rows `index`; in place if their number does not change."""
         if not self.is_initialized:
             return
         for name in ("keys", "values", "sinks"):
@@ -126,7 +126,7 @@ class SinkLayer(CacheLayerMixin):
                 self.batch_size = len(getattr(self, name))
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.cache.crop(tokens_to_remove)  # which refuses
+        self.cache.crop(tokens_to_remove)  # raises an error
 
 
 def _rows(held: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -135,26 +135,27 @@ def _rows(held: Tensor, index: Tensor, dim: int) -> Tensor:
 
 
 class SinkCache(Cache):
-    """A cache of constant size for hybrid models: attention sinks and a window, and states of linear layers.
+    """A cache of constant size for hybrid models: attention sinks, a window, and the states of linear layers.
 
         hf_gdn.patch()
         cache = SinkCache(model.config, sink_tokens=4, window=4092)
         model.generate(**inputs, cache=cache, prefill_chunk_size=1024)
 
-    Every token reads the first `sink_tokens` tokens and the last `window` ones, itself among them, whether it came
-    alone or in a piece of many. A piece of T tokens, in a model with rotary keys, reads window + T (1 + sinks) keys
-    once tokens are evicted, so long prompts are cut by whoever calls the model: by ``prefill_chunk_size``, or in a loop
-    of one's own. Padding may stand anywhere; it enters no layer. Decoding one token works on buffers of fixed address
-    and shape, under ``torch.compile(fullgraph=True)`` too. A ``copy.deepcopy`` is a branch, or what to go back to. For
-    inference: under ``torch.no_grad()``.
+    Every token reads the first `sink_tokens` tokens and the last `window` tokens, including itself, however the tokens
+    are divided among forwards. In a model with rotary keys, a piece of T tokens reads window + T (1 + sinks) keys once
+    tokens are evicted, so the caller should process long prompts in pieces, with ``prefill_chunk_size`` or in a loop.
+    Padding may be anywhere and is not stored. Decoding one token uses buffers of fixed address and shape, also under
+    ``torch.compile(fullgraph=True)``. ``copy.deepcopy`` makes an independent copy, to branch from or to return to.
+    Inference only: call the model under ``torch.no_grad()``.
 
     Args:
         config: the model's config.
-        sink_tokens: how many first tokens are kept for good.
-        window: how many last tokens are kept.
+        sink_tokens: number of first tokens that are kept forever.
+        window: number of last tokens that are kept.
 
     Raises:
-        TypeError, ValueError: sizes that are no integers, or too small; a model type or rotary type without sinks.
+        TypeError: a size is not an integer.
+        ValueError: a size is too small, or the model type or rotary type is not supported.
 
     Example:
         >>> from hf_gdn.caches import SinkCache
@@ -165,7 +166,7 @@ class SinkCache(Cache):
         (37, 8)
     """
 
-    least_sinks = 1  # `hf_gdn.eval.stream` compares with none
+    least_sinks = 1  # `hf_gdn.eval.long_stream` overrides it, to compare with a window without sinks
     plans_forwards = True  # the text model's patched forward calls `begin` and `commit`
 
     def __init__(self, config: Any, sink_tokens: int = 4, window: int = 4092) -> None:
@@ -178,19 +179,19 @@ class SinkCache(Cache):
         family = text.model_type.removesuffix("_text")
         if family not in SUPPORTED:
             why = f": {_REFUSED[family]}" if family in _REFUSED else ""
-            raise ValueError(f"no attention sinks for model type {family!r}{why}; types: {', '.join(SUPPORTED)}")
+            raise ValueError(f"no attention sinks for model type {family!r}{why}; supported: {', '.join(SUPPORTED)}")
         rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
-        if rope in _NOT_RELATIVE and family != "kimi_linear":  # which has rotary parameters and does not use them
+        if rope in _NOT_RELATIVE and family != "kimi_linear":  # Kimi-Linear does not use its rotary parameters
             raise ValueError(
-                f"no attention sinks with rotary type {rope!r}: its frequencies depend on how much was read, "
-                "so keys in the cache do not fit later ones"
+                f"no attention sinks with rotary type {rope!r}: its frequencies depend on the length, "
+                "so keys in the cache do not match later ones"
             )
         self.sizes = Sizes(sink_tokens, window)
         self.latent = getattr(text, "kv_lora_rank", None) is not None
-        self.inv_freq: Tensor | None = None  # [F], the model's own, known from the first forward on
-        self.plan: SingleTokenPlan | MultiTokenPlan | None = None  # of the forward that is running
+        self.inv_freq: Tensor | None = None  # [F], the model's own tensor, set by the first forward
+        self.plan: SingleTokenPlan | MultiTokenPlan | None = None  # plan of the current forward
         self._counts: Tensor | None = None  # [3, B]: columns read, tokens read (without padding), base of positions
-        self._taken: tuple[int, Tensor | int] = (0, 0)  # columns and tokens of the forward that is running
+        self._taken: tuple[int, Tensor | int] = (0, 0)  # columns and tokens of the current forward
         super().__init__(
             layers=[
                 LinearAttentionLayer() if kind == "linear_attention" else SinkLayer(self) for kind in text.layer_types
@@ -200,11 +201,11 @@ class SinkCache(Cache):
     # ----------------------------------------------------------------------------------------------- around a forward
 
     def begin(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """Plan a forward of the text model. Whatever is wrong with its arguments is raised here, with nothing changed.
+        """Plan a forward of the text model. All argument errors are raised here, before any change.
 
         Args:
             model: the text model.
-            given: its forward's arguments by name.
+            given: the arguments of its forward by name.
 
         Returns:
             The arguments that the cache determines: ``attention_mask`` and ``position_ids``.
@@ -246,7 +247,7 @@ class SinkCache(Cache):
         }
 
     def commit(self) -> None:
-        """The forward that `begin` has planned is done."""
+        """Finish the forward that `begin` planned: advance the counters."""
         columns, tokens = self._taken
         if self._counts is not None:
             self._counts[0] += columns
@@ -254,21 +255,21 @@ class SinkCache(Cache):
         self.plan = None
 
     def _check(self, given: dict[str, Any], ids: Tensor, hosted: bool) -> None:
-        """Raise ValueError for what a cache of this kind, or with these rows, cannot read."""
+        """Raise ValueError for inputs that the cache cannot process. `hosted`: tensor values can be read."""
         if torch.is_grad_enabled():
             raise ValueError("a SinkCache is for inference: call the model under torch.no_grad()")
         for name in ("seq_idx", "cu_seq_lens_q"):
             if given.get(name) is not None:
-                raise ValueError(f"a SinkCache reads one sequence a row, got {name}")
+                raise ValueError(f"a SinkCache takes one sequence per row, not packed sequences; got {name}")
         positions = given.get("position_ids")
         spread = None if positions is None or positions.ndim != 3 or not hosted else positions[-3:] != positions[-1:]
-        if spread is not None and bool(spread.any()):  # height and width do not run with time
-            raise ValueError("a SinkCache reads text; position_ids of images have no place inside the cache")
+        if spread is not None and bool(spread.any()):  # height and width positions differ from those of time
+            raise ValueError("a SinkCache takes text only; got position_ids of images")
         if self._counts is not None and self._counts.shape[1] != len(ids) and (not hosted or self.seen() > 0):
             raise ValueError(f"the SinkCache holds {self._counts.shape[1]} rows, the model was given {len(ids)}")
 
     def _begun(self, batch: int, device: torch.device) -> Tensor:
-        """The counters; new ones, and new layers, for another number of rows."""
+        """The counters. If the number of rows has changed, make new counters and new layers."""
         counts = self._counts
         if counts is None or counts.shape[1] != batch:
             counts = self._counts = torch.zeros(3, batch, dtype=torch.long, device=device)
@@ -279,7 +280,7 @@ class SinkCache(Cache):
         return counts
 
     def _set_back(self, counts: Tensor, hosted: bool) -> None:
-        """Set positions back where they have come an era beyond C."""
+        """Reduce the positions of rows that exceed C by an era or more."""
         base = self.sizes.base(counts[1])
         if self.inv_freq is None or (hosted and torch.equal(base, counts[2])):
             return
@@ -291,7 +292,7 @@ class SinkCache(Cache):
     # ----------------------------------------------------------------------------------------------- transformers' side
 
     def seen(self) -> Any:
-        """Columns read so far, padding included: an int, or a tensor where nobody can look (under torch.compile)."""
+        """Columns read so far, including padding: an int, or a tensor under torch.compile or CUDA-graph capture."""
         if self._counts is None:
             return 0
         seen = self._counts[0, 0]
@@ -300,39 +301,39 @@ class SinkCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all layers hold."""
+        """Bytes of the tensors of all layers."""
         return sum(sum(x.nbytes for x in _tensors(layer)) for layer in self.layers)
 
     def reset(self) -> None:
-        """Forget everything; the buffers stay where they are."""
+        """Empty the cache; the buffers keep their addresses."""
         super().reset()
         self.plan = None
         if self._counts is not None:
             self._counts.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row ``beam_idx[i]`` was."""
+        """Replace row i by row ``beam_idx[i]``."""
         self._rows(beam_idx, lambda layer: layer.reorder_cache(beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows that `indices` names, or a mask of rows."""
+        """Keep the rows selected by indices or a boolean mask."""
         rows = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
         self._rows(rows, lambda layer: layer.batch_select_indices(rows))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, one beside the other."""
+        """Repeat every row `repeats` times; copies are adjacent."""
         if self._counts is not None:
             rows = torch.arange(self._counts.shape[1], device=self._counts.device).repeat_interleave(repeats)
             self._rows(rows, lambda layer: layer.batch_repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Not possible: what the rings have overwritten is gone."""
-        raise NotImplementedError("a SinkCache cannot be cropped: what its rings have overwritten is gone")
+        """Not supported: overwritten tokens cannot be restored."""
+        raise NotImplementedError("a SinkCache cannot be cropped: tokens that it has overwritten cannot be restored")
 
     def _rows(self, index: Tensor, linear: Any) -> None:
         if self._counts is None:
             return
-        self._counts = _rows(self._counts, index, 1)  # which raises where a row is not there, before anything changes
+        self._counts = _rows(self._counts, index, 1)  # first: raises for an invalid row before anything is changed
         for layer in self.layers:
             layer.rows(index) if isinstance(layer, SinkLayer) else linear(layer)
 

@@ -1,13 +1,12 @@
-"""What one forward does with the buffers of a `SinkCache`: which slot a token goes to, who sees what, how sinks turn.
+"""Plan how one forward uses the buffers of a `SinkCache`: the slot of each token, the mask, and the rotation of sinks.
 
-Tokens of a row are counted without padding: n = 0, 1, ... Token n lies in slot n while n < sinks, then in slot
-sinks + (n - sinks) mod window. With C = sinks + window slots, e(n) = max(0, n + 1 - C) tokens are gone when token n
-asks. Rotary scores depend on differences of positions alone, so keys in the window are right as they came, however many
-are gone, and only a sink's key has to follow: turned on by e(n), from the key as it came, in fp32, so that nothing adds
-up.
+Tokens of a row are numbered without padding: n = 0, 1, ... Token n is in slot n if n < sinks, else in slot
+sinks + (n - sinks) mod window. With C = sinks + window slots, e(n) = max(0, n + 1 - C) tokens have been evicted when
+token n queries. Rotary scores depend on differences of positions only, so keys in the window stay correct. A sink's key
+is rotated forward by e(n), always from the original key in fp32, so that errors do not accumulate.
 
-A piece of several tokens that passes C has another e for each of its tokens. Each then gets sinks of its own, turned
-for it and hidden from the others: what it reads is what it would have read had it come alone.
+If a piece of several tokens exceeds C, e differs between its tokens. Each token then gets its own rotated copy of the
+sinks, masked for all other tokens, so it reads the same keys as if it were processed alone.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sizes:
-    """Slots of a full-attention layer, and how far positions run before they are set back (`SinkCache`)."""
+    """Slots of a full-attention layer, and the period at which positions are reduced (`SinkCache`)."""
 
     sinks: int
     window: int
 
     @property
     def slots(self) -> int:
-        """Tokens that a layer keeps, C."""
+        """C, the number of tokens that a layer stores."""
         return self.sinks + self.window
 
     @property
@@ -37,18 +36,18 @@ class Sizes:
         return 1 << (self.slots - 1).bit_length()
 
     def base(self, n: Tensor) -> Tensor:
-        """What is taken off the positions of a forward that begins with tokens n ``[B]``: a multiple of `era`."""
+        """How much positions are reduced in a forward that begins with tokens n ``[B]``: a multiple of `era`."""
         return ((n - self.slots) // self.era).clamp(min=0) * self.era
 
     def slot(self, n: Tensor) -> Tensor:
-        """Where tokens n go."""
+        """The slots of tokens n."""
         return torch.where(n < self.sinks, n, self.sinks + (n - self.sinks) % self.window)
 
 
 def turned(x: Tensor, angle: Tensor) -> Tensor:
-    """The rotary dimensions of x ``[..., 2 F and more]``, turned by angle ``[..., F]``, in at least fp32.
+    """Rotate the first 2 F dimensions of x ``[..., D]`` by angle ``[..., F]``, in at least fp32; returns only these.
 
-    Dimension i is paired with F + i, as keys of all families lie when they reach a cache.
+    Dimension i is paired with F + i, which is the layout of cached keys in all families.
     """
     half = angle.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -59,17 +58,17 @@ def turned(x: Tensor, angle: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SingleTokenPlan:
-    """One token a row: it is written to its slot and the buffers themselves are read. Shapes and addresses stay."""
+    """One token per row: write it to its slot and read the buffers themselves. Shapes and addresses are fixed."""
 
     sizes: Sizes
     slot: Tensor  # [B]
-    used: int  # leading slots that are read
+    used: int  # number of leading slots that are read
     inv_freq: Tensor | None  # [F], None for a model without rotary keys
-    arrives: Tensor | None  # [B, sinks], which sinks are this token; None for none
-    turn: Tensor | None  # [B], how many positions sinks are turned on; None while nothing is gone
+    arrives: Tensor | None  # [B, sinks], which sink the token is; None if it is a sink in no row
+    turn: Tensor | None  # [B], positions that sinks are rotated forward; None if no token has been evicted
 
     def apply(self, layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values ``[B, H, 1, D]`` to the layer's buffers and return what is read."""
+        """Write keys and values ``[B, H, 1, D]`` to the layer's buffers; return those that the query reads."""
         slot = self.slot.to(keys.device)[:, None, None, None]
         for held, new in ((layer.keys, keys), (layer.values, values)):
             held.scatter_(2, slot.expand_as(new), new)
@@ -87,24 +86,24 @@ class SingleTokenPlan:
 
 @dataclass(frozen=True)
 class MultiTokenPlan:
-    """Several tokens a row: they are read beside what is held, then those that stay are written to their slots."""
+    """Several tokens per row: queries read the stored keys and the piece; then the last tokens go to their slots."""
 
     sizes: Sizes
-    begin: int  # slots that are read: from here
-    end: int  # up to here
-    source: Tensor  # [B, C], the column of the piece that a slot's token is in
-    fresh: Tensor  # [B, C], whether it is in the piece at all
-    evicts: bool  # whether more than C tokens come together: sinks are then read behind the piece, not from their slots
+    begin: int  # first slot that is read
+    end: int  # end of the slots that are read, exclusive
+    source: Tensor  # [B, C], column of the piece that holds the new token of each slot
+    fresh: Tensor  # [B, C], whether the slot's token is in the piece
+    evicts: bool  # whether there are more than C tokens in total; sinks are then read after the piece, not from slots
     inv_freq: Tensor | None  # [F], None for a model without rotary keys
-    turn: Tensor | None  # [B, T], how far each token's own sinks are turned on; None: all read the same
+    turn: Tensor | None  # [B, T], positions that each token's own sinks are rotated; None if all read the same sinks
 
     @property
     def alone(self) -> bool:
-        """Whether the piece reads nothing but itself, all that went before."""
+        """Whether the piece reads only its own keys, with a plain causal mask."""
         return self.end == 0 and not self.evicts
 
     def apply(self, layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values ``[B, H, T, D]`` to the layer's buffers and return what is read."""
+        """Write keys and values ``[B, H, T, D]`` to the layer's buffers; return those that the queries read."""
         sinks = self.sizes.sinks
         source, fresh = self.source.to(keys.device)[:, None, :, None], self.fresh.to(keys.device)[:, None, :, None]
         pairs = ((layer.keys, keys), (layer.values, values))
@@ -128,7 +127,7 @@ class MultiTokenPlan:
         return read[0], read[1]
 
     def _sinks(self, layer: Any, held: Tensor, rotary: bool) -> Tensor:
-        """The sinks ``[B, H, sinks, D]``, or ``[B, H, T sinks, D]`` where each token has its own."""
+        """The sinks ``[B, H, sinks, D]``, or ``[B, H, T sinks, D]`` if each token has its own."""
         sinks = held[:, :, : self.sizes.sinks]
         if self.turn is None or self.inv_freq is None:
             return sinks
@@ -143,9 +142,9 @@ class MultiTokenPlan:
 def plan_step(
     sizes: Sizes, n: Tensor, base: Tensor, inv_freq: Tensor | None, counts: list[int] | None
 ) -> tuple[SingleTokenPlan, Tensor | None]:
-    """The plan of one token a row, and who sees what ``[B, 1, used]`` (None: all see all).
+    """Return the plan for one token per row, and its mask ``[B, 1, used]`` (None if every slot is visible).
 
-    `counts` is n ``[B]`` on the host; without it (under torch.compile, in a CUDA graph) nothing depends on numbers.
+    `counts` is n ``[B]`` on the host. If it is None (torch.compile, CUDA graphs), the plan does not depend on values.
     """
     sinks, slots = sizes.sinks, sizes.slots
     used = slots if counts is None else min(max(counts) + 1, slots)
@@ -164,10 +163,10 @@ def plan_step(
 def plan_piece(
     sizes: Sizes, n: Tensor, base: Tensor, inv_freq: Tensor | None, counts: list[int], real: Tensor
 ) -> tuple[MultiTokenPlan, Tensor, Tensor]:
-    """The plan of a piece ``[B, T]`` whose tokens `real` tells from padding.
+    """Plan a piece ``[B, T]``; `real` ``[B, T]`` is true for tokens, false for padding.
 
     Returns:
-        The plan; who sees what, ``[B, T, keys read]``; and which token is where, ``[B, T]``.
+        The plan, the mask ``[B, T, keys read]``, and the number n of each token ``[B, T]``.
     """
     sinks, window, slots = sizes.sinks, sizes.window, sizes.slots
     length, device = real.shape[1], n.device
@@ -175,13 +174,13 @@ def plan_piece(
     n = n[:, None]
     token = n + real.cumsum(1) - 1
     after = token[:, -1:] + 1
-    # What each slot holds afterwards: the last token that goes there; and which column it is in.
+    # The token that each slot holds afterwards (the last one that maps to it) and its column.
     slot = torch.arange(slots, device=device)[None]
     last = torch.where(slot < sinks, slot, slot + (after - 1 - slot).clamp(min=0) // window * window)
     order = real.logical_not().to(torch.uint8).argsort(stable=True, dim=1)
     source = order.gather(1, (last - n).clamp(0, length - 1))
     fresh = (last >= n) & (last < after)
-    # Who sees what: [B, T, held slots | piece | sinks].
+    # The mask: [B, T, stored slots | piece | sinks].
     columns = torch.arange(length, device=device)
     itself = columns[:, None] == columns
     seen = real[:, None] & (columns[:, None] >= columns)
@@ -200,6 +199,6 @@ def plan_piece(
         parts = [past, seen, own]
     else:
         parts = [(held < n)[:, None].expand(-1, length, -1), seen]
-    parts[1] = parts[1] | (itself & real.logical_not()[..., None])  # padding sees itself: a row of nothing would be NaN
+    parts[1] = parts[1] | (itself & real.logical_not()[..., None])  # padding sees itself: an empty mask row gives NaN
     plan = MultiTokenPlan(sizes, begin, end, source, fresh, evicts, inv_freq, turn)
     return plan, torch.cat(parts, 2), token

@@ -1,4 +1,4 @@
-"""Snapshots of caches: `api` takes and restores them, `files` saves them, the rest knows each kind of cache layer."""
+"""Snapshots of caches: `api` takes and restores them, `files` saves and loads them, `kinds` lists the cache layers."""
 
 from .api import Snapshot, fork, read, restore, snapshot
 

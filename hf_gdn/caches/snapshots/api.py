@@ -1,8 +1,8 @@
 """Take, restore and fork cache snapshots, so that a prefix is processed once and continued many times.
 
-transformers can crop keys and values to an earlier length; a recurrent state cannot be cropped, it has to be kept. A
-`Snapshot` is a copy of everything a cache holds, independent of the cache's class: what a DynamicCache held can be
-restored into a StaticCache and the other way round.
+transformers can crop keys and values to an earlier length, but a recurrent state cannot be cropped, so it has to be
+copied. A `Snapshot` is a copy of everything a cache holds. It does not depend on the cache's class: a snapshot of a
+DynamicCache can be restored into a StaticCache and vice versa.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .layers import Kind, Parts, check_parts, row_dimension
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """What a cache held at some time; shares no memory with it.
+    """A copy of the contents of a cache; shares no memory with it.
 
     Attributes:
-        kinds: of every layer, a name of `hf_gdn.caches.snapshots.kinds.KINDS`.
-        layers: of every layer, its parts by name.
-        length: tokens read.
-        model: `fingerprint` of the model whose cache it was, None when that was not told.
-        checked: False when it was read from a file that names a model and nobody has said which one is used here.
+        kinds: name of the kind of each layer (`hf_gdn.caches.snapshots.kinds`).
+        layers: parts of each layer by name.
+        length: number of tokens.
+        model: `fingerprint` of the model that filled the cache, None if unknown.
+        checked: False if it was loaded from a file that names a model, and has not been compared with the model in use.
     """
 
     kinds: tuple[str, ...]
@@ -43,29 +43,29 @@ class Snapshot:
 
     @property
     def batch_size(self) -> int:
-        """Sequences; 0 for a snapshot of an empty cache."""
+        """Number of sequences; 0 for a snapshot of an empty cache."""
         name, part = next(iter(self._parts()), ("", torch.empty(0)))
         return part.shape[row_dimension(name)] if part.dim() > row_dimension(name) else 0
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of keys and values; None without any."""
+        """Dtype of keys and values; None if there are none."""
         return next((part.dtype for name, part in self._parts() if name == "keys"), None)
 
     @property
     def nbytes(self) -> int:
-        """Memory that its tensors take."""
+        """Memory of its tensors in bytes."""
         return sum(part.nbytes for _, part in self._parts())
 
     def to(self, device: torch.device | str | int) -> Snapshot:
-        """A copy on a device; what is there already is shared with this one."""
+        """Return the snapshot on a device; tensors that are already there are shared, not copied."""
         return self._with(lambda _, part: part.to(device))
 
     def _parts(self) -> list[tuple[str, Tensor]]:
         return [item for parts in self.layers for item in parts.items()]
 
     def _with(self, change: Callable[[str, Tensor], Tensor], **values: Any) -> Snapshot:
-        """This one with its parts changed one by one."""
+        """A snapshot in which every part is replaced by ``change(name, part)``."""
         layers = tuple({name: change(name, part) for name, part in parts.items()} for parts in self.layers)
         return replace(self, layers=layers, **values)
 
@@ -77,7 +77,7 @@ class Snapshot:
 
 
 def check(found: Snapshot) -> None:
-    """Raise SnapshotError unless a snapshot can have been taken of a cache."""
+    """Raise SnapshotError unless the parts of a snapshot are consistent."""
     for index, (name, parts) in enumerate(zip(found.kinds, found.layers, strict=True)):
         if name not in BY_NAME:
             raise SnapshotError(f"layer {index} is of kind {name!r}; kinds: {', '.join(BY_NAME)}")
@@ -85,7 +85,7 @@ def check(found: Snapshot) -> None:
 
 
 def read(cache: Cache) -> Snapshot:
-    """A snapshot that shares its memory with the cache, to be copied from before the cache is used again."""
+    """Return a snapshot that shares memory with the cache. Copy it before the cache is used again."""
     kinds = _kinds(cache)
     layers = tuple(kind.read(layer) for kind, layer in zip(kinds, cache.layers))
     indexed = positions.first_indexed(cache)
@@ -97,15 +97,15 @@ def read(cache: Cache) -> Snapshot:
 
 
 def snapshot(cache: Cache, model: nn.Module | str | None = None) -> Snapshot:
-    """Copy everything a cache holds, on the devices where it is.
+    """Copy everything a cache holds, on the same devices.
 
     Args:
         cache: a DynamicCache or StaticCache that was made with a config, of any family of hf_gdn.
-        model: the model that filled it, or its `fingerprint`: `restore` and `load` then refuse any other.
+        model: the model that filled it, or its `fingerprint`; `restore` and `load` then refuse any other model.
 
     Raises:
-        SnapshotError: the cache has layers of a class that has no snapshots, or keeps some of them off its device.
-        TypeError: not a cache of layers.
+        SnapshotError: a layer is of a class that snapshots do not support, or the cache offloads layers.
+        TypeError: not a cache with layers.
 
     Example:
         >>> from transformers import DynamicCache
@@ -125,20 +125,20 @@ def snapshot(cache: Cache, model: nn.Module | str | None = None) -> Snapshot:
 
 
 def restore(cache: Cache, snapshot: Snapshot, model: nn.Module | str | None = None) -> None:
-    """Make a cache hold what it, or another one, held when a snapshot was taken. Going on from it gives the same bits.
+    """Restore a snapshot into the cache it was taken of, or into another one. Continuing from it gives the same bits.
 
-    The cache may be empty or in use, and of the other class, static or dynamic: attention then sums in another order.
-    Tensors that it has are written in place, but for keys that grow. Others are made where the model's layer runs;
-    when the model is not given, where the snapshot's are. The snapshot can be used again.
+    The cache may be empty or in use. If one cache is static and the other dynamic, attention sums in another order.
+    Existing tensors are written in place, except keys and values that grow. New tensors are made on the device of the
+    model's layer or, if `model` is not given, on the device of the snapshot. The snapshot can be used again.
 
     Args:
-        model: the model that is to use the cache, or its `fingerprint`, which has to be the snapshot's. Needed for a
-            snapshot from a file that names its model, unless `load` was told.
+        model: the model that uses the cache, or its `fingerprint`, to compare with the snapshot's model. Required for
+            a snapshot loaded from a file that names its model, unless `load` was given it.
 
     Raises:
-        SnapshotError: the snapshot is of another model or does not name its own, of other layers, shapes, dtypes or
-            another batch size than the cache, or longer than a StaticCache has room for. The cache is then as it was.
-        TypeError: not a cache of layers, or not a snapshot.
+        SnapshotError: the snapshot is of another model or names none, its layers, shapes, dtypes or batch size differ
+            from the cache's, or it is longer than a StaticCache. The cache is unchanged.
+        TypeError: not a cache with layers, or not a snapshot.
 
     Example:
         >>> from transformers import DynamicCache, StaticCache
@@ -160,11 +160,11 @@ def restore(cache: Cache, snapshot: Snapshot, model: nn.Module | str | None = No
 
 
 def put(cache: Cache, found: Snapshot, devices: list[torch.device | None] | None = None) -> None:
-    """`restore` without a look at the model: `devices` tells where the layers that are empty run."""
+    """`restore` without comparing models. `devices`: the device of each layer, for layers that are empty."""
     kinds = tuple(kind.name for kind in _kinds(cache))
     if kinds != found.kinds:
         raise SnapshotError(
-            f"the cache has layers {_count(kinds)}, the snapshot {_count(found.kinds)}, or in other order"
+            f"the cache has layers {_count(kinds)}, the snapshot {_count(found.kinds)}; kinds or order differ"
         )
     check(found)
     commits = []
@@ -178,7 +178,7 @@ def put(cache: Cache, found: Snapshot, devices: list[torch.device | None] | None
     indexed, placed = positions.first_indexed(cache), None
     if indexed is not None and "indexer_position_ids" in found.layers[indexed]:
         placed = found.layers[indexed]["indexer_position_ids"].to(devices[indexed] if devices else None, copy=True)
-    with torch.inference_mode():  # caches filled in inference mode take no copies outside of it
+    with torch.inference_mode():  # tensors made in inference mode can be written only in inference mode
         for commit in commits:
             commit()
     if indexed is not None:
@@ -196,11 +196,11 @@ def fork(cache: Cache, n: int, *, rows: Literal[True]) -> Cache: ...
 
 
 def fork(cache: Cache, n: int, *, rows: bool = False) -> list[Cache] | Cache:
-    """Branch a cache: `n` caches that each go on from here, independent of one another and of this one.
+    """Make `n` independent copies of a cache, to continue in different ways.
 
     Args:
-        rows: one cache instead, in which every sequence is there `n` times, one beside the other: what
-            ``generate(num_return_sequences=n)`` and ``generate(num_beams=n)`` expect.
+        rows: return one cache in which every sequence is repeated `n` times, copies adjacent, as expected by
+            ``generate(num_return_sequences=n)`` and ``generate(num_beams=n)``.
 
     Raises:
         SnapshotError: as for `snapshot`.
@@ -232,7 +232,7 @@ def fork(cache: Cache, n: int, *, rows: bool = False) -> list[Cache] | Cache:
 
 
 def blank(cache: Cache) -> Cache:
-    """An empty cache like another one."""
+    """An empty cache of the same class and sizes."""
     new = copy.copy(cache)
     if positions.first_indexed(cache) is not None:
         vars(new).pop(positions.NAME, None)
@@ -241,21 +241,21 @@ def blank(cache: Cache) -> Cache:
 
 
 def repeat(found: Snapshot, n: int) -> Snapshot:
-    """A snapshot with every sequence `n` times."""
+    """A snapshot with every sequence repeated `n` times."""
     return found._with(lambda name, part: part.repeat_interleave(n, dim=row_dimension(name)))
 
 
 def check_model(found: Snapshot, model: nn.Module | str | None) -> None:
-    """Raise SnapshotError when a snapshot is of another model, or nobody can tell."""
+    """Raise SnapshotError if a snapshot is of another model, or its model must be compared and is unknown."""
     if model is None and not found.checked:
         raise SnapshotError(
-            f"the snapshot's file names its model, {found.model}: give the one that is used here, "
+            f"the snapshot's file names its model, {found.model}: pass the model in use, "
             "load(path, model) or restore(cache, snapshot, model)"
         )
     if model is None:
         return
     if found.model is None:
-        raise SnapshotError("the snapshot does not name its model, as snapshot(cache, model) would have made it do")
+        raise SnapshotError("the snapshot does not name its model; take it with snapshot(cache, model)")
     name = _name(model) or ""
     if name != found.model:
         raise SnapshotError(
@@ -274,9 +274,9 @@ def own(part: Tensor) -> Tensor:
 
 def _kinds(cache: Cache) -> list[Kind]:
     if not isinstance(cache, Cache) or not isinstance(getattr(cache, "layers", None), list):
-        raise TypeError(f"expected a transformers cache of layers, got a {type(cache).__name__}")
+        raise TypeError(f"expected a transformers cache with layers, got a {type(cache).__name__}")
     if getattr(cache, "offloading", False):
-        raise SnapshotError("the cache keeps layers off their device (offloading=True), which snapshots cannot follow")
+        raise SnapshotError("the cache offloads its layers (offloading=True), which snapshots do not support")
     return [kind_of(layer, index) for index, layer in enumerate(cache.layers)]
 
 

@@ -1,8 +1,8 @@
-"""Snapshots as safetensors files. Reading one runs nothing that is in it.
+"""Save snapshots as safetensors files and load them. Loading a file executes no code from it.
 
-Header (``__metadata__``, strings): ``format`` ``"hf_gdn.snapshot"``, ``version``, ``model`` (its fingerprint, or
-empty), ``length`` (tokens), ``batch_size``, ``dtype`` (of keys and values), ``layers`` (kind of each, with commas
-between), ``sha256`` (of all of this and of every tensor). Tensors: ``layers.<index>.<part>``, see `snapshot_layers`.
+Header (``__metadata__``, strings): ``format`` ``"hf_gdn.snapshot"``, ``version``, ``model`` (fingerprint, or empty),
+``length`` (tokens), ``batch_size``, ``dtype`` (of keys and values), ``layers`` (kind of each layer, comma-separated),
+``sha256`` (of all these values and of every tensor). Tensors: ``layers.<index>.<part>``, see `layers`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ _KEYS = ("format", "version", "model", "length", "batch_size", "dtype", "layers"
 def save(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
     """Write a snapshot to a file that `load` reads.
 
-    The file is written beside its place, brought to the disk and then moved there: a crash at any time leaves the
-    previous file or the new one, whole.
+    The file is written atomically: a crash leaves either the complete previous file or the complete new one.
 
     Raises:
-        OSError: the file cannot be written; what was there before still is.
-        SafetensorError: a tensor cannot be written, likewise.
+        OSError: the file cannot be written. A previous file is kept.
+        SafetensorError: a tensor cannot be written. A previous file is kept.
 
     Example:
         >>> from transformers import DynamicCache
@@ -70,11 +69,11 @@ def load(
     """Read a snapshot from a file.
 
     Args:
-        model: the model that is to use it, or its fingerprint: a snapshot of another one is refused.
-        device: where its tensors go; `restore` moves them to where the cache is.
+        model: the model that uses the snapshot, or its fingerprint; a snapshot of another model is refused.
+        device: device of its tensors; `restore` moves them to the cache's devices.
 
     Raises:
-        SnapshotError: not a snapshot, of an unknown version, of another model, cut short or damaged.
+        SnapshotError: the file is not a snapshot, is truncated or damaged, or has another version or model.
         OSError: the file cannot be opened.
 
     Example:
@@ -84,30 +83,30 @@ def load(
         ...
         FileNotFoundError: ...
     """
-    with open(path, "rb"):  # a plain OSError, whatever safetensors makes of it
+    with open(path, "rb"):  # raises a plain OSError, unlike safetensors
         pass
     try:
         with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
             header = file.metadata() or {}
             _check_header(path, header)
-            # Copies: the file may be gone or other before they are used.
+            # Copied, because the file may be deleted or overwritten before the tensors are used.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise SnapshotError(f"{path} is no snapshot, or is damaged: {error}") from None
+        raise SnapshotError(f"{path} is not a snapshot or is damaged: {error}") from None
     if header["sha256"] != _digest(header, tensors):
-        raise SnapshotError(f"{path} is damaged: its contents do not have the checksum that its header gives")
+        raise SnapshotError(f"{path} is damaged: its contents do not match the checksum in its header")
     kinds = tuple(header["layers"].split(",")) if header["layers"] else ()
     layers: tuple[Parts, ...] = tuple({} for _ in kinds)
     for name, tensor in tensors.items():
         match = re.fullmatch(r"layers\.([0-9]{1,6})\.([a-z_]+(?:\.[0-9]+)?)", name)
         if match is None or int(match[1]) >= len(kinds):
-            raise SnapshotError(f"{path} has a tensor {name!r}, which no snapshot of {len(kinds)} layers has")
+            raise SnapshotError(f"{path} has a tensor {name!r}, which is invalid in a snapshot of {len(kinds)} layers")
         layers[int(match[1])][match[2]] = tensor
     found = Snapshot(kinds, layers, int(header["length"]), header["model"] or None, checked=not header["model"])
     try:
         check(found)
         if (str(found.batch_size), _dtype(found)) != (header["batch_size"], header["dtype"]):
-            raise SnapshotError("its header gives another batch size or dtype than its tensors have")
+            raise SnapshotError("batch size or dtype in its header differ from its tensors")
         if model is not None:
             check_model(found, model)
             found = found._with(lambda _, part: part, checked=True)
@@ -119,7 +118,7 @@ def load(
 def _check_header(path: str | os.PathLike[str], header: Mapping[str, str]) -> None:
     if header.get("format") != FORMAT:
         raise SnapshotError(
-            f"{path} is no snapshot: the format in its header is {header.get('format')!r}, not {FORMAT!r}"
+            f"{path} is not a snapshot: the format in its header is {header.get('format')!r}, expected {FORMAT!r}"
         )
     if header.get("version") != str(VERSION):
         raise SnapshotError(
@@ -129,9 +128,11 @@ def _check_header(path: str | os.PathLike[str], header: Mapping[str, str]) -> No
     if missing:
         raise SnapshotError(f"{path}: its header lacks {', '.join(missing)}")
     if not re.fullmatch(r"[0-9]{1,15}", header["length"]):
-        raise SnapshotError(f"{path}: its header gives a length of {header['length'][:40]!r} tokens")
+        raise SnapshotError(
+            f"{path}: its header gives a length of {header['length'][:40]!r}, expected a number of tokens"
+        )
     if header["model"] and not re.fullmatch(r"[^:]+(:[0-9a-f]+){2}", header["model"]):
-        raise SnapshotError(f"{path}: its header names a model {header['model'][:80]!r}, which is no fingerprint")
+        raise SnapshotError(f"{path}: its header names a model {header['model'][:80]!r}, expected a fingerprint")
 
 
 def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""Which model a snapshot belongs to: a fingerprint of what decides the meaning of a cache's numbers."""
+"""Fingerprint of the model that filled a cache, so that a snapshot is not used with another model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ...upstream import modules, tensors
 
-SAMPLES = 32  # values read of every parameter
-# What a config says about loading, generating and training; the cache's numbers do not depend on it.
+SAMPLES = 32  # values read from every parameter
+# Config fields about loading, generating and training, which do not affect the contents of a cache.
 _IGNORED = {
     "_name_or_path",
     "architectures",
@@ -39,14 +39,14 @@ _IGNORED = {
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A model's name for snapshots: ``"<model type>:<hash of its config>:<hash of some of its weights>"``.
+    """Identify a model for snapshots: ``"<model type>:<hash of its config>:<hash of some of its weights>"``.
 
-    The config is the text model's, where it differs from its class's defaults, without what concerns loading,
-    generating and training only. Of the weights, names, shapes, dtypes and 32 values of every parameter of the text
-    model are read, with those of LoRA adapters: milliseconds, whatever the size. Fine-tunes of a model differ by it, so
-    do its dtypes, its quantized forms, a model that accelerate keeps partly on disk or in host memory (whose values are
-    not read) and, under tensor parallelism, its ranks. Not seen: edits of a few values, adapters that are switched off,
-    a vision tower.
+    The config hash covers all values of the text model's config that differ from the defaults of its class, except
+    those that concern only loading, generating and training. The weight hash covers name, shape, dtype and 32 values of
+    every parameter of the text model, including LoRA adapters; this takes milliseconds for any size. The fingerprint
+    differs between fine-tunes, dtypes and quantizations of a model, between ranks under tensor parallelism, and if
+    accelerate offloads parts of the model, whose values are not read. It does not detect edits of a few values,
+    disabled adapters, or a different vision tower.
 
     Args:
         model: a transformers model, bare or wrapped (PEFT, `torch.compile`).
@@ -74,7 +74,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def differences(theirs: str, ours: str) -> str:
-    """What sets the model of a snapshot apart from another one, in words."""
+    """Describe how the model of a snapshot differs from the model in use."""
     (a, config, *_), (b, our_config, *_) = (*theirs.split(":"), ""), (*ours.split(":"), "")
     if a != b:
         return f"it is of a {a} model, this is a {b} model"
@@ -82,7 +82,7 @@ def differences(theirs: str, ours: str) -> str:
 
 
 def layer_devices(model: nn.Module, layers: int) -> list[torch.device | None]:
-    """The device on which each layer of a model runs; None where its modules do not tell."""
+    """The device on which each layer of a model runs; None if it cannot be determined."""
     devices: list[torch.device | None] = [None] * layers
     for module in _decoder(model).modules():
         index = getattr(module, "layer_idx", None)
@@ -92,7 +92,7 @@ def layer_devices(model: nn.Module, layers: int) -> list[torch.device | None]:
 
 
 def _decoder(model: Any) -> Any:
-    """The text model, whose layers fill the cache."""
+    """The text model; its layers fill the cache."""
     return model.get_decoder() if hasattr(model, "get_decoder") else model
 
 
@@ -105,7 +105,7 @@ def _runs_on(module: nn.Module) -> torch.device | None:
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a parameter is made of: a rank's shard, a quantized weight's parts, or itself."""
+    """The plain tensors of a parameter: a rank's shard, the parts of a quantized weight, or the parameter itself."""
     local = getattr(tensor, "to_local", None)
     if local is not None:
         yield from _plain(local())
@@ -117,11 +117,11 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _sample(tensor: Tensor) -> bytes:
-    """Bytes of some values, spread over the tensor; none where there are none to read."""
+    """Bytes of up to `SAMPLES` values, spread evenly over the tensor; empty for meta and empty tensors."""
     if tensor.device.type == "meta" or tensor.numel() == 0:
         return b""
     places = torch.linspace(0, tensor.numel() - 1, min(SAMPLES, tensor.numel()), dtype=torch.float64).long()
     if tensor.dim():
-        tensor = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor  # indexing lacks float8
+        tensor = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor  # float8 cannot be indexed
         tensor = tensor[torch.unravel_index(places.to(tensor.device), tensor.shape)]
     return tensor.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes()

@@ -1,4 +1,4 @@
-"""Which classes of cache layers have snapshots. A class of transformers' cache layers is one entry of `KINDS`."""
+"""The classes of cache layers that snapshots support: one entry of `KINDS` per class of transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _empty(layer: Any) -> Any:
     return type(layer)()
 
 
-# Name of a class of transformers.cache_utils -> its kind.
+# Class name in transformers.cache_utils -> its kind.
 KINDS: dict[str, Kind] = {
     "LinearAttentionLayer": Kind(
         "linear",
@@ -52,7 +52,7 @@ KINDS: dict[str, Kind] = {
         sliding.prepare_static,
     ),
 }
-BY_NAME = {kind.name: kind for kind in KINDS.values()}  # of the same name, any: checks of parts are the same
+BY_NAME = {kind.name: kind for kind in KINDS.values()}  # kinds of the same name allow and need the same parts
 
 
 def kind_of(layer: Any, index: int) -> Kind:
@@ -61,6 +61,6 @@ def kind_of(layer: Any, index: int) -> Kind:
     kind = KINDS.get(cls.__name__) if cls.__module__ == "transformers.cache_utils" else None
     if kind is None:
         raise SnapshotError(
-            f"layer {index}: a {cls.__name__} has no snapshots; those that have: {', '.join(sorted(KINDS))}"
+            f"layer {index}: snapshots do not support a {cls.__name__}; supported: {', '.join(sorted(KINDS))}"
         )
     return kind

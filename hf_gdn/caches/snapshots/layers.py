@@ -1,14 +1,17 @@
-"""What each class of cache layers holds, and how it is restored. `kinds` has the table of classes.
+"""Read and restore each class of cache layers; `kinds` has the table of classes.
 
-Parts of a layer, by name: ``conv.<i>`` ``[B, C, width]`` (a window of token ids: ``[B, width]``) and ``recurrent.<i>``
-``[B, HV, K, V]`` of a linear layer; ``keys`` and ``values`` ``[B, H, T, D]`` of an attention layer; with an indexer
-``indexer_keys`` ``[B, T, D]`` and ``indexer_position_ids`` ``[P, B, T]``; ``sliding_keys`` and ``sliding_values``
-``[B, H, min(T, window - 1), D]`` of a sliding-window layer. They are the same for growing and for static layers, so
-that what one of them held can be put into the other.
+Parts of a layer, by name:
 
-Putting back has two halves. `Kind.prepare` checks everything and asks for all the memory; what it returns, run when all
-layers are prepared, copies and assigns, and has no reason to fail. Tensors that a layer has already, but for keys that
-grow, are written in place: their addresses stay what compiled code and CUDA graphs know.
+- linear layers: ``conv.<i>`` ``[B, C, width]`` (of token ids: ``[B, width]``) and ``recurrent.<i>`` ``[B, HV, K, V]``;
+- attention layers: ``keys`` and ``values`` ``[B, H, T, D]``;
+- with an indexer, also ``indexer_keys`` ``[B, T, D]`` and ``indexer_position_ids`` ``[P, B, T]``;
+- sliding-window layers: ``sliding_keys`` and ``sliding_values`` ``[B, H, min(T, window - 1), D]``.
+
+Growing and static layers have the same parts, so a snapshot of one can be restored into the other.
+
+Restoring has two phases. `Kind.prepare` does all checks and allocations. The function it returns is called when all
+layers are prepared; it only copies and assigns, so it does not fail. Existing tensors are written in place, except keys
+and values that grow, so that the addresses that compiled code and CUDA graphs hold stay valid.
 """
 
 from __future__ import annotations
@@ -39,22 +42,21 @@ DIMENSIONS = {
 
 
 def row_dimension(name: str) -> int:
-    """The dimension of a part that counts sequences."""
+    """The batch dimension of a part."""
     return 1 if name == "indexer_position_ids" else 0
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How the layers of some classes are read and put back.
+    """How layers of a class are read and restored.
 
     Attributes:
         name: its name in files.
-        allowed: regular expression of the names of its parts.
-        needed: parts without which there may be no others.
-        read: layer -> its parts, views of its tensors where possible; none when it is empty.
-        blank: layer -> an empty one of the same class and size.
-        prepare: layer, parts, device for what it does not have yet (None: where the parts are), tokens in the snapshot
-            -> the second half.
+        allowed: regular expression for the names of its parts.
+        needed: parts that must be present if any part is.
+        read: layer -> its parts, views of its tensors if possible; no parts if it is empty.
+        blank: layer -> an empty layer of the same class and size.
+        prepare: layer, parts, device for new tensors (None: the parts' device), number of tokens -> the second phase.
     """
 
     name: str
@@ -66,7 +68,7 @@ class Kind:
 
 
 def check_parts(kind: Kind, parts: Parts, rows: int, length: int, index: int) -> None:
-    """Raise SnapshotError unless the parts of a layer can be what a layer of `kind` held, for `rows` sequences."""
+    """Raise SnapshotError unless the parts are valid for a layer of `kind` with `rows` sequences of `length` tokens."""
     here = f"layer {index} ({kind.name})"
     strange = [name for name in parts if not re.fullmatch(kind.allowed, name)]
     missing = kind.needed - set(parts) if parts else ()
@@ -79,11 +81,11 @@ def check_parts(kind: Kind, parts: Parts, rows: int, length: int, index: int) ->
             raise SnapshotError(f"{here}: {name} is {list(part.shape)} for {rows} sequences of {length} tokens")
     for keys, values in (("keys", "values"), ("sliding_keys", "sliding_values")):
         if keys in parts and parts[keys].shape[1] != parts[values].shape[1]:
-            raise SnapshotError(f"{here}: keys of {parts[keys].shape[1]} heads, values of {parts[values].shape[1]}")
+            raise SnapshotError(f"{here}: keys have {parts[keys].shape[1]} heads, values {parts[values].shape[1]}")
 
 
 def fits(name: str, held: Tensor, part: Tensor, free: int | None = None) -> None:
-    """Raise SnapshotError unless a part has the shape and the dtype of what a layer holds, but for dimension `free`."""
+    """Raise SnapshotError unless a part has the dtype and shape of `held`; sizes of dimension `free` may differ."""
     wanted, came = list(held.shape), list(part.shape)
     row = row_dimension(name)
     if len(wanted) == len(came) and wanted[row] != came[row]:
@@ -95,7 +97,13 @@ def fits(name: str, held: Tensor, part: Tensor, free: int | None = None) -> None
 
 
 class Change:
-    """What is to become of a layer: a new version of its attributes, and copies into tensors that it keeps."""
+    """The prepared change of a layer: new values of its attributes, and copies into existing tensors. Call it to apply.
+
+    Attributes:
+        layer, new: the layer, and a shallow copy whose attributes it will get.
+        copies: pairs of an existing tensor and its new contents; None for zeros.
+        stale: attributes to delete.
+    """
 
     def __init__(self, layer: Any) -> None:
         self.layer, self.new = layer, copy.copy(layer)
@@ -128,7 +136,7 @@ def _states(layer: Any) -> tuple[tuple[str, dict[int, Any], dict[int, bool]], ..
 
 
 def _window(layer: Any, index: int) -> Tensor:
-    """The convolution's window; while the past is recorded, more or less of it may be there."""
+    """The last columns of a convolution state. While transformers records the past, it may hold more or fewer."""
     held, width = layer.conv_states[index], layer.conv_kernel_size[index]
     return F.pad(held[..., -width:], (max(0, width - held.shape[-1]), 0))
 
@@ -151,9 +159,11 @@ def blank_linear(layer: Any) -> Any:
 def prepare_linear(layer: Any, parts: Parts, device: torch.device | None, length: int) -> Commit:
     beyond = [name for name in parts if int(name.rpartition(".")[2]) >= layer.number_of_states]
     if beyond:
-        raise SnapshotError(f"the cache has {layer.number_of_states} states a layer, the snapshot {', '.join(beyond)}")
+        raise SnapshotError(
+            f"the cache has {layer.number_of_states} states per layer, the snapshot {', '.join(beyond)}"
+        )
     change = Change(layer)
-    change.stale = [*(vars(layer).keys() - vars(blank_linear(layer)).keys())]  # noted by others on what it held before
+    change.stale = [*(vars(layer).keys() - vars(blank_linear(layer)).keys())]  # such as the history of `rollback`
     new = change.new
     for name, states, ready in _states(new):
         for i in range(layer.number_of_states):
@@ -168,7 +178,7 @@ def prepare_linear(layer: Any, parts: Parts, device: torch.device | None, length
                 states[i] = part.clone() if recorded else states[i].copy_(part)
             else:
                 fits(f"{name}.{i}", _window(layer, i) if name == "conv" else held, part)
-                if recorded:  # transformers puts new tensors there as well
+                if recorded:  # transformers also replaces these tensors instead of writing to them
                     states[i] = part.to(held.device, copy=True)
                 else:
                     change.copies.append((held, part))
@@ -211,7 +221,7 @@ def prepare_growing(layer: Any, parts: Parts, device: torch.device | None, lengt
 
 
 def _fill(change: Change, name: str, length: str, part: Tensor | None, ready: bool) -> None:
-    """Put a part into a static buffer and its tokens into `length`: now where nobody knows the buffer, or later."""
+    """Copy a part to a static buffer and set the counter `length`: at commit if `ready`, else now (a new buffer)."""
     buffer, count = getattr(change.new, name), getattr(change.new, length)
     dimension = GROWING[name]
     tokens, room = 0 if part is None else part.shape[dimension], buffer.shape[dimension]
@@ -255,7 +265,7 @@ def blank_static(layer: Any) -> Any:
 
 
 def _positions(layer: Any) -> Parts:
-    held = getattr(layer, "indexer_position_ids", None)  # or on the cache (`upstream.indexer_positions`)
+    held = getattr(layer, "indexer_position_ids", None)  # else it is on the cache (`upstream.indexer_positions`)
     return {} if held is None else {"indexer_position_ids": held}
 
 

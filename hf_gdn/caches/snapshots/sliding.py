@@ -1,7 +1,7 @@
-"""Snapshots of sliding-window attention layers, which keep the keys and values of their last tokens only.
+"""Snapshots of sliding-window attention layers, which keep keys and values of their last tokens only.
 
-A growing layer holds the last ``window - 1`` tokens, a static one ``window`` slots whose oldest is never read again
-once it is full. The parts have ``min(T, window - 1)`` tokens, the newest last, for both.
+A growing layer holds the last ``window - 1`` tokens. A static layer has ``window`` slots; when all are in use, the
+oldest one is not read any more. The parts of both have ``min(T, window - 1)`` tokens, the newest last.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NAMES = {"sliding_keys": "keys", "sliding_values": "values"}
 
 
 def read_growing(layer: Any) -> Parts:
-    """Parts of a DynamicSlidingWindowLayer; while the past is recorded, it holds more tokens than its window."""
+    """Parts of a DynamicSlidingWindowLayer, which holds more tokens than its window while it records the past."""
     if not layer.get_seq_length():
         return {}
     kept = min(layer.get_seq_length(), layer.sliding_window - 1)
@@ -38,14 +38,14 @@ def _held(layer: Any) -> list[tuple[str, Any]]:
 
 
 def blank_growing(layer: Any) -> Any:
-    """An empty layer of the same window."""
+    """An empty layer with the same window."""
     blank = type(layer)(sliding_window=layer.sliding_window)
     blank.record_past = layer.record_past
     return blank
 
 
 def blank_static(layer: Any) -> Any:
-    """An empty layer of the same window and size."""
+    """An empty layer with the same window and size."""
     blank = copy.copy(layer)
     blank.keys = blank.values = None
     blank.is_initialized, blank.cumulative_length_int = False, 0
@@ -74,7 +74,7 @@ def prepare_growing(layer: Any, parts: Parts, device: torch.device | None, lengt
 
 
 def prepare_static(layer: Any, parts: Parts, device: torch.device | None, length: int) -> Change:
-    """Restore a StaticSlidingWindowLayer: in place where it has its buffers."""
+    """Restore a StaticSlidingWindowLayer, in place if its buffers exist."""
     change = Change(layer)
     new, ready, slots = change.new, layer.is_initialized, layer.max_cache_len
     if not parts and not ready:
@@ -88,7 +88,7 @@ def prepare_static(layer: Any, parts: Parts, device: torch.device | None, length
     for name, buffer in _held(new):
         if parts:
             fits(name, buffer[:, :, : parts[name].shape[2]], parts[name])
-            oldest = 1 if length >= slots else 0  # a full buffer has one more token, which is never read
+            oldest = 1 if length >= slots else 0  # a full buffer has one more slot, which is not read any more
             whole = F.pad(parts[name], (0, 0, oldest, slots - oldest - parts[name].shape[2]))
         else:
             whole = None
@@ -103,7 +103,7 @@ def prepare_static(layer: Any, parts: Parts, device: torch.device | None, length
 
 
 def _check_tokens(parts: Parts, length: int, window: int) -> None:
-    """Raise SnapshotError unless the parts have the tokens that a layer of this window keeps of `length`."""
+    """Raise SnapshotError unless the parts have the number of tokens that this window keeps of `length` tokens."""
     kept, wanted = parts["sliding_keys"].shape[2], min(length, window - 1)
     if kept != wanted or parts["sliding_values"].shape[2] != wanted:
         raise SnapshotError(

@@ -1,1 +1,1 @@
-"""The ops in plain PyTorch: any device, any float dtype; all but `step` are differentiable."""
+"""The ops in plain PyTorch, for any device and float dtype. All but `step` are differentiable."""

@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks, one decay per head (GDN); `chunks` has the form and the oracle's name."""
+"""The gated delta rule in chunks, one decay per head (GDN); `chunks` has the equations and names the oracle."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .runtime import why_not, without_autocast
 
 
 def _products(q: Tensor, k: Tensor, g: Tensor) -> Products:
-    """Products of q, k ``[B, HK, 1, N, C, K]``, g ``[B, HK, R, N, C, 1]``. The dots serve all R heads."""
-    # Differences of long sums: in fp32 a small decay would drown beside a large one. (MPS has no float64.)
-    # A decay of -1e3 is 0 in every dtype; a sum with -inf or -1e30 in it would swallow the others.
+    """Products of q, k ``[B, HK, 1, N, C, K]`` and g ``[B, HK, R, N, C, 1]``. All R heads share the dot products."""
+    # Sums are float64: in a difference of fp32 sums, a small decay is lost next to a large one. MPS has no float64.
+    # Clamped, because -inf or -1e30 in a sum would absorb all other terms; exp(-1e3) is 0 in every dtype.
     total = g.squeeze(-1).clamp(min=-1e3).cumsum(-1, dtype=g.dtype if g.device.type == "mps" else torch.float64)
     difference = (total[..., :, None] - total[..., None, :]).to(g.dtype)
     above = torch.ones(difference.shape[-2:], dtype=torch.bool, device=g.device).triu(1)

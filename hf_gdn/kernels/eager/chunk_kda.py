@@ -1,4 +1,4 @@
-"""The delta rule in chunks, one decay per channel (KDA); `chunks` has the form and the oracle's name."""
+"""The delta rule in chunks, one decay per channel (KDA); `chunks` has the equations and names the oracle."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from .runtime import why_not, without_autocast
 def _products(q: Tensor, k: Tensor, g: Tensor) -> Products:
     """Products of q, k ``[B, HK, 1, N, C, K]``, g ``[B, HK, R, N, C, K]``, C a power of two.
 
-    The square below the diagonal of a block of 2s rows splits at the block's middle: the decay from a column to the
-    middle goes to its key, the decay from the middle to a row goes to its query or key. Both factors are at most 1, and
-    both are sums of few terms of one sign, so any gate is served exactly; halving log2(C) times leaves the diagonal.
+    In a block of 2s rows, the decays of the square below the diagonal are split at the middle of the block: the decay
+    from a column to the middle multiplies its key, the decay from the middle to a row multiplies its query or key. Both
+    factors are at most 1, and their exponents are sums of few terms of one sign, so the result is accurate for any
+    gate. log2(C) such levels cover everything but the diagonal.
     """
     *outer, length, channels = g.shape
     q, k, before = (x.expand(g.shape).reshape(-1, length, channels).contiguous() for x in (q, k, g.clone()))
-    # Decay from a block's start to a row (`before`), and from a row, exclusive, to its block's end (`after`).
+    # Log-decay from a block's start to a row (`before`), and from a row, exclusive, to its block's end (`after`).
     after = torch.zeros_like(before)
     rows = len(k)
     kk = k.new_zeros(rows * length, 1, 1)
@@ -44,7 +45,7 @@ def _products(q: Tensor, k: Tensor, g: Tensor) -> Products:
 
 
 def _block_lower(diagonal: Tensor, low: Tensor) -> Tensor:
-    """``[[d_0, 0], [low, d_1]]`` of pairs of diagonal blocks ``[2n, s, s]`` and ``low [n, s, s]``: ``[n, 2s, 2s]``."""
+    """``[[d_0, 0], [low, d_1]]`` ``[n, 2s, 2s]`` from pairs of diagonal blocks ``[2n, s, s]`` and low ``[n, s, s]``."""
     early, late = diagonal.view(len(low), 2, *diagonal.shape[1:]).unbind(1)
     return torch.cat((torch.cat((early, torch.zeros_like(low)), -1), torch.cat((low, late), -1)), -2)
 

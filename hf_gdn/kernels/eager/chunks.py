@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks of 64 tokens: what the ops of one decay per head and one per channel share.
+"""The gated delta rule in chunks of 64 tokens: the code shared by GDN and KDA.
 
 G is the running sum of g inside a chunk, S the state before it (docs/delta_rule.md derives the form):
 
@@ -6,7 +6,7 @@ G is the running sum of g inside a chunk, S the state before it (docs/delta_rule
     O = scale (e^G Q S + P u) ,           P_ij = (q_i . k_j) e^(G_i - G_j)         for i >= j
     S <- e^(G_C) S + (e^(G_C - G) K)^T u
 
-The oracle is `hf_gdn.kernels.reference.delta_rule`. Everything runs in the state's dtype: fp32, or float64.
+The oracle is `hf_gdn.kernels.reference.delta_rule`. All arithmetic is in the state's dtype: fp32, or float64.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .math import l2norm
 from .sequences import one_after_another, starting_state
 
 CHUNK = 64
-# Tokens prepared at once. It bounds the memory in use at any T and keeps the working set near a CPU's caches.
+# Tokens prepared at once. This bounds memory for any T and keeps the working set small enough for CPU caches.
 TOKENS_PER_BLOCK = 512
 
 
 class Products(NamedTuple):
-    """What the chunks need of q, k and g. R value heads share a key head; D is the decay's channels: 1 or K."""
+    """Products of q, k and g within each of N chunks of C tokens. D is the number of decay channels: 1 or K."""
 
-    kk: Tensor  # [B, HK, R, N, C, C]  k_i . k_j e^(G_i - G_j) for i > j; on and above the diagonal anything
+    kk: Tensor  # [B, HK, R, N, C, C]  k_i . k_j e^(G_i - G_j) for i > j; arbitrary on and above the diagonal
     qk: Tensor  # [B, HK, R, N, C, C]  q_i . k_j e^(G_i - G_j) for i >= j, else 0
     from_start: Tensor  # [B, HK, R, N, C, D]  e^G
     to_end: Tensor  # [B, HK, R, N, C, D]  e^(G_C - G)
@@ -43,17 +43,17 @@ FindProducts = Callable[[Tensor, Tensor, Tensor], Products]
 def _whole_chunks(
     find_products: FindProducts, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Whole chunks: q, k ``[B, HK, T, K]``, v ``[B, HV, T, V]``, g ``[B, HV, T, D]``, beta ``[B, HV, T]``, scaled q."""
+    """Whole chunks: q (scaled), k ``[B, HK, T, K]``, v ``[B, HV, T, V]``, g ``[B, HV, T, D]``, beta ``[B, HV, T]``."""
     key_heads, group = k.shape[1], v.shape[1] // k.shape[1]
     q, k = (x.unflatten(2, (-1, chunk)).unsqueeze(2) for x in (q, k))
     v, beta = v.unflatten(2, (-1, chunk)), beta.unflatten(2, (-1, chunk))
     g = g.unflatten(2, (-1, chunk)).unflatten(1, (key_heads, group))
     products = find_products(q, k, g)
-    # Rows of keys above rows of queries: one product reads the state for both.
+    # Keys and queries are stacked, so that one product reads the state for both.
     reads = (torch.stack((k, q), -3) * products.from_start.unsqueeze(-3)).flatten(-3, -2).flatten(1, 2)
     writes = (k * products.to_end).transpose(-1, -2).flatten(1, 2)
     kk, qk, whole = (x.flatten(1, 2) for x in (products.kk, products.qk, products.whole))
-    # solve_triangular reads below the diagonal only and takes ones on it.
+    # With unitriangular=True, solve_triangular reads only the part below the diagonal.
     solved = torch.linalg.solve_triangular(
         kk * beta[..., None], torch.diag_embed(beta), upper=False, unitriangular=True
     )
@@ -79,7 +79,7 @@ def by_chunks(
     cu_seqlens: Tensor | None = None,
     qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The chunked rule with the products of `find_products`; the other arguments are those of the op."""
+    """The chunked delta rule with the products of `find_products`; all other arguments are those of the op."""
     if cu_seqlens is not None:
         return one_after_another(
             functools.partial(by_chunks, find_products),
@@ -101,7 +101,7 @@ def by_chunks(
     outputs = []
     for first in range(0, length, TOKENS_PER_BLOCK):
         part = slice(first, min(first + TOKENS_PER_BLOCK, length))
-        padding = -(part.stop - first) % size  # zero keys, betas and log-decays leave the state alone
+        padding = -(part.stop - first) % size  # zero keys, betas and log-decays do not change the state
 
         def prepare(x: Tensor, part=part, padding=padding, dtype=state.dtype) -> Tensor:
             x = x[:, part].transpose(1, 2).to(dtype)

@@ -1,4 +1,4 @@
-"""The output norm of a layer, gated, in plain PyTorch: y = norm(o) gate(z).
+"""The gated output norm of a layer, in plain PyTorch: y = norm(o) gate(z).
 
 The oracle is `hf_gdn.kernels.reference.gated_norm`.
 """
@@ -21,7 +21,7 @@ def gated_norm(o: Tensor, z: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
         o: ``[B, T, HV, V]``, contiguous.
         z: ``[B, T, HK, R, V]`` in o's dtype, strided in all but V.
         weight: ``[V]``.
-        spec: its gate, eps, and where the weight is applied.
+        spec: `gate`, `eps` and `norm_in_fp32` are used.
 
     Returns:
         ``[B, T, HV, V]`` in o's dtype.

@@ -1,4 +1,4 @@
-"""What several eager kernels compute: norms, gates and the convolution."""
+"""Math shared by the eager kernels: norms, gates and the convolution."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def log_decay(spec: LayerSpec, weights: Weights, projected: Projections) -> Tens
     if spec.lower_bound is not None:
         g = spec.lower_bound * (A * x.view(shape)).sigmoid()
     elif per_channel:
-        g = -A * F.softplus(x).view(shape)  # before the view: aot_autograd takes its gradient's strides for others
+        # softplus precedes the view: otherwise aot_autograd assumes wrong strides for its gradient.
+        g = -A * F.softplus(x).view(shape)
     else:
         g = (-A * F.softplus(x)).reshape(shape)
     return g.to(projected.q.dtype).float() if spec.decay_in_dtype else g
@@ -50,11 +51,11 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, length: int, seq
     """Depthwise causal convolution as shifted multiply-adds, in fp32.
 
     Args:
-        x: ``[B, L, C]``, L >= `length`; what comes before its last `length` rows is left context.
-        weight: ``[C, width]``; its last tap meets the row itself.
+        x: ``[B, L, C]``, L >= `length`; rows before the last `length` are left context.
+        weight: ``[C, width]``; the last tap applies to the row itself.
         bias: ``[C]`` or None.
-        length: rows wanted.
-        sequence: ``[L]``, which packed sequence a row belongs to: taps do not reach into another one. Or None.
+        length: number of output rows.
+        sequence: ``[L]``, index of the packed sequence of each row, or None; taps do not reach into other sequences.
 
     Returns:
         ``[B, length, C]`` in fp32 (or float64).

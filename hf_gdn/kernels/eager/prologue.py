@@ -31,14 +31,14 @@ def prologue(
     """Everything before the delta rule.
 
     Args:
-        projected: of tokens ``[B, T]``.
-        weights: the convolution's and the gates'.
-        spec: its gates and its activation.
+        projected: outputs for tokens ``[B, T]``.
+        weights: parameters of the convolution and the gates.
+        spec: options of the gates and the activation.
         conv_state: left context, the last inputs of the convolution: ``[B, C, keep]`` in the model's dtype; zeros when
-            None. It is not written to. Packed sequences do not see it.
-        keep: columns of the convolution state that is returned, which ends at each row's last token; 0 for none.
-        cu_seqlens: ``[N + 1]`` boundaries of sequences packed along T, B = 1: the convolution stays inside each.
-        lengths: ``[B]``, how many tokens a row has; those after them are padding, which neither decays nor writes.
+            None. It is not modified. Packed sequences do not read it.
+        keep: columns of the returned convolution state, which ends at each row's last token; 0 for none.
+        cu_seqlens: ``[N + 1]`` boundaries of sequences packed along T, B = 1; the convolution stays inside each.
+        lengths: ``[B]``, number of tokens in each row. Padding follows them; it gets zero log-decay and beta.
     """
     qkv = projected.joined()
     batch, length, k_heads, k_dim = projected.q.shape

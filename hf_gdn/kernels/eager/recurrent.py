@@ -1,10 +1,10 @@
-"""The gated delta rule token by token, for decoding and short runs of tokens.
+"""The gated delta rule token by token, for decoding and short sequences.
 
 Per sequence and value head, with S of shape [K, V]:
 
     S <- diag(exp g_t) S ;  u = beta_t (v_t - S^T k_t) ;  S <- S + k_t u^T ;  o_t = scale * S^T q_t
 
-The oracle is `hf_gdn.kernels.reference.delta_rule`. Everything runs in the state's dtype: fp32, or float64.
+The oracle is `hf_gdn.kernels.reference.delta_rule`. All arithmetic is in the state's dtype: fp32, or float64.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .sequences import one_after_another, starting_state
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), which takes microseconds also where there is nothing to do."""
+    """x.to(dtype), without its overhead of microseconds if the dtype is already right."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -57,17 +57,17 @@ def recurrent(
     state = starting_state(v, q.shape[-1], initial_state)
     batch, length, k_heads, k_dim = k.shape
     v_heads, v_dim = v.shape[2:]
-    heads = (batch, length, k_heads, v_heads // k_heads)  # value heads, R of them to a key head
+    heads = (batch, length, k_heads, v_heads // k_heads)  # value heads, R per key head
     kq = _cast(torch.stack((k, q), 3), state.dtype)  # [B, T, HK, 2, K]
     if qk_l2norm:
         kq = l2norm(kq)
     decay = _cast(g, state.dtype).exp().view(*heads, 1 if g.dim() == 3 else k_dim)
     values = _cast(v, state.dtype).view(*heads, v_dim)
     strengths = _cast(beta, state.dtype).view(*heads, 1)
-    # Without gradients the state is updated in place: the caller's tensor when asked to, else a copy. Autograd needs
-    # every version.
+    # Without gradients, a copy of the state is updated in place (for one token with `inplace`, the caller's tensor).
+    # Autograd needs every version of the state.
     owns_state = not (torch.is_grad_enabled() and any(x.requires_grad for x in (kq, values, decay, strengths, state)))
-    if owns_state and not (inplace and length == 1):  # the caller's is updated last, when nothing can fail any more
+    if owns_state and not (inplace and length == 1):  # the caller's tensor is written last, when nothing can fail
         state = state.clone()
     now = state.view(len(state), *heads[2:], k_dim, v_dim)
     o = v.new_empty(v.shape) if owns_state else None
@@ -93,10 +93,10 @@ def recurrent(
 
 def _token(kq: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, ...]:
     """One token: kq = (k, q) ``[B, HK, 2, K]``, v ``[B, HK, R, V]``, decay ``[B, HK, R, 1 or K]``, beta
-    ``[B, HK, R, 1]``, state ``[B, HK, R, K, V]``. Returns o before its scale, and k, u and the decay, shaped so that
+    ``[B, HK, R, 1]``, state ``[B, HK, R, K, V]``. Returns o without `scale`, and k, u and the decay, shaped so that
     ``state * decay + k * u`` is the next state.
     """
-    # S^T k after the decay is (decay k)^T S before it, so that one pass over the state serves k and q.
+    # S^T k with the decayed S equals (decay k)^T S with the old one, so one pass over the state serves k and q.
     known, read = ((kq.unsqueeze(2) * decay.unsqueeze(3)) @ state).unbind(3)
     u = (v - known) * beta
     k, q = kq.unsqueeze(2).unbind(3)  # [B, HK, 1, K]
@@ -104,7 +104,7 @@ def _token(kq: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) ->
     return o, k.unsqueeze(-1), u.unsqueeze(3), decay.unsqueeze(-1)
 
 
-# Tokens up to which this kernel is faster than the chunk kernel, for one sequence and 32 heads on a CPU of two cores:
-# python benchmarks/prefill.py --only even; docs/tuning.md has the table.
+# The number of tokens up to which this kernel is faster than the chunk kernel, for one sequence and 32 heads on a CPU
+# with two cores. benchmarks/README.md has the command, docs/tuning.md the table.
 for _op, _tokens in (("recurrent_gdn", 4), ("recurrent_kda", 8)):
     register(Kernel(_op, "eager", recurrent, why_not, differentiable=True, traceable=True, max_tokens=_tokens))

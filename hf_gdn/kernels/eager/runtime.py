@@ -1,4 +1,4 @@
-"""What every eager kernel needs: what it refuses, and how it is kept out of autocast."""
+"""Helpers of all eager kernels: refusals, and protection from autocast."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def why_not(request: Request) -> str | None:
 
 
 def without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep autocast from rounding the state's products to 16 bits. fn's first argument is q, or has a q."""
+    """Run fn without autocast, which would round products with the state to 16 bits. Its first argument is or has q."""
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:

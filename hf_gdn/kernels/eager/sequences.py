@@ -1,4 +1,4 @@
-"""What the eager delta rules share: the state at the beginning, and sequences packed along T."""
+"""Helpers of the eager delta rules: the initial state, and sequences packed along T."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..contract import state_dtype
 
 
 def starting_state(v: Tensor, k_dim: int, initial_state: Tensor | None) -> Tensor:
-    """The state before the first token ``[B, HV, K, V]``, in the state's dtype; zeros where none is given."""
+    """The state before the first token, ``[B, HV, K, V]`` in the state's dtype; zeros if none is given."""
     dtype = state_dtype(v.dtype)
     if initial_state is not None:
         return initial_state.to(dtype)
@@ -33,7 +33,7 @@ def one_after_another(
     token_states: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """Call a delta rule for each packed sequence; arguments and results are those of the whole."""
+    """Call a delta rule for each packed sequence. Arguments and results are those of one call for all sequences."""
     bounds = cu_seqlens.tolist()
     outputs, states = [], []
     for n, (first, last) in enumerate(pairwise(bounds)):

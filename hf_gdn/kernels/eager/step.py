@@ -1,9 +1,9 @@
-"""Everything between a layer's projections for the next few tokens of a cache, in plain PyTorch: decoding.
+"""Decoding in plain PyTorch: everything between a layer's projections, for the next few tokens of a cache.
 
     q, k, v <- silu(conv(conv_state | q | k | v)) ;  q, k <- l2norm ;  g, beta <- gates(a, b)
     o <- delta rule ;  y <- norm(o) gate(z)
 
-Convolution state and recurrent state are updated in place. The oracle is `hf_gdn.kernels.reference.step`.
+Both states are updated in place. The oracle is `hf_gdn.kernels.reference.step`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def step(projected: Projections, weights: Weights, spec: LayerSpec, conv_state: 
     """Everything between a layer's projections for the next few tokens of a cache. No gradients.
 
     Args:
-        projected: of tokens ``[B, T]``; a is given.
-        weights: norm is given.
-        spec: its activation is silu, its gate one of `ACTIVATIONS`.
+        projected: outputs for tokens ``[B, T]``; a must be given.
+        weights: norm must be given.
+        spec: activation must be silu, gate a key of `ACTIVATIONS`.
         conv_state: the last inputs of the convolution, ``[B, C, width]``, in the model's dtype; updated in place.
         state: ``[B, HV, K, V]``, contiguous, in fp32 (float64 for float64); updated in place.
 
@@ -56,7 +56,7 @@ def step(projected: Projections, weights: Weights, spec: LayerSpec, conv_state: 
         qk_l2norm=True,
         inplace=True,
     )
-    conv_state.copy_(x.narrow(2, x.shape[2] - size, size))  # right after the state: nothing in between can fail
+    conv_state.copy_(x.narrow(2, x.shape[2] - size, size))  # right after the state, so that nothing in between can fail
     assert weights.norm is not None
     return gated_norm(o, projected.z, weights.norm, spec)
 

@@ -1,1 +1,1 @@
-"""The delta rule by flash-linear-attention where it is installed, on CUDA devices only; never imported when absent."""
+"""The delta rule from flash-linear-attention, on CUDA devices, if the package is installed. Imported on first use."""

@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks, one decay per head (GDN), by flash-linear-attention."""
+"""The gated delta rule in chunks, one decay per head (GDN), from flash-linear-attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The delta rule in chunks, one decay per channel (KDA), by flash-linear-attention."""
+"""The delta rule in chunks, one decay per channel (KDA), from flash-linear-attention."""
 
 from __future__ import annotations
 

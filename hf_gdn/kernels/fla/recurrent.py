@@ -1,4 +1,4 @@
-"""The gated delta rule token by token, by flash-linear-attention."""
+"""The gated delta rule token by token, from flash-linear-attention."""
 
 from __future__ import annotations
 

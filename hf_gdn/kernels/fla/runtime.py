@@ -1,6 +1,6 @@
-"""What the adapters of flash-linear-attention share: calling its functions, and what is refused.
+"""Helpers of the flash-linear-attention adapters: calls and refusals.
 
-Its functions follow the same contract but for the arguments' names.
+Its functions have the same contract as our kernels, except for argument names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ...registry import Request
 
 
 def adapt(module: str, name: str, recurrent: bool = False) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Wrap fla's function ``module.name`` as a kernel; it is imported when it is called."""
+    """Wrap fla's function ``module.name`` as a kernel; the module is imported at the first call."""
 
     def call(
         q: Tensor,

@@ -1,1 +1,1 @@
-"""The ops as Triton kernels, without gradients. They run on CUDA devices, and in Triton's interpreter on a CPU."""
+"""The ops as Triton kernels, without gradients. They run on CUDA devices and, in Triton's interpreter, on CPUs."""

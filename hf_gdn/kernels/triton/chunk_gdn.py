@@ -6,9 +6,9 @@ Per sequence and value head, G the running sum of g inside a chunk, S the state 
     P = scale * tril(Q K^T) e^(G_i - G_j)
     u = A (V - e^G K S) ;  O = scale e^G Q S + P u ;  S <- e^(G_last) S + K^T (e^(G_last - G) u)
 
-The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives the form. `chunk_gdn_prepare` computes A
-and P of all chunks at once; a second kernel walks the chunks of a sequence, or of a segment of one (`segmented_scan`),
-with S in registers.
+The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives the equations. `chunk_gdn_prepare`
+computes A and P of all chunks in parallel. A second kernel then scans the chunks of a sequence, or of a segment of it
+(`segmented_scan`), with S in registers.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def _scan_kernel(
     p_kout,  # [B, T, HV]
     p_decay,  # [chunks, HV]
     p_initial,  # [N, HV, K, V] contiguous, or None for zeros
-    p_states,  # [slots, HV, K, V + K], or None when nothing is cut
+    p_states,  # [slots, HV, K, V + K], or None without segments
     p_final,  # [N, HV, K, V] contiguous, or None
-    p_o,  # [B, T, HV, V] contiguous, or None for the states of segments alone
+    p_o,  # [B, T, HV, V] contiguous, or None to compute only the states of segments
     p_bounds,  # [N + 1], or None
     p_first,  # [N], or None
     p_long,  # [sequences that may be long], or None
@@ -67,7 +67,7 @@ def _scan_kernel(
 ):
     STATE_ONLY: tl.constexpr = p_o is None
     COLUMNS: tl.constexpr = V + K if STATE_ONLY else V
-    # One grid axis, since y and z are limited to 65,535. Tiles of a head are neighbours and share what they read.
+    # One grid axis, because y and z are limited to 65,535. Tiles of the same head are adjacent, so they share loads.
     i_program = tl.program_id(0)
     i_v = i_program % tl.cdiv(COLUMNS, BV)
     i_xh = (i_program // tl.cdiv(COLUMNS, BV)).to(tl.int64)
@@ -113,7 +113,7 @@ def _scan_kernel(
             b_o = dot(b_q, b_state, PRECISION=PRECISION) * b_qin[:, None]
             b_o = dot(b_p, b_u.to(dtype), b_o, PRECISION=PRECISION)
             tl.store(p_o + o_row[:, None] * V + o_v[None, :], b_o.to(dtype), mask=m_tv)
-        # u is scaled and not k, which then stays as it was loaded.
+        # Scale u instead of k, so that k is used as loaded.
         b_u *= b_kout[:, None]
         if dtype == tl.float16:  # 1 / |k| of a near-zero key can overflow
             b_u = tl.clamp(b_u, -65504.0, 65504.0)
@@ -136,15 +136,15 @@ def chunk_gdn(
     """Chunked gated delta rule, one decay per head.
 
     Args:
-        q, k: ``[B, T, HK, K]`` in float16, bfloat16 or float32; K up to 256. In bfloat16 their products, |k|^2 and
-            scale |q| |k|, have the range of float16, 65,504; with qk_l2norm they are at most 1.
+        q, k: ``[B, T, HK, K]`` in float16, bfloat16 or float32; K up to 256. In bfloat16, the products |k|^2 and
+            scale |q| |k| are limited to the range of float16, 65,504; with qk_l2norm they are at most 1.
         v: ``[B, T, HV, V]`` in the same dtype, HV a multiple of HK; V up to 256.
         g: ``[B, T, HV]`` fp32, natural-log decay, at most 0.
         beta: ``[B, T, HV]``.
         scale: factor on the output.
         initial_state: ``[N, HV, K, V]``; zeros when None.
         cu_seqlens: ``[N + 1]`` boundaries of N sequences packed along T (then B is 1), on the tensors' device.
-        qk_l2norm: normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
+        qk_l2norm: L2-normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
 
     Returns:
         ``(o, final_state)``: ``[B, T, HV, V]`` in v's dtype and ``[N, HV, K, V]`` in fp32.

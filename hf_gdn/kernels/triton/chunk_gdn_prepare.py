@@ -1,17 +1,17 @@
-"""A, P and the gates of every chunk of the gated delta rule with one decay per head, before its scan.
+"""Compute A, P and the gates of every chunk before the scan of the gated delta rule, one decay per head.
 
 With G the running sum of g inside a chunk of 64 tokens,
 
     A = (diag(1 / beta) + tril(K K^T e^(G_i - G_j), -1))^-1 ;  P = scale * tril(Q K^T) e^(G_i - G_j)
     kin = e^G ;  qin = scale e^G ;  kout = e^(G_last - G) ;  decay = e^(G_last)
 
-A program serves a chunk and a key head: it computes K K^T and Q K^T once, in three tiles of 32 rows and columns (the
-fourth lies above the diagonal), and from them A and P of each value head. A could also be inverted without the gate and
-multiplied by it afterwards, at the same cost; with the gate inside, the gate's registers are free early, and nothing
-that the inverse handles grows beyond what the state does.
+A program serves a chunk and a key head. It computes K K^T and Q K^T once, in three tiles of 32 rows and columns (the
+fourth is above the diagonal), and from them A and P of each value head. Applying the gate after the inverse instead of
+before it would cost the same. Applied before, the gate's registers are freed early, and no value in the inverse grows
+more than the state does.
 
-With qk_l2norm q and k are never written: 1/|q| and 1/|k| are numbers per token, and are multiplied into qin, kin and
-kout.
+With qk_l2norm, normalised q and k are not stored: 1/|q| and 1/|k| are one number per token, multiplied into qin, kin
+and kout.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ HALF = CHUNK // 2
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(LaunchConfig):
-    """Launch of the preparation.
+    """Launch parameters of the preparation.
 
     Args:
         BK: channels per step.
-        num_stages: steps whose loads are under way.
+        num_stages: pipeline stages of the loads.
     """
 
     BK: int
@@ -51,10 +51,10 @@ PREPARE_CONFIGS = {
 
 @triton.jit
 def _load_sums(p_g, m_t):
-    """Running sum of the log-decay, as two fp32 numbers, what is left of it after each row, and the whole.
+    """Running sum of the log-decay as two fp32 numbers, the sum of the rows after each row, and the total.
 
-    In the difference of two long fp32 sums a small decay would drown; as two numbers each sum keeps it. All are
-    logarithms to the base 2, which the processor's exponential takes: the factor is exact here, and nowhere else.
+    A small decay would be lost in the difference of two long fp32 sums; two fp32 numbers per sum keep it. Values are
+    base-2 logarithms, for the hardware's exp2; they are converted here, while they are float64.
     """
     b_g = tl.load(p_g, mask=m_t, other=0.0).to(tl.float64) * LOG2E
     b_sum = tl.cumsum(b_g, 0)
@@ -65,7 +65,7 @@ def _load_sums(p_g, m_t):
 
 @triton.jit
 def _gate(b_high, b_low, BC: tl.constexpr):
-    """e^(G_i - G_j), [BC, BC], and zero above the diagonal."""
+    """e^(G_i - G_j), ``[BC, BC]``, zero above the diagonal."""
     o_i = tl.arange(0, BC)
     b_gap = (b_high[:, None] - b_high[None, :]) + (b_low[:, None] - b_low[None, :])
     return tl.exp2(tl.where(o_i[:, None] >= o_i[None, :], b_gap, float("-inf")))
@@ -73,7 +73,7 @@ def _gate(b_high, b_low, BC: tl.constexpr):
 
 @triton.jit
 def _inverse_norm(p_x, m_t, K: tl.constexpr, BK: tl.constexpr):
-    """1 / |row|. Of q alone: what |k| is stands on the diagonal of K K^T."""
+    """1 / |row|. Needed for q only, because |k|^2 is on the diagonal of K K^T."""
     o_k = tl.arange(0, BK)
     b_squares = tl.full([m_t.shape[0]], 1e-6, tl.float32)
     for i_k in range(0, K, BK):
@@ -129,7 +129,7 @@ def prepare_kernel(
     PRECISION: tl.constexpr,
     QK_L2NORM: tl.constexpr,
 ):
-    # Suffix 0: rows and columns of the chunk's first half; 1: of the second; 10: second half by first.
+    # Suffix 0: rows and columns of the chunk's first half; 1: of its second half; 10: second half by first half.
     i_chunk = tl.program_id(0).to(tl.int64)
     i_hk = tl.program_id(1).to(tl.int64)
     i_b, i_t, end = locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T)
@@ -182,7 +182,7 @@ def prepare_kernel(
 
     p_g += i_b * stride_gb + i_t * stride_gt
     p_beta += i_b * stride_bb + i_t * stride_bt
-    # One stage: there is nothing to load ahead that would be worth its registers.
+    # One stage: prefetching is not worth its registers.
     for i_h in tl.range(i_hk * (HV // HK), (i_hk + 1) * (HV // HK), num_stages=1):
         p_gh = p_g + i_h * stride_gh + o_wide * stride_gt
         b_high0, b_low0, b_rest0, whole0 = _load_sums(p_gh, m_0)
@@ -200,7 +200,7 @@ def prepare_kernel(
         tl.store(p_kout + o_row + BC * HV, tl.exp2(b_rest1) * b_rk1, mask=m_1)
         tl.store(p_decay + i_chunk * HV + i_h, tl.exp2(whole0 + whole1))
 
-        # Between the halves both exponents are sums of gates, and neither factor exceeds 1.
+        # Between the halves, both exponents are sums of gates, so neither factor exceeds 1.
         b_gate0 = _gate(b_high0, b_low0, BC).to(INSIDE)
         b_gate1 = _gate(b_high1, b_low1, BC).to(INSIDE)
         b_gate10 = (tl.exp2(b_high1)[:, None] * tl.exp2(b_rest0)[None, :]).to(INSIDE)

@@ -6,10 +6,10 @@ Per sequence and value head, G the running sum of g [., K] inside a chunk, S the
     P = scale * tril(sum_d q_id k_jd e^(G_id - G_jd))
     u = A (V - (e^G K) S) ;  O = scale (e^G Q) S + P u ;  S <- e^(G_last) S + (e^(G_last - G) K)^T u
 
-The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives the form.
+The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives the equations.
 
-`chunk_kda_prepare` computes A, P, and q and k with their decay from and to the ends of the chunk, and
-`chunk_kda_strong_decay` serves chunks that decay too much for it. The scan follows, with S in registers.
+`chunk_kda_prepare` computes A, P, and q and k multiplied by their decay from or to an end of the chunk.
+`chunk_kda_strong_decay` serves the chunks that decay too much for it. The scan follows, with S in registers.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def _scan_kernel(
     p_kout,  # [B, T, HV, K]
     p_decay,  # [chunks, HV, K]
     p_initial,  # [N, HV, K, V] contiguous, or None for zeros
-    p_states,  # [slots, HV, K, V + K], or None when nothing is cut
+    p_states,  # [slots, HV, K, V + K], or None without segments
     p_final,  # [N, HV, K, V] contiguous, or None
-    p_o,  # [B, T, HV, V] contiguous, or None for the states of segments alone
+    p_o,  # [B, T, HV, V] contiguous, or None to compute only the states of segments
     p_bounds,  # [N + 1], or None
     p_first,  # [N], or None
     p_long,  # [sequences that may be long], or None
@@ -60,7 +60,7 @@ def _scan_kernel(
 ):
     STATE_ONLY: tl.constexpr = p_o is None
     COLUMNS: tl.constexpr = V + K if STATE_ONLY else V
-    # One grid axis, since y and z are limited to 65,535. Tiles of a head are neighbours and share what they read.
+    # One grid axis, because y and z are limited to 65,535. Tiles of the same head are adjacent, so they share loads.
     i_program = tl.program_id(0)
     i_v = i_program % tl.cdiv(COLUMNS, BV)
     i_xh = (i_program // tl.cdiv(COLUMNS, BV)).to(tl.int64)
@@ -117,18 +117,18 @@ def chunk_kda(
     cu_seqlens: Tensor | None = None,
     qk_l2norm: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Chunked gated delta rule, one decay per channel, of any size.
+    """Chunked gated delta rule, one decay per channel; the decay may be of any size.
 
     Args:
-        q, k: ``[B, T, HK, K]`` in float16, bfloat16 or float32; K up to 256. In bfloat16 |k|^2 has the range of
-            float16, 65,504; with qk_l2norm it is at most 1.
+        q, k: ``[B, T, HK, K]`` in float16, bfloat16 or float32; K up to 256. In bfloat16, |k|^2 is limited to the range
+            of float16, 65,504; with qk_l2norm it is at most 1.
         v: ``[B, T, HV, V]`` in the same dtype, HV a multiple of HK; V up to 256.
         g: ``[B, T, HV, K]`` fp32, natural-log decay, at most 0.
         beta: ``[B, T, HV]``.
         scale: factor on the output.
         initial_state: ``[N, HV, K, V]``; zeros when None.
         cu_seqlens: ``[N + 1]`` boundaries of N sequences packed along T (then B is 1), on the tensors' device.
-        qk_l2norm: normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
+        qk_l2norm: L2-normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
 
     Returns:
         ``(o, final_state)``: ``[B, T, HV, V]`` in v's dtype and ``[N, HV, K, V]`` in fp32.
@@ -137,7 +137,7 @@ def chunk_kda(
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     BK = padded(K)
-    wide = tl.bfloat16 if v.dtype == torch.bfloat16 else tl.float32  # fp16 has too little range for the factors
+    wide = tl.bfloat16 if v.dtype == torch.bfloat16 else tl.float32  # the factors exceed the range of fp16
     precision = input_precision(v.dtype)
     chunks = chunks_of(B, T, cu_seqlens)
 

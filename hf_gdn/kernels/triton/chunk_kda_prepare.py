@@ -1,4 +1,4 @@
-"""Everything a chunk of Kimi delta attention needs before its scan, in one pass over q, k and g.
+"""Prepare the chunks of Kimi delta attention for the scan, in one pass over q, k and g.
 
 With G the running sum of g [., K] inside a chunk of 64 tokens,
 
@@ -6,14 +6,14 @@ With G the running sum of g [., K] inside a chunk of 64 tokens,
     N = tril(sum_d k_id k_jd e^(G_id - G_jd), -1) ;  A = (diag(1 / beta) + N)^-1
     P = scale * tril(sum_d q_id k_jd e^(G_id - G_jd))
 
-The whole chunk goes through one product per tile of channels: e^(G_i - G_j) = e^(G_i - R) e^(R - G_j) with R in the
-middle of what the chunk's rows span in that channel. Both factors are finite as long as no channel decays by more than
-`WIDEST` from the first row to the last. What a wider chunk gets here for kout, A and P is not finite or not written,
-and `chunk_kda_strong_decay` writes them; its qin, kin and decay are right whatever the gate.
+Each tile of channels takes one matrix product over the whole chunk: e^(G_i - G_j) = e^(G_i - R) e^(R - G_j), with R in
+the middle of the range of G in that channel. Both factors are finite if no channel decays by more than `WIDEST` from
+the first row to the last. In chunks with a wider range, kout, A and P are not finite or not written here, and
+`chunk_kda_strong_decay` writes them; qin, kin and decay are correct for any gate.
 
-Rows are taken in the order 0, 4, .. 60, 1, 5, .. 61, ..: a thread then holds four rows in succession, and most of a
-running sum is its own. Sums over channels do not care, and the two products are put in order once, at the end. Which
-thread holds what is Triton's choice: the order is for speed, and right whatever the choice.
+Rows are processed in the order 0, 4, .. 60, 1, 5, .. 61, .., so that a thread holds four consecutive rows and computes
+most of a running sum by itself. Sums over channels do not depend on this order, and the two products are put in token
+order once, at the end. Triton decides which thread holds which row; this affects speed only, not the result.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from .math import LOG2E, dot
 from .runtime import NOT_MEASURED, LaunchConfig, tl, triton
 from .triangular_inverse import halves, invert_halves, store_halves
 
-# Widest log-decay that is split in the middle, by dtype of the inputs. At 120 factors reach e^60, which leaves 1e12 to
-# |k| in fp32 and bf16; their products can overflow above the diagonal only, where they are dropped. Each rounding of a
-# running sum is up to 2^-24 of it: at 120 less than 1e-5, nothing beside the rounding of bf16 and fp16 operands. Eight
-# keep fp32 at twice the error of an exponent that is summed from row to row.
+# Widest log-decay range that is split in the middle, by dtype of the inputs. At 120, factors reach e^60, so |k| may be
+# up to 1e12 in fp32 and bf16. Products can overflow only above the diagonal, where they are discarded. Rounding a
+# running sum costs up to 2^-24 of it: at 120 less than 1e-5, negligible next to the rounding of bf16 and fp16 operands.
+# With fp32 inputs, a range of 8 keeps the error within twice that of exponents summed from row to row.
 WIDEST = {torch.bfloat16: 120.0, torch.float16: 120.0, torch.float32: 8.0}
-RUN = tl.constexpr(4)  # rows in succession that a thread holds
-VECTOR = tl.constexpr(4)  # channels that it loads at once: with more it would hold fewer rows
+RUN = tl.constexpr(4)  # consecutive rows that a thread holds
+VECTOR = tl.constexpr(4)  # channels that a thread loads at once; with more, it would hold fewer rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(LaunchConfig):
-    """Launch of the preparation.
+    """Launch parameters of the preparation.
 
     Args:
         BK: channels per step.
-        num_stages: steps whose loads are under way.
+        num_stages: pipeline stages of the loads.
     """
 
     BK: int
     num_stages: int
 
 
-# Every target compiles without spills.
+# Compiles without spills on every target.
 PREPARE_CONFIG = PrepareConfig(BK=32, num_warps=4, num_stages=3, measured_on=NOT_MEASURED)
 
 
@@ -62,9 +62,9 @@ def row_order(BT: tl.constexpr):
 
 @triton.jit
 def running_sum(b_x, BT: tl.constexpr):
-    """Sum of each row of `b_x` ``[BT, BK]``, in `row_order`, and those before it; and that of all, ``[BT / 4, BK]``.
+    """Inclusive running sum over the rows of `b_x` ``[BT, BK]``, in `row_order`, and the total ``[BT / 4, BK]``.
 
-    Nothing is subtracted. For sums from the end rows are taken from there: Triton's reverse scans move all data.
+    Nothing is subtracted. For sums from the end, load rows in reverse: Triton's reverse scans move all data.
     """
     b_x = tl.reshape(b_x, [RUN, BT // RUN, b_x.shape[1]])
     b_sum = tl.cumsum(tl.sum(b_x, 0), 0)
@@ -77,14 +77,14 @@ def running_sum(b_x, BT: tl.constexpr):
 
 @triton.jit
 def _spread(b_x, BT: tl.constexpr):
-    """[BT / 4, BK] to [BT, BK]: each row for the four of its thread."""
+    """Expand ``[BT / 4, BK]`` to ``[BT, BK]``: repeat each row for the four rows of its thread."""
     b_x = tl.broadcast_to(b_x[None, :, :], [RUN, BT // RUN, b_x.shape[1]])
     return tl.reshape(b_x, [BT, b_x.shape[2]])
 
 
 @triton.jit
 def _in_order(b_x, BT: tl.constexpr):
-    """[BT, BT] with rows and columns in the order of the tokens."""
+    """Permute rows and columns of ``[BT, BT]`` from `row_order` to token order."""
     b_x = tl.permute(tl.reshape(b_x, [RUN, BT // RUN, RUN, BT // RUN]), [1, 0, 3, 2])
     return tl.reshape(b_x, [BT, BT])
 
@@ -99,8 +99,8 @@ def prepare_kernel(
     p_kin,  # [B, T, HV, K]  e^G k / |k|
     p_kout,  # [B, T, HV, K]  e^(G_last - G) k / |k|
     p_decay,  # [chunks, HV, K]  e^(G_last)
-    p_range,  # [chunks, HV]  the widest channel's decay from the first row to the last
-    p_norms,  # [B, T, HV, 2]  1 / |q|, 1 / |k|; None when they are not normalised
+    p_range,  # [chunks, HV]  log-decay from the first row to the last in the channel where it is largest
+    p_norms,  # [B, T, HV, 2]  1 / |q|, 1 / |k|; None if q and k are not normalised
     p_a,  # [B, T, HV, 64]
     p_p,  # [B, T, HV, 64]
     p_bounds,  # [N + 1], or None
@@ -135,7 +135,7 @@ def prepare_kernel(
     i_b, i_t, end = locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T)
     if i_t >= end:
         return
-    # From here on rows count from the chunk's first: o_s in order, o_i as they are taken.
+    # From here on, rows are counted from the chunk's first: o_s in token order, o_i in `row_order`.
     rows = tl.minimum(end - i_t, BT).to(tl.int32)
     first = (i_b * T + i_t) * HV + i_h
     o_s = tl.arange(0, BT)
@@ -170,13 +170,13 @@ def prepare_kernel(
     b_kk = tl.zeros([BT, BT], tl.float32)
     b_qk = tl.zeros([BT, BT], tl.float32)
     b_range = tl.zeros([BT // RUN, BK], tl.float32)
-    # g, then k, then q: with all at once in registers, tiles would have to be half as wide.
+    # g, then k, then q: with all three in registers, tiles would have to be half as wide.
     for i_k in range(0, K, BK):
         o_k = i_k + tl.max_contiguous(tl.arange(0, BK), VECTOR)
         m_k = o_k < K
         m_ik = m_i[:, None] & m_k[None, :]
         o_out = o_i[:, None] * (HV * K) + o_k[None, :]
-        # Decay from the first row to each; the first row's own is a factor of all.
+        # Log-decay from the first row to each row; the first row's own decay is a common factor.
         m_g = m_ik & (o_i > 0)[:, None]
         b_g = tl.load(p_g + o_i[:, None] * stride_gt + o_k[None, :], mask=m_g, other=0.0)
         b_first = tl.load(p_g + o_k, mask=m_k, other=0.0) * LOG2E
@@ -195,7 +195,7 @@ def prepare_kernel(
         b_kk = dot((b_k * b_down).to(INSIDE), b_kc, b_kk, PRECISION=PRECISION)
         b_in = tl.exp2(b_g + b_first[None, :])
         tl.store(p_kin + o_out, (b_k * b_in).to(dtype), mask=m_ik)
-        # The last row has the sum of all, also where the sequence ended before it.
+        # The last row has the total, even if the sequence ends before it.
         o_decay = o_k[None, :] + tl.zeros([BT, 1], tl.int32)
         tl.store(p_decay + o_decay, b_in, mask=(o_i == BT - 1)[:, None] & m_k[None, :])
         b_q = tl.load(p_q + o_i[:, None] * stride_qt + o_k[None, :], mask=m_ik, other=0.0).to(tl.float32)

@@ -1,14 +1,15 @@
-"""Chunks of Kimi delta attention that decay by more than one product over the whole chunk can hold.
+"""Prepare the chunks of Kimi delta attention whose decay is too strong for one product over the whole chunk.
 
-For these, `chunk_kda_prepare` leaves to this file (G the running sum of g [., K] inside a chunk of 64 tokens)
+For these chunks, this file computes what `chunk_kda_prepare` cannot (G is the running sum of g [., K] inside a chunk of
+64 tokens):
 
     N = tril(sum_d k_id k_jd e^(G_id - G_jd), -1) ;  A = (diag(1 / beta) + N)^-1
     P = scale * tril(sum_d q_id k_jd e^(G_id - G_jd)) ;   kout = e^(G_last - G) k
 
-The gate has no lower bound, so e^(G_i - G_j) is split at a reference that lies between the two: for rows of one 16-row
-block and columns before it, the block's first row (both factors are at most 1, whatever the gate); inside a block, the
-middle of the block's range, as long as that range leaves both factors finite; where it does not, column by column
-without splitting. No exponent is the difference of two sums: each is summed from the gates between its two rows.
+The gate has no lower bound, so e^(G_i - G_j) is split at a reference between the two rows. For rows of one 16-row block
+and columns before it, this is the block's first row; both factors are then at most 1 for any gate. Inside a block, it
+is the middle of the block's range if both factors are finite; otherwise the block is computed column by column without
+splitting. No exponent is the difference of two sums: each is summed from the gates between its two rows.
 
 Programs of all other chunks read the chunk's range and return.
 """
@@ -23,14 +24,14 @@ from .math import LOG2E, dot, only_if
 from .runtime import NOT_MEASURED, LaunchConfig, tl, triton
 from .triangular_inverse import invert_halves, store_halves
 
-# Widest log-decay of a 16-row block that goes through one product: its factors reach e^60, times k well inside fp32.
-# Their products can overflow above the diagonal only, where they are dropped.
+# Widest log-decay of a 16-row block that is computed by one product: factors reach e^60, which times k is well inside
+# the range of fp32. Products can overflow only above the diagonal, where they are discarded.
 _WIDEST_BLOCK = tl.constexpr(120.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoresConfig(LaunchConfig):
-    """Launch of the scores; BC rows of a chunk per program, BK channels per step."""
+    """Launch parameters of the scores kernel: BC rows of a chunk per program, BK channels per step."""
 
     BC: int
     BK: int
@@ -38,12 +39,12 @@ class ScoresConfig(LaunchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class InverseConfig(LaunchConfig):
-    """Launch of the inverse; BK channels per step."""
+    """Launch parameters of the inverse kernel: BK channels per step."""
 
     BK: int
 
 
-# Every target compiles without spills.
+# Compiles without spills on every target.
 SCORES_CONFIG = ScoresConfig(BC=16, BK=32, num_warps=2, measured_on=NOT_MEASURED)
 INVERSE_CONFIG = InverseConfig(BK=32, num_warps=4, measured_on=NOT_MEASURED)
 
@@ -81,8 +82,8 @@ def scores_kernel(
     WIDEST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # A program serves BC rows of a chunk. Suffix c: columns of the whole chunk; none: rows, and columns among them.
-    # The chunk's columns are taken from the last, in the order of `row_order`, and put in order at the end.
+    # A program serves BC rows of a chunk. Suffix c: columns of the whole chunk; no suffix: its rows, and their columns.
+    # The chunk's columns are processed from the last, in `row_order`, and put in token order at the end.
     i_program = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     i_r = i_program % (BT // BC) * BC
@@ -113,11 +114,11 @@ def scores_kernel(
         m_tk = m_t[:, None] & m_k[None, :]
         b_q = tl.load(p_q + o_t[:, None] * stride_qt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
         b_k = tl.load(p_k + o_t[:, None] * stride_kt + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
-        # Decay from the first of the rows to each of them.
+        # Log-decay from the first of the rows to each of them.
         m_g = m_tk & (o_i > 0)[:, None]
         b_g = tl.cumsum(tl.load(p_g + o_t[:, None] * stride_gt + o_k[None, :], mask=m_g, other=0.0), 0)
         if i_r > 0:
-            # Decay from each column to the first of the rows: the gates of the tokens after it.
+            # Log-decay from each column to the first of the rows: the sum of the gates after the column.
             m_c = m_early[:, None] & m_k[None, :]
             b_gc = tl.load(p_g + (o_tc[:, None] + 1) * stride_gt + o_k[None, :], mask=m_c, other=0.0)
             b_kc = tl.load(p_k + o_tc[:, None] * stride_kt + o_k[None, :], mask=m_c, other=0.0).to(tl.float32)
@@ -135,7 +136,7 @@ def scores_kernel(
             b_kk = dot((b_k * b_down).to(INSIDE), b_kc, b_kk, PRECISION=PRECISION)
             b_qk = dot((b_q * b_down).to(INSIDE), b_kc, b_qk, PRECISION=PRECISION)
         else:
-            # Column by column from the last; b_x is the decay from the column to the rows after it.
+            # Column by column from the last; b_x is the log-decay from the column to the rows after it.
             b_x = tl.zeros([BC, BK], tl.float32)
             for i in range(BC):
                 i_j = BC - 1 - i
@@ -162,7 +163,7 @@ def scores_kernel(
         b_qkc *= b_normc[None, :]
     b_kk = tl.where(o_i[:, None] > o_i[None, :], b_kk, 0.0)
     b_qk = tl.where(o_i[:, None] >= o_i[None, :], b_qk, 0.0) * b_p[:, None]
-    # Columns of the rows themselves, then the rest: results before them, zeros after.
+    # Store the columns of the rows themselves, then the others: results before them, zeros after them.
     b_kkc = tl.reshape(tl.permute(tl.reshape(b_kkc, [BC, RUN, BT // RUN]), [0, 2, 1]), [BC, BT])
     b_qkc = tl.reshape(tl.permute(tl.reshape(b_qkc, [BC, RUN, BT // RUN]), [0, 2, 1]), [BC, BT])
     o_c = BT - 1 - tl.arange(0, BT)
@@ -232,7 +233,7 @@ def inverse_kernel(
 
     p_k += i_b * stride_kb + i_h // (HV // HK) * stride_kh
     p_g += i_b * stride_gb + i_h * stride_gh
-    # g of the next row, whose sum from the end is the decay after a row.
+    # Load g of the next row: its sum from the end is the log-decay after a row.
     o_i = BT - 1 - row_order(BT)
     o_t = i_t + o_i
     o_row = (i_b * T + o_t) * HV + i_h

@@ -1,7 +1,7 @@
-"""What the chunked kernels share: where a chunk lies, and how a scan over chunks is launched.
+"""Helpers of the chunked kernels: the position of a chunk, and the launch parameters of a scan over chunks.
 
-A chunk is 64 tokens. Every packed sequence starts a new chunk, and its last chunk may be short. Which sequence a
-program serves is looked up on the device, so that lengths never cause a host sync.
+A chunk is 64 tokens. Every packed sequence starts a new chunk, and its last chunk may be short. Programs look up their
+sequence on the device, so that lengths never cause a host sync.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _CHUNK = tl.constexpr(CHUNK)
 
 @dataclass(frozen=True, kw_only=True)
 class ScanConfig(LaunchConfig):
-    """Launch of a scan over chunks, at K up to 128 and two bytes per element.
+    """Launch parameters of a scan over chunks, for K up to 128 and two bytes per element.
 
     Args:
-        min_shared: KiB of shared memory per block that the card has at least.
-        max_heads: N * HV up to which this row serves.
+        min_shared: minimum shared memory per block in KiB for which this row is used.
+        max_heads: maximum N * HV for which this row is used.
         BV: columns of a state per program.
     """
 
@@ -38,21 +38,21 @@ _H200 = "H200, sketches at K = V = 128: BV 32 won at 32 heads, 64 at 256 heads; 
 SCAN_CONFIGS = (
     ScanConfig(min_shared=200, max_heads=128, BV=32, num_warps=4, measured_on=_H200),
     ScanConfig(min_shared=200, max_heads=2**31, BV=64, num_warps=4, measured_on=_H200),
-    # A100 and consumer cards hold operands in registers; wider tiles or fewer warps spill.
+    # On A100 and consumer cards, operands are in registers; wider tiles or fewer warps spill.
     ScanConfig(min_shared=80, max_heads=2**31, BV=32, num_warps=8, measured_on=NOT_MEASURED),
-    # MI300: 64 KiB, but twice the registers.
+    # MI300: 64 KiB of shared memory, but twice the registers.
     ScanConfig(min_shared=0, max_heads=128, BV=32, num_warps=4, measured_on=NOT_MEASURED),
     ScanConfig(min_shared=0, max_heads=2**31, BV=64, num_warps=4, measured_on=NOT_MEASURED),
 )
 
 
 class Chunks(NamedTuple):
-    """The chunks of a call, in the order of their tokens.
+    """The chunks of a call, in token order.
 
     Args:
-        programs: how many there are at most.
-        bounds: ``cu_seqlens``, or None when every sequence has T tokens.
-        first: ``[N]`` number of the first chunk of every packed sequence.
+        programs: upper bound of the number of chunks.
+        bounds: ``cu_seqlens``, or None if every sequence has T tokens.
+        first: ``[N]`` index of the first chunk of every packed sequence.
         sequence: ``[programs]`` packed sequence of every chunk.
     """
 
@@ -62,12 +62,12 @@ class Chunks(NamedTuple):
     sequence: Tensor | None
 
     def arguments(self) -> dict[str, Tensor | None]:
-        """Arguments of a kernel whose programs each serve a chunk."""
+        """Arguments of a kernel with one program per chunk."""
         return dict(p_bounds=self.bounds, p_first=self.first, p_sequence=self.sequence)
 
 
 def chunks_of(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
-    """The chunks of B sequences of T tokens, or of T tokens packed as `cu_seqlens` says."""
+    """The chunks of B sequences of T tokens, or of the sequences that `cu_seqlens` packs into T tokens."""
     if cu_seqlens is None:
         return Chunks(B * triton.cdiv(T, CHUNK), None, None, None)
     sequences = len(cu_seqlens) - 1
@@ -82,28 +82,28 @@ def chunks_of(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    # From Triton: torch's device properties lack it on some platforms.
+    # Read from Triton, because torch's device properties lack it on some platforms.
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
     return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have on `device`; as good as unlimited in the interpreter."""
+    """Bytes of shared memory per block on `device`; practically unlimited in the interpreter."""
     return _shared_memory(device) if device.type == "cuda" else 2**20
 
 
 def padded(size: int) -> int:
-    """Tile that holds a whole head dimension: a power of two that tensor cores take."""
+    """Tile size for a whole head dimension: a power of two that tensor cores support."""
     return max(16, triton.next_power_of_2(size))
 
 
 def scan_config(heads: int, V: int, BK: int, itemsize: int, shared: int, key_tiles: int) -> tuple[int, int, int]:
-    """BV, warps and stages of a scan.
+    """BV, number of warps and pipeline stages of a scan.
 
     Args:
-        heads: N * HV, the states that are carried.
-        V, BK: values per head; keys per head, padded.
+        heads: N * HV, the number of states.
+        V, BK: dimension of values; padded dimension of keys.
         itemsize: bytes per element of v.
         shared: bytes of shared memory per block.
         key_tiles: ``[64, BK]`` tiles that the scan reads per chunk.
@@ -120,7 +120,7 @@ def scan_config(heads: int, V: int, BK: int, itemsize: int, shared: int, key_til
 
 @triton.jit
 def locate_chunk(i_chunk, p_bounds, p_first, p_sequence, T):
-    """``(batch, first token, end of the sequence)`` of a chunk; at or past the end for surplus programs."""
+    """``(batch, first token, end of the sequence)`` of a chunk. For surplus programs, first token >= end."""
     if p_bounds is not None:
         i_n = tl.load(p_sequence + i_chunk)
         i_b = i_chunk * 0

@@ -1,10 +1,10 @@
-"""The output norm of a layer over whole sequences, gated: what follows the delta rule in prefill.
+"""The gated output norm of a layer, for whole sequences: the last kernel of a prefill.
 
     y = norm(o) gate(z) ,  norm(o) = o / sqrt(mean o^2 + eps) * weight
 
 The oracle is `hf_gdn.kernels.reference.gated_norm`. z is a view of the projection's output, in the family's layout.
-Where the weight is applied in the model's dtype (Qwen3-Next) the norm is rounded before and after it, else it stays in
-fp32 (Kimi-Linear).
+If the weight is applied in the model's dtype (Qwen3-Next), the norm is rounded before and after it; otherwise it stays
+in fp32 (Kimi-Linear).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton,
 
 @dataclass(frozen=True, kw_only=True)
 class GatedNormConfig(LaunchConfig):
-    """Launch of the gated norm; `elements` is how many numbers a program has."""
+    """Launch parameters of the gated norm; `elements` is the number of elements per program."""
 
     elements: int
 
 
-# 32 rows of 128 as 32 numbers a thread. The kernel is bound by memory.
+# 32 rows of 128 elements per program, 32 elements per thread. The kernel is memory-bound.
 GATED_NORM_CONFIG = GatedNormConfig(elements=4096, num_warps=4, measured_on=NOT_MEASURED)
 
 
@@ -66,13 +66,13 @@ def _gated_norm_kernel(
 
 
 def gated_norm(o: Tensor, z: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
-    """RMS norm of o, gated by z; no gradients. All arithmetic is fp32, except where the model rounds.
+    """RMS norm of o, gated by z, without gradients. All arithmetic is fp32, except where the model rounds.
 
     Args:
         o: ``[B, T, HV, V]`` in fp16, bf16 or fp32, contiguous; V up to 256.
         z: ``[B, T, HK, R, V]`` in o's dtype, R = HV / HK, contiguous in V.
         weight: ``[V]`` in any float dtype.
-        spec: its gate is silu or sigmoid.
+        spec: gate must be silu or sigmoid.
 
     Returns:
         ``[B, T, HV, V]`` in o's dtype, contiguous.

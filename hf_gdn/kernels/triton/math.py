@@ -1,4 +1,4 @@
-"""What several Triton kernels compute: products, sums, norms, gates and the convolution."""
+"""Math shared by the Triton kernels: products, sums, norms, gates and the convolution."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import torch
 from .runtime import INTERPRET, tl, triton
 
 _INTERPRETED = tl.constexpr(INTERPRET)
-LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp several
+LOG2E = tl.constexpr(1.4426950408889634)  # for exp2, which is one instruction; exp takes several
 
 
 def input_precision(dtype: torch.dtype) -> str | None:
-    """How fp32 operands are multiplied: exactly for fp32 inputs, else as the target's tensor cores take them."""
+    """Precision of products of fp32 operands: exact ("ieee") for fp32 inputs, else the tensor cores' default."""
     return "ieee" if dtype == torch.float32 else None
 
 
 @triton.jit
 def dot(b_x, b_y, b_acc=None, PRECISION: tl.constexpr = None):
     """b_acc + b_x @ b_y in fp32."""
-    if _INTERPRETED:  # the interpreter takes bf16 operands for integers
+    if _INTERPRETED:  # the interpreter would treat bf16 operands as integers
         b_x = b_x.to(tl.float32)
         b_y = b_y.to(tl.float32)
     return tl.dot(b_x, b_y, b_acc, input_precision=PRECISION)
@@ -26,25 +26,25 @@ def dot(b_x, b_y, b_acc=None, PRECISION: tl.constexpr = None):
 
 @triton.jit
 def only_if(m, condition):
-    """The mask m where a scalar condition holds, nothing elsewhere. `m & condition` is no boolean in the interpreter,
-    and Triton 3.9 takes boolean masks alone."""
+    """The mask m if a scalar condition holds, else all false. `m & condition` is not boolean in the interpreter, and
+    Triton 3.9 requires boolean masks."""
     return tl.where(condition, m, False)
 
 
 @triton.jit
 def sum_rows(b_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sum over the first dimension, always in the same order; tl.sum's order depends on warps and tile."""
+    """Sum over the first dimension in a fixed order; the order of tl.sum depends on warps and tile size."""
     b_x = tl.reshape(b_x, [ROWS, COLUMNS])
     for i in tl.static_range(8):  # up to 256 rows
         if ROWS >> (i + 1) > 0:
-            # The far half first: those rows lie in the same thread, the last few in neighbouring ones.
+            # Add the far half first: its rows are in the same thread, those of the last steps in neighbouring threads.
             b_x = tl.sum(tl.reshape(b_x, [2, ROWS >> (i + 1), COLUMNS]), 0)
     return tl.reshape(b_x, [COLUMNS])
 
 
 @triton.jit
 def l2norm(b_x, BK: tl.constexpr):
-    """L2-normalise one row of BK numbers; the sum is that of `sum_rows`."""
+    """L2-normalise one row of BK elements; it is summed by `sum_rows`."""
     return b_x * tl.rsqrt(sum_rows(b_x * b_x, BK, 1) + 1e-6)
 
 
@@ -56,7 +56,7 @@ def l2norm_rows(b_x):
 
 @triton.jit
 def softplus(b_x):
-    """log(1 + e^x) without losing e^x beside 1; x itself above 20, as in torch."""
+    """log(1 + e^x), accurate for small e^x; x itself above 20, as in torch."""
     b_y = tl.exp(tl.minimum(b_x, 20.0))
     b_1 = 1.0 + b_y
     b_log = tl.where(b_1 == 1.0, b_y, tl.log(b_1) * (b_y / tl.where(b_1 == 1.0, 1.0, b_1 - 1.0)))
@@ -65,7 +65,7 @@ def softplus(b_x):
 
 @triton.jit
 def log_decay(b_a, b_bias, b_rate, dtype: tl.constexpr, LOWER_BOUND: tl.constexpr, ROUNDED: tl.constexpr):
-    """g from the projection's output, rounded to the model's dtype where the model does that."""
+    """g from the projection's output, rounded to the model's dtype if ROUNDED."""
     b_g = b_a.to(tl.float32) + b_bias
     b_g = -b_rate * softplus(b_g) if LOWER_BOUND is None else LOWER_BOUND * tl.sigmoid(b_rate * b_g)
     return b_g.to(dtype).to(tl.float32) if ROUNDED else b_g
@@ -73,7 +73,7 @@ def log_decay(b_a, b_bias, b_rate, dtype: tl.constexpr, LOWER_BOUND: tl.constexp
 
 @triton.jit
 def writing_strength(b_b, beta_scale):
-    """beta from the projection's output, its sigmoid rounded as in the model."""
+    """beta from the projection's output; the sigmoid is rounded as in the model."""
     return beta_scale * tl.sigmoid(b_b.to(tl.float32)).to(b_b.dtype).to(tl.float32)
 
 
@@ -83,7 +83,7 @@ def norm_and_gate(b_o, b_mean, b_w, b_z, eps, dtype: tl.constexpr, IN_FP32: tl.c
     b_o *= tl.rsqrt(b_mean + eps)
     if IN_FP32:
         b_o *= b_w
-    else:  # rounded before the weight and after
+    else:  # round before and after applying the weight
         b_o = b_o.to(dtype).to(tl.float32) * b_w
         b_o = b_o.to(dtype).to(tl.float32)
     b_gate = tl.sigmoid(b_z)
@@ -94,7 +94,7 @@ def norm_and_gate(b_o, b_mean, b_w, b_z, eps, dtype: tl.constexpr, IN_FP32: tl.c
 
 @triton.jit
 def conv_silu_token(p_x, stride_t, p_conv_state, p_weight, p_bias, m_c, i_t, WIDTH: tl.constexpr):
-    """silu of the convolution at token i_t, rounded as in the model. Pointers are at the channels, p_x at token 0 of
+    """silu of the convolution at token i_t, rounded as in the model. Pointers point to the channels, p_x to token 0 of
     this call; the last column of the convolution state is the token before it."""
     b_sum = tl.zeros(m_c.shape, tl.float32)
     for i in tl.static_range(WIDTH):
@@ -123,13 +123,13 @@ def conv_silu_tile(
     WIDTH: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """silu of the convolution at BT tokens from i_t of a sequence from start to end, ``[BT, channels]`` in fp32.
-    Pointers are at the channels, p_x at token 0; the conv_state, if there is one, ends before that."""
+    """silu of the convolution at BT tokens from i_t on, of a sequence from start to end: ``[BT, channels]`` in fp32.
+    Pointers point to the channels, p_x to token 0; the conv_state, if any, ends right before it."""
     o_t = i_t + tl.arange(0, BT)
     m_t = o_t < end
     b_sum = tl.zeros([BT, m_c.shape[0]], tl.float32)
     if p_conv_state is not None and i_t == 0:
-        # The first tokens also read the conv_state, row by row: there are few.
+        # The first tokens also read the conv_state; they are few, so row by row.
         for t in tl.static_range(WIDTH - 1):
             b_row = tl.zeros(m_c.shape, tl.float32)
             for i in tl.static_range(WIDTH - 1 - t):

@@ -1,15 +1,15 @@
-"""Everything before the delta rule over whole sequences, in one kernel: prefill.
+"""Everything before the delta rule, for whole sequences, in one kernel: the first kernel of a prefill.
 
     x <- silu(conv(conv_state | x)) for x = q, k, v ;  q, k <- x / sqrt(sum x^2 + 1e-6)
     g <- -exp(A_log) softplus(a + dt_bias), or lower_bound sigmoid(exp(A_log) (a + dt_bias)) ;  beta <- sigmoid(b)
 
 The oracle is `hf_gdn.kernels.reference.prologue`. Inputs are views of the projections' outputs in the family's own
-layout. Each activation is written once, in the layout that the chunk kernels read: no split, cat, transpose or fp32
-copy.
+layout. Each activation is written once, in the layout that the chunk kernels read, without split, cat, transpose or
+fp32 copies.
 
 A program serves some tokens of a sequence and one head: q and k of a key head, or v, decay and beta of a value head.
-Every tap of the convolution loads the tile again, shifted; all but the first load hit the nearest cache. The next
-The new convolution state is written to a tensor of its own; the cache is updated after the rest of the call has run.
+Every tap of the convolution loads the tile again, shifted; all loads but the first hit the L1 cache. The new
+convolution state is written to a separate tensor; the cache is updated after the rest of the call has run.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton,
 
 @dataclass(frozen=True, kw_only=True)
 class PrologueConfig(LaunchConfig):
-    """Launch of the prologue.
+    """Launch parameters of the prologue.
 
     Args:
-        max_dim: the wider padded dimension of a head up to which this row serves.
+        max_dim: maximum padded head dimension (the larger of K and V) for which this row is used.
         BT: tokens per program.
     """
 
@@ -39,7 +39,7 @@ class PrologueConfig(LaunchConfig):
     BT: int
 
 
-# 16 numbers a thread; at 32 some targets spill. The kernel is bound by memory.
+# 16 elements per thread; with 32, some targets spill. The kernel is memory-bound.
 PROLOGUE_CONFIGS = (
     PrologueConfig(max_dim=16, BT=64, num_warps=2, measured_on=NOT_MEASURED),
     PrologueConfig(max_dim=32, BT=64, num_warps=4, measured_on=NOT_MEASURED),
@@ -50,13 +50,13 @@ PROLOGUE_CONFIGS = (
 
 
 def prologue_config(BK: int, BV: int) -> PrologueConfig:
-    """The launch at heads of padded dimensions BK and BV."""
+    """The launch parameters for padded head dimensions BK and BV."""
     return next(config for config in PROLOGUE_CONFIGS if max(BK, BV) <= config.max_dim)
 
 
 @triton.jit
 def _last_inputs(p_x, stride_t, p_conv_state, p_recent, length, m_c, KEEP: tl.constexpr, BW: tl.constexpr):
-    """The convolution state after `length` tokens. Pointers are at the channels."""
+    """Store the convolution state after `length` tokens. Pointers point to the channels."""
     o_w = tl.arange(0, BW)
     o_from = length - KEEP + o_w[None, :]
     m = m_c[:, None] & (o_w < KEEP)[None, :]
@@ -80,7 +80,7 @@ def _prologue_kernel(
     p_A_log,  # [HV]
     p_dt_bias,  # [HV] or [HV, K]
     p_lengths,  # [B], or None
-    p_oq,  # [B, T, HK, K] contiguous, like all that is written
+    p_oq,  # [B, T, HK, K] contiguous, like all outputs
     p_ok,  # [B, T, HK, K]
     p_ov,  # [B, T, HV, V]
     p_og,  # [B, T, HV] or [B, T, HV, K]
@@ -124,7 +124,7 @@ def _prologue_kernel(
     IS_KDA: tl.constexpr,
     DECAY_IN_DTYPE: tl.constexpr,
 ):
-    # Neighbouring programs serve heads of the same tokens, which lie in the same rows.
+    # Adjacent programs serve heads of the same tokens, which are in the same rows of memory.
     i_h = tl.program_id(0) % (HK + HV)
     i_tile = (tl.program_id(0) // (HK + HV)).to(tl.int64)
     i_chunk, i_sub = i_tile // (CHUNK // BT), i_tile % (CHUNK // BT)
@@ -135,7 +135,7 @@ def _prologue_kernel(
     if p_bounds is not None:
         start = tl.load(p_bounds + tl.load(p_sequence + i_chunk)).to(tl.int64)
         is_first = i_tile == 0
-        p_context = None  # of other sequences
+        p_context = None  # packed sequences do not read the convolution state
     else:
         start = i_b * 0
         is_first = i_t == 0
@@ -148,7 +148,7 @@ def _prologue_kernel(
     m_t = o_t < end
     o_row = i_b * T + o_t
     i_channel = i_b * (2 * HK * K + HV * V)
-    # Block sizes differ, so the branches must not share names (Triton would unify their types).
+    # Block sizes differ, so the branches must not share variable names (Triton would unify their types).
     if i_h < HK:
         o_k = tl.arange(0, BK)
         m_k = o_k < K
@@ -274,20 +274,20 @@ def prologue(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> DeltaRuleInputs:
-    """Everything before the delta rule, in one launch; no gradients. All arithmetic is fp32.
+    """Everything before the delta rule, in one launch, without gradients. All arithmetic is fp32.
 
     Args:
-        projected: of tokens ``[B, T]``, T from 1 up, in fp16, bf16 or fp32; a is given. K and V up to 256.
+        projected: outputs for tokens ``[B, T]``, T >= 1, in fp16, bf16 or fp32; a must be given. K and V up to 256.
         weights: in any float dtype, conv contiguous. Width of the convolution up to 8.
-        spec: its activation is silu.
+        spec: activation must be silu.
         conv_state: left context, the last inputs of the convolution: ``[B, C, keep]`` in the model's dtype; zeros when
-            None. Packed sequences do not see it.
-        keep: columns of the convolution state that is returned, which ends at each row's last token; 0 for none.
-        cu_seqlens: ``[N + 1]`` boundaries of sequences packed along T, B = 1: the convolution stays inside each.
-        lengths: ``[B]``, how many tokens a row has; those after them are padding, which neither decays nor writes.
+            None. Packed sequences do not read it.
+        keep: columns of the returned convolution state, which ends at each row's last token; 0 for none.
+        cu_seqlens: ``[N + 1]`` boundaries of sequences packed along T, B = 1; the convolution stays inside each.
+        lengths: ``[B]``, number of tokens in each row. Padding follows them; it gets zero log-decay and beta.
 
     Returns:
-        q, k and v in the model's dtype, g and beta in fp32, and the convolution state, all contiguous and new.
+        q, k and v in the model's dtype, g and beta in fp32, and the convolution state, all new and contiguous.
 
     Source: Gated Delta Networks (arXiv 2412.06464), figure 1; Kimi Linear (arXiv 2510.26692), section 3.
     """

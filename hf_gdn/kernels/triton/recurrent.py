@@ -1,12 +1,12 @@
-"""The gated delta rule token by token: decoding, and short runs of tokens such as a draft to be verified.
+"""The gated delta rule token by token: decoding, and short sequences such as a draft that is verified.
 
 Per sequence and value head, with S of shape [K, V] and beta, g in fp32:
 
     S <- diag(exp g_t) S ;  u = beta_t (v_t - S^T k_t) ;  S <- S + k_t u^T ;  o_t = scale * S^T q_t
 
-The oracle is `hf_gdn.kernels.reference.delta_rule`. g is one number per head (GDN) or one per channel (KDA). A program
-keeps some columns of S in registers over all tokens (`tokens`); the state is read once and written once, and that is
-what a decode step costs.
+The oracle is `hf_gdn.kernels.reference.delta_rule`. g is one number per head (GDN) or per channel (KDA). A program
+keeps some columns of S in registers over all tokens (`tokens`). The state is read once and written once, which
+determines the cost of a decode step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _recurrent_kernel(
     p_v,  # [B, T, HV, V]
     p_g,  # [B, T, HV] or [B, T, HV, K]
     p_beta,  # [B, T, HV]
-    p_initial,  # [N, HV, K, V] contiguous, or None for zeros; may be p_final
+    p_initial,  # [N, HV, K, V] contiguous, or None for zeros; may equal p_final
     p_final,  # [N, HV, K, V] contiguous
     p_tokens,  # [B, T, HV, K, V], or None
     p_bounds,  # [N + 1] with B = 1, or None with N = B
@@ -62,7 +62,7 @@ def _recurrent_kernel(
     IS_KDA: tl.constexpr,
     QK_L2NORM: tl.constexpr,
 ):
-    # One grid axis, since y and z are limited to 65,535. Tiles of a head are neighbours and share its q and k.
+    # One grid axis, because y and z are limited to 65,535. Tiles of the same head are adjacent, so they share q and k.
     i_program = tl.program_id(0)
     i_v = i_program % tl.cdiv(V, BV)
     i_nh = (i_program // tl.cdiv(V, BV)).to(tl.int64)
@@ -139,7 +139,7 @@ def recurrent(
     inplace: bool = False,
     token_states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gated delta rule, one token after another in one kernel; no gradients.
+    """Gated delta rule token by token, in one kernel, without gradients.
 
     Everything but `initial_state` may be strided in its outer dimensions. All arithmetic is fp32.
 
@@ -152,16 +152,16 @@ def recurrent(
         initial_state: fp32 ``[N, HV, K, V]``; zeros when None.
         cu_seqlens: int32 or int64 ``[N + 1]``, boundaries of N sequences packed along T; then B is 1, else N is B.
             The state of a sequence without tokens is unchanged.
-        qk_l2norm: normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
-        inplace: write the final state into `initial_state` and return that very tensor.
+        qk_l2norm: L2-normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
+        inplace: write the final state to `initial_state` and return this tensor.
         token_states: fp32 ``[B, T, HV, K, V]``, each ``[K, V]`` contiguous; receives the state after every token.
 
     Returns:
         ``(o, final_state)``: ``[B, T, HV, V]`` in v's dtype and fp32 ``[N, HV, K, V]``.
 
     Raises:
-        ValueError: `inplace` without an initial state or with one that is not contiguous fp32, or `token_states` with
-            another layout.
+        ValueError: `inplace` is set and `initial_state` is None or not contiguous fp32, or the layout of `token_states`
+            is wrong.
 
     Source: Gated Delta Networks (arXiv 2412.06464), equation 10; Kimi Linear (arXiv 2510.26692), equation 1.
     """

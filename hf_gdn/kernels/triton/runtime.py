@@ -1,11 +1,14 @@
-"""What every Triton kernel needs: Triton itself where it is installed, refusals, strides, and launch parameters."""
+"""Helpers of all Triton kernels: the import of Triton, refusals, strides, and launch parameters."""
 
 from __future__ import annotations
 
 import functools
 import os
+import shutil
+import sysconfig
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -20,7 +23,7 @@ except ImportError:
     HAS_TRITON = False
 
     class _Missing:
-        """Stands in for triton, so that kernel modules can be imported (and refuse) without it."""
+        """Stand-in for triton, so that kernel modules can be imported without it; `why_not` then refuses all calls."""
 
         def __getattr__(self, name):
             return self
@@ -30,7 +33,7 @@ except ImportError:
 
     triton = tl = _Missing()
 
-# Decided by triton when it is imported, so it is read once here too.
+# Triton reads this when it is imported, so it is read once here, too.
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -39,10 +42,10 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """Launch parameters of one kernel. A kernel that also has tiles to choose derives a class of its own.
+    """Launch parameters of one kernel. Kernels with tile sizes derive their own class.
 
     Args:
-        measured_on: card and shapes at which these values were the fastest tried, or `NOT_MEASURED`.
+        measured_on: card and shapes for which these values were the fastest of those tried, or `NOT_MEASURED`.
         num_warps: warps per program.
     """
 
@@ -51,7 +54,7 @@ class LaunchConfig:
 
 
 def on_device(x: torch.Tensor):
-    """Context in which kernels are launched on x's device, whichever is the current one."""
+    """Context manager that makes x's device the current one for launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -68,12 +71,29 @@ def strides(letters: str = "bth", /, **tensors: torch.Tensor) -> dict[str, int]:
     return dict(zip(_stride_names(letters, tuple(tensors)), sizes))
 
 
+@functools.cache
+def missing_build_tool() -> str | None:
+    """What Triton lacks to build its launchers, C modules that are compiled at a first launch; None if nothing."""
+    compiler = os.environ.get("CC") or "gcc or clang"
+    if not any(shutil.which(name.split()[0]) for name in compiler.split(" or ")):
+        return f"needs a C compiler for Triton's launchers; {compiler} is not on PATH (CC names another one)"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
+    headers = Path(sysconfig.get_paths(scheme)["include"])
+    if not (headers / "Python.h").is_file():
+        return (
+            f"needs Python's headers for Triton's launchers (python3-dev or python3-devel); {headers} has no Python.h"
+        )
+    return None
+
+
 def why_not(request: Request) -> str | None:
-    """Refusal common to the Triton kernels, or None."""
+    """The reason why all Triton kernels refuse a request, or None."""
     if not HAS_TRITON:
         return "needs the triton package, which is not installed"
     if request.device_type != "cuda" and not INTERPRET:
         return f"needs a CUDA device; the tensors are on {request.device_type}"
+    if not INTERPRET and missing_build_tool() is not None:
+        return missing_build_tool()
     if request.dtype not in DTYPES:
         return f"serves float16, bfloat16 and float32; the tensors are {str(request.dtype).removeprefix('torch.')}"
     if max(request.head_k_dim, request.head_v_dim) > MAX_HEAD_DIM:

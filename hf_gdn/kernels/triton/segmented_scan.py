@@ -1,19 +1,20 @@
-"""The scan over chunks, and sequence parallelism inside the card for few heads and long sequences. Exact.
+"""The scan over chunks, with exact sequence parallelism on one card for few heads and long sequences.
 
-A chunk maps the state before it to the state after it, affinely, and so does a run of chunks, a segment:
+A chunk maps the state before it to the state after it by an affine map, and so does a segment of several chunks:
 
     S_(s+1) = M_s S_s + C_s          M_s [K, K],  C_s [K, V]                            (docs/delta_rule.md)
 
-C_s is the segment's final state from a zero state; column j of M_s is its final state from column j of the identity
-when all values are zero. A long sequence is cut into segments of whole chunks, and three launches replace one:
+C_s is the segment's final state if its initial state is zero. Column j of M_s is its final state if all values are zero
+and the initial state is column j of the identity. A long sequence is split into segments of whole chunks, and three
+launches replace one:
 
-    states   every segment but the last at once, without outputs: V columns from zeros (the first segment's from the
-             sequence's own state) and K columns from the identity with v = 0
-    merge    S_1 = C_0 ;  S_(s+1) = M_s S_s + C_s, in fp32, where C_s stood
-    scan     every segment at once as if it were a sequence that begins with S_s
+    states   all segments but the last in parallel, without outputs: V columns from zeros (in the first segment, from
+             the sequence's initial state) and K columns from the identity with v = 0
+    merge    S_1 = C_0 ;  S_(s+1) = M_s S_s + C_s, in fp32, overwriting C_s
+    scan     all segments in parallel, each as a sequence with initial state S_s
 
-Where a sequence is cut, and with it the bits of its result, depends on the layer, the card and its own length, never on
-what is batched or packed with it. Lengths are read on the device only.
+How a sequence is split, and so the bits of its result, depends on the layer, the card and its own length, never on
+other sequences in the batch or pack. Lengths are read on the device only.
 """
 
 from __future__ import annotations
@@ -29,18 +30,19 @@ from .chunks import CHUNK, Chunks, locate_sequence, padded, scan_config, shared_
 from .math import dot, input_precision, only_if
 from .runtime import NOT_MEASURED, LaunchConfig, on_device, tl, triton
 
-# Tokens a sequence must have to be cut: four chunks a segment at least. Predicted, not measured: the scan of two heads
-# and 4096 tokens takes 106 us uncut; cut, 18 us for both passes, and perhaps 30 for 14 steps of the merge and launches.
+# Minimum number of tokens of a sequence that is split: at least four chunks per segment. Predicted, not measured: the
+# scan of two heads and 4096 tokens takes 106 us unsplit; split, 18 us for both passes and about 30 us for 14 steps of
+# the merge and the launches.
 MINIMUM = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentsConfig:
-    """Into how many segments a long sequence is cut.
+    """The number of segments of a long sequence.
 
     Args:
-        max_columns: columns of states (HV * V) per multiprocessor up to which this row serves.
-        segments: how many.
+        max_columns: maximum columns of states (HV * V) per multiprocessor for which this row is used.
+        segments: number of segments.
         measured_on: as in `LaunchConfig`.
     """
 
@@ -49,42 +51,42 @@ class SegmentsConfig:
     measured_on: str
 
 
-# A program of the scan takes 32 columns, and 1.66 us a chunk while there are no more programs than multiprocessors (one
-# H200, the timed sketch; 0.87 times that without outputs). Predictions for one sequence of n chunks, K = V = 128, 132
-# multiprocessors, merge not counted:
+# A program of the scan has 32 columns and takes 1.66 us per chunk if there are no more programs than multiprocessors
+# (measured with a sketch on one H200; 0.87 times that without outputs). Predictions for one sequence of n chunks,
+# K = V = 128, 132 multiprocessors, without the merge:
 #
-#     heads   segments   time in chunks             times as fast
+#     heads   segments   time in chunks             speed-up
 #     2       16         n/16 (1 + 0.87 * 2 waves)  5.8
 #     4       8          n/8  (1 + 0.87 * 2 waves)  2.9
 #     8       4          n/4  (1 + 0.87 * 2 waves)  1.5
-#     16      2          n/2  (1 + 0.87)            1.07: not cut
+#     16      2          n/2  (1 + 0.87)            1.07: not split
 #
-# It pays while heads times long sequences are at most 8. Where a batch fills the card by itself, work counts and not
-# length: 2.6 times the scan's time at 16 segments, 2.4 at 8 and 2.1 at 4. The table does not depend on the batch all
-# the same, because bits would change with it.
+# Splitting pays off if heads times long sequences is at most 8. If a batch alone fills the card, the amount of work
+# determines the time: 2.6 times that of the plain scan with 16 segments, 2.4 with 8 and 2.1 with 4. The table still
+# does not depend on the batch, because the bits of the result would then depend on it.
 SEGMENTS_CONFIGS = (
     SegmentsConfig(max_columns=2, segments=16, measured_on=NOT_MEASURED),
     SegmentsConfig(max_columns=4, segments=8, measured_on=NOT_MEASURED),
     SegmentsConfig(max_columns=8, segments=4, measured_on=NOT_MEASURED),
 )
-# Multiprocessors assumed without a card: those of the H200.
+# Number of multiprocessors assumed without a card: that of the H200.
 MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(LaunchConfig):
-    """Launch of the merge.
+    """Launch parameters of the merge.
 
     Args:
         BV: columns of V per program.
-        BI: columns of M_s that it multiplies at a time.
+        BI: columns of M_s per product.
     """
 
     BV: int
     BI: int
 
 
-# Narrow, so that there are many programs, and every target compiles without spills.
+# Narrow tiles give many programs, and compile without spills on every target.
 MERGE_CONFIG = MergeConfig(BV=16, BI=32, num_warps=8, measured_on=NOT_MEASURED)
 
 
@@ -94,14 +96,14 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def segment_count(HV: int, V: int, device: torch.device) -> int:
-    """Into how many segments a long sequence of a layer is cut on `device`."""
+    """The number of segments into which a long sequence of a layer is split on `device`."""
     multiprocessors = _multiprocessors(device) if device.type == "cuda" else MULTIPROCESSORS
     served = (c.segments for c in SEGMENTS_CONFIGS if c.max_columns * multiprocessors >= HV * V)
     return next(served, 1)
 
 
 def merge_stages(BK: int, shared: int) -> int:
-    """Tiles of M_s whose loads are under way during the merge, with `shared` bytes of shared memory per block."""
+    """Pipeline stages of the loads of M_s in the merge, for `shared` bytes of shared memory per block."""
     return min(3, shared // (4 * BK * MERGE_CONFIG.BI))
 
 
@@ -128,9 +130,9 @@ def locate_segment(
 ):
     """``(sequence, segment, slot, batch, first token, end, first chunk, is the last, is to be served)`` of a program.
 
-    States are kept in slots, SEGMENTS - 1 for every sequence that may be long: the one after segment s in slot s. The
-    state pass has programs per slot; the scan has them per sequence, for its first segment, then per slot, for the
-    segment that begins with that slot's state. `is_transition`: the program's columns are all of M_s.
+    States are stored in slots, SEGMENTS - 1 for every sequence that may be long; slot s has the state after segment s.
+    The state pass has programs per slot. The scan has programs per sequence, for its first segment, and then per slot,
+    for the segment whose initial state is in the slot. `is_transition`: all columns of the program belong to M_s.
     """
     if SEGMENTS == 1:
         i_b, i_t, end, i_chunk = locate_sequence(i_x, p_bounds, p_first, T)
@@ -151,7 +153,7 @@ def locate_segment(
         i_chunk += i_s * length
         i_next = i_t + length * BT
         is_served = (i_t < end) | (i_s == 0)
-        if STATE_ONLY:  # nothing begins after the last segment, and the first is not met by an unknown state
+        if STATE_ONLY:  # not needed: states after the last segment, and M_s of the first (its initial state is known)
             is_served = (i_next < end) & ((i_s > 0) | (is_transition == 0))
         return i_n, i_s, i_slot, i_b, i_t, tl.minimum(end, i_next), i_chunk, i_next >= end, is_served
 
@@ -172,7 +174,7 @@ def load_state(
     SEGMENTS: tl.constexpr,
     STATE_ONLY: tl.constexpr,
 ):
-    """State ``[BK, BV]`` that a segment begins with, in fp32; columns from V on are the identity's."""
+    """Initial state ``[BK, BV]`` of a segment, in fp32; columns from V on are those of the identity."""
     m_s = (o_k < K)[:, None] & (o_v < V)[None, :]
     b_s = tl.zeros([o_k.shape[0], o_v.shape[0]], tl.float32)
     if p_initial is not None:
@@ -203,7 +205,7 @@ def store_state(
     V: tl.constexpr,
     STATE_ONLY: tl.constexpr,
 ):
-    """Store the state that a segment ends with: in its slot, or the sequence's own."""
+    """Store the final state of a segment in its slot, or as the final state of the sequence."""
     if STATE_ONLY:
         o_s = (i_slot * HV + i_h) * K * (V + K) + o_k[:, None] * (V + K) + o_v[None, :]
         tl.store(p_states + o_s, b_s, mask=(o_k < K)[:, None] & (o_v < V + K)[None, :])
@@ -214,7 +216,7 @@ def store_state(
 
 @triton.jit
 def _merge_kernel(
-    p_states,  # [sequences that may be long, SEGMENTS - 1, HV, K, V + K]: C_s and M_s; S_(s+1) where C_s stood
+    p_states,  # [sequences that may be long, SEGMENTS - 1, HV, K, V + K]: C_s and M_s; S_(s+1) overwrites C_s
     p_bounds,  # [N + 1], or None
     p_first,  # [N], or None
     p_long,  # [sequences that may be long], or None
@@ -245,12 +247,12 @@ def _merge_kernel(
     o_k = tl.arange(0, BK)
     o_i = tl.arange(0, BI)
     o_v = i_v * BV + tl.arange(0, BV)
-    # Everything is transposed: as the left operand the narrow state stays in registers on every card.
+    # Products are transposed: as the left operand, the narrow state stays in registers on every card.
     o_s = o_k[None, :] * (V + K) + o_v[:, None]
     m_s = (o_k < K)[None, :] & (o_v < V)[:, None]
     b_new = tl.load(p_states + o_s, mask=m_s, other=0.0)
     b_s = b_new
-    # One loop over the tiles of all segments, so that loads run ahead of the segment that is being merged.
+    # One loop over the tiles of all segments, so that tiles of the next segment are prefetched.
     for i_tile in range((slots - 1) * (BK // BI)):
         i_slot, i_r = i_tile // (BK // BI) + 1, i_tile % (BK // BI)
         o_j = i_r * BI + o_i
@@ -260,7 +262,7 @@ def _merge_kernel(
         b_m = tl.load(p_slot + o_k[None, :] * (V + K) + V + o_j[:, None], mask=m_m, other=0.0)
         b_s = tl.where(i_r == 0, b_new, b_s)
         b_new = tl.where(i_r == 0, b_c, b_new)
-        # Rows of S that the tile's columns of M meet.
+        # Rows of S that the tile's columns of M multiply.
         m_r = tl.arange(0, BK // BI)[None, :, None] == i_r
         b_part = tl.sum(tl.where(m_r, tl.reshape(b_s, [BV, BK // BI, BI]), 0.0), 1)
         b_new = dot(b_part, b_m, b_new, PRECISION=PRECISION)
@@ -277,15 +279,15 @@ def scan(
     chunks: Chunks,
     key_tiles: int,
 ) -> None:
-    """Scan prepared chunks, in segments where a sequence is long.
+    """Scan prepared chunks; long sequences are split into segments.
 
     Args:
-        kernel: ``_scan_kernel`` of an op; leaves out what only o needs where `p_o` is None.
-        inputs: arguments of it that the state depends on.
-        outputs: arguments of it that o alone depends on, and `p_o`, which it writes.
+        kernel: ``_scan_kernel`` of an op; if `p_o` is None, it computes states only.
+        inputs: kernel arguments that the state depends on.
+        outputs: kernel arguments that only o depends on, and `p_o`, to which it is written.
         v: ``[B, T, HV, V]``.
         initial_state: ``[N, HV, K, V]``, or None.
-        final_state: ``[N, HV, K, V]``, written.
+        final_state: ``[N, HV, K, V]``, the output for final states.
         chunks: the call's chunks.
         key_tiles: ``[64, BK]`` tiles that the scan reads per chunk.
     """
@@ -294,7 +296,7 @@ def scan(
     segments = segment_count(HV, V, v.device) if T >= MINIMUM else 1
     long, states, slots = None, None, 0
     if segments > 1:
-        # Only so many packed sequences can be long, which bounds memory and programs by the number of tokens.
+        # T bounds the number of packed sequences that can be long, and so memory and programs.
         candidates = N if chunks.bounds is None else min(N, T // MINIMUM)
         if chunks.bounds is not None:
             long = chunks.bounds.diff().topk(candidates, sorted=False).indices
@@ -303,7 +305,7 @@ def scan(
     tables = dict(p_bounds=chunks.bounds, p_first=chunks.first, p_long=long)
     shape = dict(T=T, HV=HV, K=K, V=V, BT=CHUNK, BK=BK)
 
-    # Slots grow with the batch and bits must not depend on it: one tile, the narrowest, where anything is cut.
+    # Bits must not depend on the batch, and slots grow with it: with segments, always use the narrowest tile.
     heads = N * HV if segments == 1 else 1
     BV, warps, stages = scan_config(heads, V, BK, v.element_size(), shared_memory(v.device), key_tiles)
     common = dict(

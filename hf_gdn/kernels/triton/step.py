@@ -1,18 +1,18 @@
-"""Everything between a layer's projections for the next few tokens, in two kernels, states updated in place: decoding.
+"""Decoding in two kernels: everything between a layer's projections, for the next few tokens of a cache.
 
     x <- silu(conv(conv_state | x)) for x = q, k, v ;  q, k <- x / sqrt(sum x^2 + 1e-6)
     g <- -exp(A_log) softplus(a + dt_bias), or lower_bound sigmoid(exp(A_log) (a + dt_bias)) ;  beta <- sigmoid(b)
     S <- diag(exp g) S ;  u = beta (v - S^T k) ;  S <- S + k u^T ;  o = K^-1/2 S^T q          (delta rule)
     y <- norm(o) gate(z) ;  conv_state <- the last tokens of (conv_state | x)
 
-The oracle is `hf_gdn.kernels.reference.step`. Inputs are views of the projections' outputs in the family's own layout:
-nothing is split, concatenated, cast or copied.
+The oracle is `hf_gdn.kernels.reference.step`. Inputs are views of the projections' outputs in the family's own layout,
+without split, concatenation, cast or copy. Both states are updated in place.
 
-There are two kernels for two reasons. A key head's convolution state is read by the programs of all its value heads
-and of all tiles of V, so none of them may shift it while another may still read it. And the norm needs a head's whole
-row o, which tiles of V share. The first kernel only reads the convolution state and stores o before the norm; the
-second runs after it, applies the norm and shifts the convolution state. This costs one small launch, but no atomics,
-counters or memory that outlives the call.
+There are two kernels for two reasons. First, the programs of all value heads of a key head, and of all tiles of V, read
+the key head's convolution state, so none of them may shift it while another may still read it. Second, the norm needs a
+head's whole row of o, which is divided among tiles of V. The first kernel only reads the convolution state and stores o
+before the norm; the second one applies the norm and shifts the convolution state. This costs one small launch, but
+needs no atomics, counters or memory that outlives the call.
 
 The delta rule is that of `tokens`: bits do not depend on the batch, the tile or how tokens are divided among calls.
 """
@@ -28,7 +28,7 @@ from .math import conv_silu_token, l2norm, log_decay, norm_and_gate, sum_rows, w
 from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton, why_not
 from .tokens import FP_FUSION, delta_rule_token, tile_config
 
-# The second kernel: a program has a row of V numbers at a time, or a head's convolution state.
+# The second kernel: a program processes one row of V elements at a time, or the convolution state of a head.
 FINISH_CONFIG = LaunchConfig(num_warps=1, measured_on=NOT_MEASURED)
 
 
@@ -92,7 +92,7 @@ def _step_kernel(
     p_s = p_state + i_nh * K * V + o_k[:, None] * V + o_v[None, :]
     b_s = tl.load(p_s, mask=m_s, other=0.0)
 
-    o_ck = i_hk * K + o_k  # channels of q; those of k follow, then those of v
+    o_ck = i_hk * K + o_k  # channels of q; channels of k follow, then those of v
     o_cv = 2 * HK * K + i_h * V + o_v
     p_conv_state += i_n * (2 * HK * K + HV * V) * WIDTH
     p_q += i_n * stride_qb + i_hk * stride_qh + o_k
@@ -151,13 +151,13 @@ def _step_kernel(
 
 @triton.jit
 def _shift_conv_state(p_x, stride_t, p_conv_state, m_c, T, WIDTH: tl.constexpr, BW: tl.constexpr):
-    """Shift the convolution state ``[channels, WIDTH]`` by T tokens, in place. Pointers are at the channels."""
+    """Shift the convolution state ``[channels, WIDTH]`` by T tokens, in place. Pointers point to the channels."""
     o_w = tl.arange(0, BW)[None, :]
     m = m_c[:, None] & (o_w < WIDTH)
     o_from = o_w + T  # in (conv_state | x)
     b_old = tl.load(p_conv_state[:, None] + o_from, mask=m & (o_from < WIDTH), other=0.0)
     b_new = tl.load(p_x[:, None] + (o_from - WIDTH) * stride_t, mask=m & (o_from >= WIDTH), other=0.0)
-    tl.debug_barrier()  # a column is read by one thread and written by another
+    tl.debug_barrier()  # a column may be read by one thread and written by another
     tl.store(p_conv_state[:, None] + o_w, tl.where(o_from < WIDTH, b_old, b_new), mask=m)
 
 
@@ -197,12 +197,12 @@ def _finish_kernel(
     NORM_IN_FP32: tl.constexpr,
     GATE_IS_SILU: tl.constexpr,
 ):
-    # A program for each value head of each sequence: its rows, and its part of the convolution state. Then one for each
-    # key head: q's and k's part.
+    # Per sequence, one program for each value head (its rows, and its part of the convolution state), then one for each
+    # key head (the parts of q and k).
     i_n = (tl.program_id(0) // (HV + HK)).to(tl.int64)
     i_h = tl.program_id(0) % (HV + HK)
     p_conv_state += i_n * (2 * HK * K + HV * V) * WIDTH
-    # Block sizes differ, so the branches must not share names (Triton would unify their types).
+    # Block sizes differ, so the branches must not share variable names (Triton would unify their types).
     if i_h >= HV:
         i_key = i_h - HV
         o_k = tl.arange(0, BK)
@@ -233,12 +233,14 @@ def _finish_kernel(
 
 
 def step(projected: Projections, weights: Weights, spec: LayerSpec, conv_state: Tensor, state: Tensor) -> Tensor:
-    """The next few tokens of a layer; conv_state and state are updated in place. No gradients. All arithmetic is fp32.
+    """Process the next few tokens of a layer, without gradients; conv_state and state are updated in place.
+
+    All arithmetic is fp32.
 
     Args:
-        projected: of tokens ``[B, T]``, T from 1 up, in fp16, bf16 or fp32; a is given.
-        weights: in any float dtype, conv contiguous; norm is given. Width of the convolution up to 8.
-        spec: its activation is silu, its gate silu or sigmoid.
+        projected: outputs for tokens ``[B, T]``, T >= 1, in fp16, bf16 or fp32; a must be given.
+        weights: in any float dtype, conv contiguous; norm must be given. Width of the convolution up to 8.
+        spec: activation must be silu, gate silu or sigmoid.
         conv_state: ``[B, C, width]`` in the model's dtype, contiguous: the last inputs of the convolution, oldest
             first, over q | k | v, as transformers keeps them.
         state: fp32 ``[B, HV, K, V]``, contiguous.

@@ -1,18 +1,18 @@
-"""The triangular inverse of a chunk on tensor cores, by halves.
+"""The triangular inverse of a chunk on tensor cores, by doubling blocks.
 
     A = (diag(1 / beta) - M)^-1 ,  M [64, 64] lower triangular
 
-Without M this is diag(beta). Let A be right inside the blocks of w rows along the diagonal. Then
+Without M, this is diag(beta). If A is correct inside the blocks of w rows along the diagonal, then
 
-    A <- A + Y A ,  Y = A M, of which only the blocks that join two neighbours are kept
+    A <- A + Y A ,  Y = A M, of which only the blocks that join two adjacent blocks are kept
 
-is right inside blocks of 2 w rows, since the block below the diagonal of the inverse is A_22 M_21 A_11. Six such steps
-lead from 1 to 64. They are as stable as substitution: each product is a block of the result or half of one, while the
-powers of M that a Neumann series sums reach thousands for equal keys. Nothing is divided by beta, and what stands on
-the diagonal of M does not matter.
+is correct inside blocks of 2 w rows, because the block below the diagonal of the inverse is A_22 M_21 A_11. Six such
+steps go from 1 to 64 rows. They are as stable as substitution: each product is a block of the result or half of one. In
+contrast, the powers of M that a Neumann series sums reach thousands for equal keys. Nothing is divided by beta, and the
+diagonal of M is not used.
 
-Up to 16 rows a warp inverts blocks of its own in its registers: the accumulator of a transposed matrix already lies as
-the right operand of the next product, so A and its transpose advance side by side and nothing is exchanged.
+Up to 16 rows, each warp inverts its own blocks in registers. The accumulator of a transposed matrix already has the
+layout of the next product's right operand, so A and its transpose are both updated and no data are exchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from .math import dot
 from .runtime import tl, triton
 
-# Operands of the products, by dtype of the inputs. fp16 inputs need more than eleven bits.
+# Dtype of the products' operands, by dtype of the inputs. fp16 inputs need more than the 11 bits of fp16.
 OPERANDS = {torch.bfloat16: tl.float16, torch.float16: tl.float32, torch.float32: tl.float32}
 
 
@@ -37,7 +37,7 @@ def halves(b_x):
 
 @triton.jit
 def store_halves(p_x, stride, b_0, b_1, b_10, rows):
-    """Store lower triangular tiles in the first rows of ``[64, 64]``, zeros above them."""
+    """Store lower triangular tiles in the first `rows` rows of ``[64, 64]``, with zeros in the upper right tile."""
     o_i = tl.arange(0, 32)
     dtype = p_x.dtype.element_ty
     p_x += o_i[:, None] * stride + o_i[None, :]
@@ -55,8 +55,8 @@ def invert_halves(b_m0, b_m1, b_m10, b_beta, DTYPE: tl.constexpr):
     Args:
         b_m0, b_m1, b_m10: the same tiles of M in DTYPE.
         b_beta: ``[64]`` fp32.
-        DTYPE: of the products' operands. fp16 has three bits more than bf16, whose rounding costs a decimal digit where
-            keys resemble each other, and range enough: entries of A grow no further than the state does.
+        DTYPE: dtype of the products' operands. fp16 has three bits more than bf16, whose rounding loses a decimal digit
+            if keys are similar, and its range is sufficient: entries of A do not grow more than the state does.
     """
     b_beta0, b_beta1 = tl.split(tl.permute(tl.reshape(b_beta, [2, 32]), [1, 0]))
     b_a0 = _invert_32(b_m0, b_beta0, DTYPE)
@@ -72,7 +72,7 @@ def _invert_32(b_m, b_beta, DTYPE: tl.constexpr):
     m_same = (o_i[:, None] // 16) == (o_i[None, :] // 16)
     b_blocks = tl.sum(tl.reshape(tl.where(m_same, b_m, 0.0), [2, 16, 2, 16]), 2)
     b_blocks = _invert_16(b_blocks.to(tl.float32), tl.reshape(b_beta, [2, 16]), DTYPE)
-    # Reshaped rather than indexed with None, which keeps the accumulator's layout and makes the expansion free.
+    # Reshaping instead of indexing with None keeps the accumulator's layout, so the expansion is free.
     b_blocks = tl.reshape(b_blocks, [2, 16, 1, 16])
     b_a = tl.where(o_b[:, None, None, None] == o_b[None, None, :, None], b_blocks, 0.0)
     b_a = tl.reshape(b_a, [32, 32])
@@ -83,11 +83,11 @@ def _invert_32(b_m, b_beta, DTYPE: tl.constexpr):
 
 @triton.jit
 def _invert_16(b_m, b_beta, DTYPE: tl.constexpr):
-    """Blocks side by side: b_m ``[2, 16, 16]``, b_beta ``[2, 16]``, both fp32."""
+    """Invert two blocks at once: b_m ``[2, 16, 16]``, b_beta ``[2, 16]``, both fp32."""
     o = tl.arange(0, 16)
     o_i, o_j = o[None, :, None], o[None, None, :]
     m_lower = o_i > o_j
-    o_apart = o_i ^ o_j  # its highest bit tells the step at which two rows come together
+    o_apart = o_i ^ o_j  # its highest bit is the step at which two rows enter the same block
     b_mt = tl.permute(b_m, [0, 2, 1])
     b_betas = b_beta[:, :, None] * b_beta[:, None, :]
     b_diagonal = tl.where(o_i == o_j, b_beta[:, :, None], 0.0)

@@ -1,4 +1,4 @@
-"""The model families. Each is one file; README.md beside them has the checklist for a new one."""
+"""The model families, one per file. README.md in this folder has the checklist for a new one."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def _found() -> tuple[Family, ...]:
 
 
 def all_families() -> dict[str, Family]:
-    """All families by name: every module in this folder that has a FAMILY."""
+    """All families by name: the FAMILY of every module in this folder that defines one."""
     return {family.name: family for family in _found()}

@@ -11,7 +11,7 @@ from .kimi_linear import KimiLinear
 
 
 class BailingHybrid(KimiLinear):
-    """The decay is bounded from below as in GLM-5-Next, or softplus, as the config says."""
+    """The config selects the decay: bounded from below as in GLM-5-Next, or softplus."""
 
     name = "bailing_hybrid"
     class_name = "BailingHybridDeltaAttention"

@@ -1,4 +1,4 @@
-"""What is particular to a family of layers, and the base that family files fill in."""
+"""The base class of model families. A family describes how its layers differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...upstream import modules
 
 
 class Dims(NamedTuple):
-    """Heads of q/k and of v, and their dimensions."""
+    """Number of heads of q/k and of v, and their dimensions."""
 
     num_k_heads: int
     num_v_heads: int
@@ -21,7 +21,7 @@ class Dims(NamedTuple):
     head_v_dim: int
 
 
-# What a patched family can do beyond running faster, and the tests that show it; docs/models.md is made of this.
+# Features of patched families and the tests that cover them. docs/models.md is generated from this.
 FEATURES = {
     "padding anywhere": "tests/patches/test_padding.py",
     "packed by bounds": "tests/patches/test_packing.py",
@@ -29,38 +29,38 @@ FEATURES = {
     "cache continued": "tests/patches/test_padding.py",
     "beams, rows selected": "tests/caches/test_batch.py",
     "training": "tests/patches/test_models.py",
-    "`torch.compile`, full graph": "tests/patches/test_models.py",
+    "`torch.compile(fullgraph=True)`": "tests/patches/test_models.py",
     "CUDA graphs": "tests/test_graphs.py",
     "assistants, tokens rolled back": "tests/caches/test_rollback.py",
 }
 
 
 def has_forward_hooks(module: Any) -> bool:
-    """Whether a module has to be called, its parameters not read: it has forward hooks, as FSDP and users add them."""
+    """Whether a module has forward hooks (FSDP and users add them), so it has to be called instead of read."""
     return modules.has_forward_hooks(module)
 
 
 def _must_call_norm(norm: Any) -> bool:
-    """The same of a gated norm, which may also be another one than transformers' (PEFT wraps it)."""
+    """Whether a gated norm has to be called: it has forward hooks, or is not transformers' own (PEFT wraps it)."""
     return has_forward_hooks(norm) or not hasattr(norm, "variance_epsilon")
 
 
 def _known(activation: str) -> Any:
-    """An activation as a `LayerSpec` has it, by transformers' name."""
+    """The value of `LayerSpec` for an activation, by transformers' name."""
     return activation if activation in ACTIVATIONS else ACT2FN[activation]
 
 
 class Family(ABC):
-    """What is particular to one class of layers. Instances are stateless.
+    """Describes one class of layers. Instances are stateless.
 
     Attributes:
-        name: transformers' model type, the name users give.
+        name: transformers' model type, which users pass to `hf_gdn.patch`.
         class_name: name of the layer class.
         model_name: name of the text model's class, whose forward calls the decoder layers.
         variant: ``"gdn"`` (one decay per head) or ``"kda"`` (one per channel).
-        about: what is particular to it in a few words, for the docs.
-        cannot: features of `FEATURES` that it does not have, each with the reason.
-        masks_always: the model hands its layers a mask of ones where there is no padding, single tokens included.
+        about: what distinguishes it, in a few words, for the docs.
+        cannot: keys of `FEATURES` that it does not support, each with the reason.
+        masks_always: the model passes its layers a mask of ones if there is no padding, even for single tokens.
         norm_name, output_name: names of the output norm and the output projection in a layer.
         direct: children whose parameters are read without calling them; accelerate's offload hooks are fired for these.
     """
@@ -77,7 +77,7 @@ class Family(ABC):
 
     @property
     def module(self) -> str:
-        """Name of the module that has the layer class."""
+        """Name of the module that defines the layer class."""
         return f"transformers.models.{self.name}.modeling_{self.name}"
 
     @property
@@ -90,14 +90,14 @@ class Family(ABC):
 
     @abstractmethod
     def project(self, layer: Any, x: Tensor) -> Projections:
-        """Run the layer's input projections on ``[B, T, hidden]``."""
+        """Run the layer's input projections on x ``[B, T, hidden]``."""
 
     def decays(self, layer: Any) -> Any:
         """The module that has A_log and dt_bias."""
         return layer
 
     def spec(self, layer: Any) -> LayerSpec:
-        """How the layer's gates and norm are made."""
+        """The options of the layer's gates and norm."""
         norm = getattr(layer, self.norm_name)
         return LayerSpec(
             activation=_known(layer.activation),
@@ -108,7 +108,7 @@ class Family(ABC):
     def split(
         self, layer: Any, qkv: Tensor | tuple[Tensor, Tensor, Tensor], a: Tensor, b: Tensor, z: Tensor
     ) -> Projections:
-        """`Projections` of outputs ``[B, T, heads dim]``: qkv in one tensor or three; a, b and z apart."""
+        """Build `Projections` from outputs ``[B, T, heads dim]``: qkv in one tensor or three, and a, b and z."""
         k_heads, v_heads, k_dim, v_dim = self.dims(layer)
         group = v_heads // k_heads
         joined = qkv if isinstance(qkv, Tensor) else None
@@ -125,7 +125,7 @@ class Family(ABC):
         )
 
     def weights(self, layer: Any) -> Weights:
-        """The layer's other parameters."""
+        """The layer's parameters between its projections; norm is None if the norm module has to be called."""
         conv, decays, norm = layer.conv1d, self.decays(layer), getattr(layer, self.norm_name)
         weight = None if _must_call_norm(norm) else norm.weight
         return Weights(conv.weight.squeeze(1), conv.bias, decays.A_log, decays.dt_bias, weight)

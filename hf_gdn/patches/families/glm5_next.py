@@ -1,4 +1,4 @@
-"""GLM-5-Next: the layers of Kimi-Linear, with a forget gate that is bounded from below unless the config says not."""
+"""GLM-5-Next: the layers of Kimi-Linear; the forget gate is bounded from below unless the config says otherwise."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Glm5Next(KimiLinear):
     masks_always = True
     about = "bounded decay or softplus; text tower"
     cannot = (
-        ("packed by `position_ids`", "its full attention reads on across a restart"),
-        ("CUDA graphs", "the indexer of its full attention asks the device which keys are there"),
+        ("packed by `position_ids`", "its full attention attends across sequence boundaries"),
+        ("CUDA graphs", "the indexer of its full attention reads the set of valid keys back from the device"),
     )
 
     def spec(self, layer: Any) -> LayerSpec:

@@ -1,4 +1,4 @@
-"""Lara-Mini: the layers of Qwen3.5, with the output norm in fp32, beside full and sliding-window attention."""
+"""Lara-Mini: the layers of Qwen3.5 with the output norm in fp32; other layers are full or sliding-window attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LaraMini(Qwen3_5):
     class_name = "LaraMiniGatedDeltaNet"
     model_name = "LaraMiniModel"
     about = "sliding-window attention beside it"
-    cannot = (("CUDA graphs", "its sliding-window layers count tokens in Python, which a replay would not"),)
+    cannot = (("CUDA graphs", "its sliding-window layers count tokens in Python, which a replay does not run"),)
 
     def spec(self, layer: Any) -> LayerSpec:
         return super().spec(layer)._replace(norm_in_fp32=True)

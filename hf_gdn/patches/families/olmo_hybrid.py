@@ -1,4 +1,4 @@
-"""OLMo-Hybrid: Gated DeltaNet with a projection each, beta up to 2, K and V of different, odd sizes."""
+"""OLMo-Hybrid: Gated DeltaNet with separate projections and beta up to 2; K and V differ and are no powers of two."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import Family
 
 
 class OlmoHybrid(Family):
-    """Beta is doubled where negative eigenvalues are allowed."""
+    """Beta is doubled if the config allows negative eigenvalues."""
 
     name = "olmo_hybrid"
     class_name = "OlmoHybridGatedDeltaNet"

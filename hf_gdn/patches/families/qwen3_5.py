@@ -1,4 +1,4 @@
-"""Qwen3.5: Gated DeltaNet with q | k | v in one projection, z, b and a in one each."""
+"""Qwen3.5: Gated DeltaNet with one projection for q | k | v and one each for z, b and a."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import Family
 
 
 class Qwen3_5(Family):
-    """As Qwen3-Next, but for the layout of the projections."""
+    """Differs from Qwen3-Next in the layout of the projections only."""
 
     name = "qwen3_5"
     class_name = "Qwen3_5GatedDeltaNet"

@@ -6,7 +6,7 @@ from .qwen3_5 import Qwen3_5
 
 
 class Qwen3_5Moe(Qwen3_5):
-    """Another class with the same layout."""
+    """Its layer class has another name and the same layout."""
 
     name = "qwen3_5_moe"
     class_name = "Qwen3_5MoeGatedDeltaNet"

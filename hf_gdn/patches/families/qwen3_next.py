@@ -1,4 +1,4 @@
-"""Qwen3-Next: Gated DeltaNet with q, k, v, z (and b, a) interleaved per key head in one projection each."""
+"""Qwen3-Next: Gated DeltaNet with one projection for q, k, v, z and one for b, a, both interleaved per key head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import Family
 
 
 class Qwen3Next(Family):
-    """A key head's row of ``in_proj_qkvz`` is q | k | v of its value heads | z of them; of ``in_proj_ba``, b | a."""
+    """Per key head, ``in_proj_qkvz`` is q | k | v | z, v and z of all its value heads, and ``in_proj_ba`` is b | a."""
 
     name = "qwen3_next"
     class_name = "Qwen3NextGatedDeltaNet"

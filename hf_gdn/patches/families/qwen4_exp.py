@@ -6,15 +6,15 @@ from .qwen3_5 import Qwen3_5
 
 
 class Qwen4Exp(Qwen3_5):
-    """The gate's activation is the norm's own. Of the convolution states a layer may have cached, ours is the first."""
+    """The norm defines the gate's activation. A layer may cache several convolution states; the first is this one's."""
 
     name = "qwen4_exp"
     class_name = "Qwen4ExpTextGatedDeltaNet"
     model_name = "Qwen4ExpTextModel"
     about = "silu or sigmoid output gate; text tower"
     cannot = (
-        ("packed by `position_ids`", "its full attention reads on across a restart"),
-        ("`torch.compile`, full graph", "the indexer of its full attention branches on data"),
+        ("packed by `position_ids`", "its full attention attends across sequence boundaries"),
+        ("`torch.compile(fullgraph=True)`", "the indexer of its full attention branches on data"),
         ("CUDA graphs", "the indexer's positions grow from step to step"),
     )
 

@@ -1,0 +1,34 @@
+"""How far a result may be from what is right, for every measurement. tests/kernels holds the kernels to less.
+
+Where each comes from stands beside it; docs/report.md has the derivation of the bounds of whole models and what broken
+kernels reach.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Relative Frobenius error of an op against the float64 oracle: the operator's own bar per dtype, and 1e-5 in fp32
+# (2^-24 times some hundred terms).
+OP_ERROR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.6e-2}
+# Of a layer against the original in the same dtype: both are rounded, and so are what their projections make: twice the
+# op's in bf16, four times in fp16, whose own bar is tighter. In fp32 the projections are the same.
+LAYER_ERROR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3.2e-2}
+# Of the float64 eager kernel against the loop: sums of some 256 x 128 terms, 2^15 times 2^-53, and room for their
+# chain.
+EXACT_ERROR = 1e-10
+
+# The largest differences that still count as the same model, by dtype. `ppl_ratio` bounds |PPL patched / PPL original -
+# 1|, `kl_mean` the mean Kullback-Leibler divergence in nats, `same_top` (in per cent) is a lower bound.
+SAME_MODEL = {
+    "float32": {"ppl_ratio": 1e-4, "kl_mean": 1e-8, "same_top": 99.9},
+    "float16": {"ppl_ratio": 2e-3, "kl_mean": 1e-4, "same_top": 99.0},
+    "bfloat16": {"ppl_ratio": 2e-3, "kl_mean": 3e-3, "same_top": 96.0},
+}
+# Beyond its own dtype's bounds but within these a model is "close", not "different": a kernel that rounds where the
+# original does not.
+CLOSE_MODEL = {"float32": SAME_MODEL["bfloat16"], "float16": SAME_MODEL["bfloat16"]}
+
+# Two tokens whose logits are so close that rounding decides between them: this many units of the dtype's epsilon times
+# the largest logit. In fp32 the error is that of sums of thousands of terms, in 16 bits that of the last roundings.
+TIE = {"float32": 64.0, "float16": 4.0, "bfloat16": 4.0}

@@ -1,0 +1,171 @@
+"""`hf-gdn kernels --level layer`: sides in turns, a check before every time, and the projections alone."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hf_gdn import registry
+from hf_gdn.cli.app import app
+from hf_gdn.errors import UserError
+from hf_gdn.eval import accuracy, layer_bench, layer_cases
+from hf_gdn.eval.options import KernelBenchOptions
+from hf_gdn.loading import layers, models
+from tests import tiny
+
+CPU = torch.device("cpu")
+TINY = ("qwen3_next-tiny", "kimi_linear-tiny")
+FAST = KernelBenchOptions(level="layer", seconds=1e-3, rounds=2)
+
+
+def measure(shape, phase, batch=2, tokens=9, backends=("eager",), dtype="float32", options=FAST):
+    case = layer_cases.Case(shape, phase, batch, 1 if phase == "decode" else tokens, backends)
+    return {row.side: row for row in layer_bench.measure(case, options, CPU, models.DTYPES[dtype])}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("phase", layer_cases.PHASES)
+@pytest.mark.parametrize("shape", TINY)
+def test_rows(shape, phase, dtype):
+    rows = measure(shape, phase, dtype=dtype)
+    assert list(rows) == ["original", "eager", "projections alone"]
+    original, ours, floor = rows.values()
+    assert all(row.note is None and 0 < row.low <= row.ms <= row.high and row.runs >= 6 for row in rows.values()), rows
+    assert ours.passed and ours.error <= ours.budget == accuracy.LAYER_ERROR[models.DTYPES[dtype]]
+    assert original.passed is floor.passed is None and original.speedup == floor.share_projections == 1
+    assert ours.speedup == pytest.approx(original.ms / ours.ms)
+    assert ours.share_projections == pytest.approx(floor.ms / ours.ms)
+    assert original.first_ms > 0 and ours.first_ms > 0 and floor.first_ms is None
+
+
+@pytest.fixture
+def broken():
+    """Kernels of a backend "broken" that forget to decay the state."""
+    for op in tiny.DELTA_RULES:
+        eager = registry.get(op, "eager")
+
+        def fn(q, k, v, g, beta, eager=eager, **kwargs):
+            return eager.fn(q, k, v, torch.zeros_like(g), beta, **kwargs)
+
+        registry.register(dataclasses.replace(eager, backend="broken", fn=fn))
+    yield
+    for op in tiny.DELTA_RULES:
+        registry.unregister(op, "broken")
+
+
+def test_a_wrong_layer_has_no_time(broken):
+    rows = measure("qwen3_next-tiny", "prefill", backends=("eager", "broken"))
+    wrong = rows["broken"]
+    assert wrong.passed is False and wrong.ms is None and wrong.note == "wrong result" and wrong.error > wrong.budget
+    assert rows["eager"].ms > 0 and rows["original"].ms > 0
+
+
+@pytest.mark.parametrize("shape", TINY)
+def test_the_projections_are_the_linear_modules_of_a_call(shape):
+    layer, config = layers.make_layer(shape, CPU, torch.float32)
+    x = torch.randn(1, 5, config.hidden_size)
+    with torch.inference_mode():
+        run = layer_bench._projections(layer, config, x, layer_cases.Case(shape, "prefill", 1, 5, ()))
+        found = run()
+        linear = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+        assert len(found) == len(linear) >= 3
+        assert torch.allclose(found[-1], layer(x), atol=1e-6)  # the output projection comes last
+
+
+def test_plan():
+    cases, left_out = layer_cases.plan(KernelBenchOptions(), CPU, torch.float32)
+    assert [(c.phase, c.batch, c.tokens, c.backends) for c in cases if c.shape == "qwen3_next-80b"] == [
+        ("prefill", 1, 512, ("eager",)),
+        ("decode", 1, 1, ("eager",)),
+        ("decode", 4, 1, ("eager",)),
+    ]
+    assert any(line.startswith("triton is left out of chunk_gdn: it needs a CUDA device") for line in left_out)
+    options = KernelBenchOptions(shapes=TINY[:1], batch=(1, 8), tokens=(7,), phases=("decode", "prefill"))
+    cases, _ = layer_cases.plan(options, CPU, torch.float32)
+    assert [(c.phase, c.batch, c.tokens) for c in cases] == [
+        ("decode", 1, 1),
+        ("decode", 8, 1),
+        ("prefill", 1, 7),
+        ("prefill", 8, 7),
+    ]
+    assert len({case.key for case in cases}) == 4
+
+
+def test_plan_of_a_gpu():
+    cases, _ = layer_cases.plan(KernelBenchOptions(phases=("decode",)), torch.device("cuda"), torch.bfloat16)
+    assert [case.batch for case in cases[:5]] == [1, 8, 32, 128, 256] and "eager" in cases[0].backends
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (dict(shapes=("gpt2",)), "--shape gpt2 is not known"),
+        (dict(shapes=("kimi_linear-48b-tp8",)), "--shape kimi_linear-48b-tp8 is a part of a layer"),
+        (dict(phases=("train",)), "--phase train is not known; phases: prefill, decode"),
+        (dict(phases=()), "no phase is given; phases: prefill, decode"),
+        (dict(phases=("decode",), tokens=(5,)), "--tokens are of --phase prefill; a decode step takes one token"),
+        (dict(ops=("chunk_gdn",)), "--op, --direction and --normalized are of --level op"),
+        (dict(normalized=True), "--op, --direction and --normalized are of --level op"),
+        (dict(backends=("transformers",)), "--backend transformers is not known; backends: triton, fla, eager"),
+        (dict(backends=("triton",)), "backend 'triton' cannot serve chunk_gdn at qwen3_next-80b: needs a CUDA device"),
+        (dict(batch=(0,)), "--batch must be at least 1, got 0"),
+        (dict(seconds=0.0), "--seconds must be above 0, got 0.0"),
+    ],
+)
+def test_bad_options(changes, text):
+    with pytest.raises(UserError) as error:
+        layer_cases.plan(KernelBenchOptions(**changes), CPU, torch.float32)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next-80b", "kimi_linear-48b", "olmo_hybrid", "qwen3_5_moe-35b"])
+def test_layers_have_their_models_width(name):
+    layer, config = layers.make_layer(name, torch.device("meta"), torch.bfloat16)
+    assert layer.hidden_size == config.hidden_size >= 2048
+
+
+def test_the_command(tmp_path, broken):
+    sizes = ["--shape", "qwen3_next-tiny", "--tokens", "6", "--batch", "1", "--seconds", "0.001", "--rounds", "1"]
+    arguments = ["kernels", "--level", "layer", *sizes, "--output"]
+    result = CliRunner().invoke(app, [*arguments, str(tmp_path / "a"), "--backend", "eager", "--first-call"])
+    assert result.exit_code == 0, result.output
+    assert "PASSED: 2 patched layers of 2 within their dtype's error of the original" in result.output
+    found = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert found["kind"] == "kernels" and "kernels" not in found and found["results"] == []
+    rows = [(row["phase"], row["side"]) for row in found["layers"]]
+    sides = ["original", "eager", "projections alone"]
+    first = [("first call", f"patched, Triton's cache {cache}") for cache in ("empty", "filled")]
+    assert rows == [*(("prefill", side) for side in sides), *(("decode", side) for side in sides), *first]
+    assert all(row["ms"] > 0 for row in found["layers"])
+    assert "layer of qwen3_next-tiny, decode, float32" in (tmp_path / "a" / "report.html").read_text()
+    assert "qwen3_next-tiny,layers," in (tmp_path / "a" / "report.csv").read_text()
+    result = CliRunner().invoke(app, [*arguments, str(tmp_path / "b"), "--phase", "decode"])
+    assert result.exit_code == 1
+    assert "FAILED: layer decode, qwen3_next-tiny, 1 × 1, broken: wrong result" in result.output
+
+
+def test_an_unknown_level(tmp_path):
+    result = CliRunner().invoke(app, ["kernels", "--level", "model", "--output", str(tmp_path)])
+    assert str(result.exception) == "--level model is not known; levels: op, layer"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gpu_graph", [False, True])
+@pytest.mark.parametrize("phase", layer_cases.PHASES)
+def test_rows_on_a_gpu(phase, gpu_graph):
+    options = dataclasses.replace(
+        FAST,
+        shapes=TINY,
+        phases=(phase,),
+        tokens=(9,) if phase == "prefill" else (),
+        batch=(2,),
+        gpu_graph=gpu_graph,
+        backends=("triton", "eager"),
+    )
+    device = torch.device("cuda")
+    cases, _ = layer_cases.plan(options, device, torch.bfloat16)
+    for case in cases:
+        rows = {row.side: row for row in layer_bench.measure(case, options, device, torch.bfloat16)}
+        assert rows["triton"].passed and rows["triton"].ms > 0, rows
