@@ -94,14 +94,12 @@ def test_a_failed_night_writes_one_issue(tmp_path, number, expected, log):
 
 # ---------------------------------------------------------------------------------------------------- tests themselves
 
-# Rooms whose tests are still being moved to hf_gdn/testing.
-MOVING = ("tests/eval",)
 SOURCES = {
     path.relative_to(ROOT).as_posix(): ast.parse(path.read_text("utf-8"))
     for folder in ("tests", "scripts", "benchmarks", "hf_gdn")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
-every_source = pytest.mark.parametrize("path", [path for path in SOURCES if not path.startswith(MOVING)])
+every_source = pytest.mark.parametrize("path", SOURCES)
 
 
 def imported(tree: ast.AST) -> set[str]:
