@@ -121,5 +121,5 @@ def test_tolerances_are_in_one_table(path):
     """No test has a budget of its own: hf_gdn/testing/tolerances.py has all of them, each with its derivation."""
     if path.startswith("tests/"):
         names = {node.id for node in ast.walk(SOURCES[path]) if isinstance(node, ast.Name)}
-        own = [name for name in names if re.fullmatch(r"_?(BUDGET|BOUND|TOLERANCE|ATOL|RTOL)S?", name)]
+        own = [name for name in names if re.fullmatch(r"_?(BUDGETS?|BOUND|TOLERANCES?|ATOL|RTOL)", name)]
         assert own == []

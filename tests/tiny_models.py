@@ -9,12 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from hf_gdn import patches
 from hf_gdn.patches.families.base import FEATURES
-from hf_gdn.testing import assert_close, error
 from hf_gdn.upstream.cache_names import as_argument as given  # keyword arguments that pass a cache to a model
 from hf_gdn.upstream.cache_names import as_layer_argument as layer_given
 from hf_gdn.upstream.cache_names import of_outputs as cache_of
 
-__all__ = ["assert_close", "cache_of", "error", "given", "layer_given"]
+__all__ = ["cache_of", "given", "layer_given"]
 ABSENT = object()  # in a config's values: leave the field out
 # Ops with the delta rule's own signature; step ops are all of a layer between its projections.
 DELTA_RULES = ("chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda")

@@ -147,7 +147,7 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
     def field(name: str) -> int:
-        return int(re.search(rf"^\s*\.{name}:\s+(\d+)", assembly, re.MULTILINE)[1])
+        return int(re.findall(rf"^\s*\.{name}:\s+(\d+)", assembly, re.MULTILINE)[0])
 
     # Registers spilled to other registers leave no scratch memory behind, but count as spilled.
     spilled = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))

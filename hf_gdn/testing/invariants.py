@@ -7,6 +7,7 @@ packed, with other strides): 0 asks for the same bits. `hf_gdn.testing.kernel_ca
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import accumulate, pairwise
 from typing import Any
 from unittest import mock
@@ -140,8 +141,9 @@ def host_never_asked(kernel: Kernel, call: Call, apart: float = 0.0) -> None:
     def refuse(*args: Any) -> None:
         raise AssertionError("reads a tensor's values on the host")
 
-    names = ("tolist", "item", "__int__", "__index__", "__bool__")
-    with mock.patch.multiple(torch.Tensor, **dict.fromkeys(names, refuse)):
+    with ExitStack() as stack:
+        for name in ("tolist", "item", "__int__", "__index__", "__bool__"):
+            stack.enter_context(mock.patch.object(torch.Tensor, name, refuse))
         kernel.fn(**call)
 
 

@@ -303,7 +303,7 @@ def _names(dtypes: Iterable[torch.dtype]) -> list[tuple[torch.dtype, str]]:
     return [(dtype, str(dtype).removeprefix("torch.")) for dtype in dtypes]
 
 
-def _sizes(names: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, dict[str, int]]]:
+def _sizes(names: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Shapes by name as keyword arguments."""
     for name, shape in shapes.items():
         yield name, dict(zip(names.split(), shape, strict=True))
@@ -324,7 +324,7 @@ def _delta_rule(op: str) -> Iterator[Case]:
     """Of all delta rules: long calls, dtypes, and extremes."""
     for name, sizes in _sizes("B T HK HV K V", _LONGER):
         yield Case(op, name, sizes=sizes, interpret=False)
-    odd = dict(T=100, HK=2, HV=4, K=24, V=40)
+    odd: dict[str, Any] = dict(T=100, HK=2, HV=4, K=24, V=40)
     for dtype, name in _names((torch.float64, *DTYPES)):
         for state in (True, False):
             sizes = {**odd, "dtype": dtype, "state": state}
@@ -386,8 +386,8 @@ def _chunk(op: str) -> Iterator[Case]:
     yield Case(op, "packed", host_never_asked, dict(one, T=70), packed(0, 1, 70, state=False))
     yield Case(op, "66", batched_equals_single, dict(one, B=2, T=66, HV=2))
     for at in (1, 64, 77, 129):
-        sizes = [at, 130 - at]
-        yield Case(op, f"at_{at}", split_equals_whole, dict(one, T=130, K=32), options=dict(sizes=sizes))
+        pieces = dict(sizes=[at, 130 - at])
+        yield Case(op, f"at_{at}", split_equals_whole, dict(one, T=130, K=32), options=pieces)
     sizes, options = dict(one, B=2, T=66, HK=2, HV=2), dict(layout=calls.of_one_projection)
     yield Case(op, "of_one_projection", strided_inputs, sizes, options=options)
     yield Case(op, "66", same_bits, dict(one, T=66, HV=2, K=32))
@@ -538,14 +538,14 @@ def _prologue(op: str) -> Iterator[Case]:
     yield Case(op, "packed", host_never_asked, dict(first, T=70), packed(0, 1, 70))
     for family, spec in families.items():
         sizes = dict(B=2, T=9, HK=4 if kda else 2, HV=4, K=12, V=20, bias=True, **spec)
-        for name, rows, change in (
+        for name, rows, context in (
             ("cache", 2, None),
             ("empty_cache", 2, without_conv_state),
             ("no_cache", 2, conv_state_of(0)),
             ("padded", 2, padded(9, 2)),
             ("packed", 1, packed(0, 0, 2, 3, 9, state=False)),
         ):
-            yield Case(op, f"{family}_{name}", sizes=dict(sizes, B=rows), change=change, interpret=False)
+            yield Case(op, f"{family}_{name}", sizes=dict(sizes, B=rows), change=context, interpret=False)
 
 
 def _norm_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -583,7 +583,7 @@ def _gated_norm(op: str) -> Iterator[Case]:
 # ------------------------------------------------------------------------------------------------- calls of real layers
 
 
-def _real(op: str, layer: str = "qwen3_next") -> dict[str, int]:
+def _real(op: str, layer: str = "qwen3_next") -> dict[str, Any]:
     HK, HV, K, V = LAYERS.get(layer, LAYERS["equal_heads"])
     return dict(HK=HV if "chunk_kda" in op else HK, HV=HV, K=K, V=V)
 
@@ -638,7 +638,7 @@ def _real_recurrent(op: str) -> Iterator[Case]:
     yield Case(op, "70000_heads", sizes=dict(B=70_000, T=1, HK=1, HV=1, K=8, V=8, dtype=torch.bfloat16))
 
 
-def _real_layers(op: str) -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
+def _real_layers(op: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Families with the op's variant: name, sizes of their layers, spec."""
     for name, spec in _families(op).items():
         yield name, _real(op, name), spec
