@@ -1,6 +1,6 @@
 """generate() from CUDA graphs: the same tokens as without, captured once, freed when nobody needs them.
 
-On a CPU `tests.fake_cuda_graph.Tape` takes the place of a CUDA graph: a tape of operators that knows addresses alone and
+On a CPU `tests.fake_cuda_graph.Tape` takes the place of a CUDA graph: a tape of operators that knows only addresses and
 fails where a capture would. Tests marked `gpu` have the real one.
 """
 
