@@ -29,8 +29,8 @@ _TOKENS = 512  # where batches were asked for and tokens were not
 
 def ops_of(shape: str) -> tuple[str, ...]:
     """Names of all ops of a shape's layers; `Shape.ops`, the first of them, are measured by default."""
-    mixer, mixers = SHAPES[shape].mixer, {other.mixer for other in SHAPES.values()}
-    others = [op for op in registry.ops() if op.rpartition("_")[2] in {mixer} | ({op.rpartition("_")[2]} - mixers)]
+    variant, variants = SHAPES[shape].variant, {other.variant for other in SHAPES.values()}
+    others = [op for op in registry.ops() if op.rpartition("_")[2] in {variant} | ({op.rpartition("_")[2]} - variants)]
     return tuple(dict.fromkeys((*SHAPES[shape].ops, *others)))
 
 

@@ -41,14 +41,14 @@ class Shape:
 
     Args:
         model_type: the family in transformers.
-        mixer: ``"gdn"`` or ``"kda"``.
+        variant: ``"gdn"`` or ``"kda"``.
         k_heads, v_heads: heads of q and k; of v, gates and state.
         k_dim, v_dim: K and V of a head.
         part: how many processes share a layer (tensor parallelism); the dimensions are those of one.
     """
 
     model_type: str
-    mixer: str
+    variant: str
     k_heads: int
     v_heads: int
     k_dim: int
@@ -58,7 +58,7 @@ class Shape:
     @property
     def ops(self) -> tuple[str, str]:
         """The chunked and the recurrent op."""
-        return f"chunk_{self.mixer}", f"recurrent_{self.mixer}"
+        return f"chunk_{self.variant}", f"recurrent_{self.variant}"
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -15,8 +15,8 @@ one test a case says more:
 A backend inside this repository gets all of it by one line in the table of tests/kernels/test_cases.py.
 
 `compare` has the comparisons, `tolerances` the largest error of every op with its derivation, `invariants` what is
-checked, `calls` how a call is cut and laid out, `kernel_cases` the table. `compiled` compiles Triton kernels for cards
-that are not there; it needs Triton and is imported by its own name.
+checked, `calls` how a call is cut and laid out, `call_changes` calls made of others, `small_cases` and `real_cases` the
+calls. `compiled` compiles Triton kernels for cards that are not there; it needs Triton and is imported by its own name.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ _LAZY = ("check_kernel", "cases", "Case")  # need the kernels' registry; compari
 
 def __getattr__(name: str):
     if name in _LAZY:
-        from . import kernel_cases as module
+        from . import case, kernel_cases
 
-        value = getattr(module, name)
-        globals()[name] = value
-        return value
+        return getattr(case if name == "Case" else kernel_cases, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -144,7 +144,7 @@ def test_shapes_are_those_of_transformers(name):
     folder = models.ASSETS / name
     read = AutoConfig.from_pretrained(folder) if folder.is_dir() else AutoConfig.for_model(shape.model_type)
     config = read.get_text_config()
-    if shape.mixer == "kda":
+    if shape.variant == "kda":
         wanted = (config.linear_num_heads, config.linear_num_heads, config.linear_head_dim, config.linear_head_dim)
     else:
         heads = (config.linear_num_key_heads, config.linear_num_value_heads)

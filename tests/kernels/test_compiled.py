@@ -17,9 +17,10 @@ if INTERPRET or not HAS_TRITON:
     pytest.skip("needs Triton's compiler: the package, and no TRITON_INTERPRET", allow_module_level=True)
 
 from hf_gdn.kernels.triton.tokens import TOKEN_CONFIGS
+from hf_gdn.testing.call_changes import packed, padded
 from hf_gdn.testing.calls import tensors
+from hf_gdn.testing.case import FAMILIES
 from hf_gdn.testing.compiled import TARGETS, check, launches
-from hf_gdn.testing.kernel_cases import FAMILIES, packed, padded
 
 # Bytes per thread that may be spilled, by kernel, target, K and V; V is None where it does not matter.
 SPILLS: dict[tuple, int] = {

@@ -13,7 +13,7 @@ from hf_gdn.kernels.contract import DeltaRuleInputs
 from hf_gdn.testing import assert_close, assert_same
 from hf_gdn.testing import invariants as holds
 from hf_gdn.testing.calls import mapped
-from hf_gdn.testing.kernel_cases import FAMILIES, HALF
+from hf_gdn.testing.case import FAMILIES, HALF
 from hf_gdn.testing.tolerances import SAME_SUMS
 
 DELTA_RULES = ("chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda")

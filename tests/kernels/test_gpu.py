@@ -15,7 +15,9 @@ from hf_gdn.kernels.triton import segmented_scan, tokens
 from hf_gdn.kernels.triton.chunk_kda_prepare import WIDEST
 from hf_gdn.testing import assert_close, assert_no_worse, assert_same, calls
 from hf_gdn.testing import invariants as holds
-from hf_gdn.testing.kernel_cases import DTYPES, FAMILIES, HALF, LAYERS, packed
+from hf_gdn.testing.call_changes import packed
+from hf_gdn.testing.case import DTYPES, FAMILIES, HALF
+from hf_gdn.testing.real_cases import LAYERS
 from hf_gdn.testing.tolerances import budget
 
 pytestmark = pytest.mark.gpu

@@ -27,9 +27,9 @@ from hf_gdn.kernels.triton.chunk_kda_prepare import WIDEST
 from hf_gdn.kernels.triton.math import softplus
 from hf_gdn.kernels.triton.tokens import TOKEN_CONFIGS
 from hf_gdn.testing import assert_close, assert_no_worse, assert_same, calls
+from hf_gdn.testing import call_changes as change
 from hf_gdn.testing import invariants as holds
-from hf_gdn.testing import kernel_cases as change
-from hf_gdn.testing.kernel_cases import DTYPES
+from hf_gdn.testing.case import DTYPES, FAMILIES
 from hf_gdn.testing.tolerances import budget
 
 from .plain import rounded_chunks
@@ -122,7 +122,7 @@ def test_small_decays_are_kept():
 
 
 def norm_call(family, **sizes):
-    spec = {n: x for n, x in change.FAMILIES[family][1].items() if n in ("gate", "norm_in_fp32")}
+    spec = {n: x for n, x in FAMILIES[family][1].items() if n in ("gate", "norm_in_fp32")}
     return registry.ops()["gated_norm"].make_inputs(HK=2, K=8, **spec, **sizes)
 
 
