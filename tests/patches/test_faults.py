@@ -22,7 +22,7 @@ from types import FrameType, SimpleNamespace
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -93,11 +93,16 @@ def same(one, other) -> bool:
 
 @st.composite
 def readings(draw):
-    """Rows, left padding of each, and the pieces in which the tokens are read."""
+    """Rows, left padding of each, and the pieces in which the tokens are read.
+
+    No padded token is read by itself before more padding: transformers drops the mask of single tokens, and its layers
+    are exact only if the states are still zero when padding ends (docs/differences.md).
+    """
     rows, length = draw(st.integers(1, 3)), draw(st.integers(1, 40) | st.sampled_from([64, 65]))
     padding = [draw(st.integers(0, length - 1)) for _ in range(rows)]
     cuts = sorted(draw(st.lists(st.integers(1, length), max_size=4)))
-    bounds = [0, *cuts, length]
+    bounds = sorted({0, *cuts, length})
+    assume(not any(b - a == 1 and b < max(padding) for a, b in pairwise(bounds)))
     return rows, length, padding, [b - a for a, b in pairwise(bounds) if b > a], draw(st.integers(0, 1000))
 
 
@@ -169,7 +174,7 @@ class Fault:
 
 
 def _in_projections(patch, family, fault):
-    patch.setattr(type(family), "projected", fault)
+    patch.setattr(type(family), "project", fault)
 
 
 def _in_norm(patch, family, fault):
@@ -246,7 +251,7 @@ def test_a_later_layer_that_raises_leaves_each_layer_whole(rule, error, monkeypa
                 raise error("injected")
             return projected(self, layer, x)
 
-        monkeypatch.setattr(type(family), "projected", second_fails)
+        monkeypatch.setattr(type(family), "project", second_fails)
         with pytest.raises(error, match="injected"):
             model(ids[:, 12:], **tiny.given(cache))
     assert same(held(cache, 0), held(done, 0))
