@@ -15,12 +15,13 @@ import torch
 
 from hf_gdn import patches, registry
 from hf_gdn.kernels.triton.runtime import MAX_HEAD_DIM
+from hf_gdn.loading.shapes import LARGE, SHAPES
 from hf_gdn.patches.families.base import FEATURES
 from hf_gdn.upstream import versions
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- written by scripts/models_table.py -->", "<!-- end -->"
-DIMS = 16, 32, 128, 128  # HK, HV, K, V of the larger released models
+SHAPE = SHAPES[LARGE[0]]
 RULES = {"gdn": "Gated DeltaNet", "kda": "Kimi Delta Attention"}
 
 
@@ -33,7 +34,7 @@ def backends(op: str, device: str, gradients: bool = False) -> str:
     """Backends that serve an op in bf16, the one that "auto" takes first; those with a missing package too."""
     served = []
     for kernel in registry.kernels(op):
-        refusal = kernel.why_not(registry.Request(op, device, torch.bfloat16, *DIMS))
+        refusal = kernel.why_not(SHAPE.request(op, torch.device(device), torch.bfloat16))
         if (refusal is None or "not installed" in refusal) and (kernel.differentiable or not gradients):
             served.append(kernel.backend)
     return ", ".join(served) or "none"
