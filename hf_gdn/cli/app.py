@@ -6,7 +6,9 @@ torch: help and mistakes in options are answered at once.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import os
 import pkgutil
 import shlex
@@ -31,19 +33,32 @@ COMPARE, MEASURE, USE = PANELS = "Compare original and patched", "Measure parts"
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
-def command(*, panel: str, examples: Sequence[str]) -> Callable[[Command], Command]:
+REPORTING = ("jinja2", "matplotlib", "psutil", "rich")  # what reports are written with
+
+
+def command(*, panel: str, examples: Sequence[str], needs: Sequence[str] = REPORTING) -> Callable[[Command], Command]:
     """Make a command of a function, named after it.
 
     Args:
         panel: under which heading the list of commands shows it.
         examples: command lines that the help ends in.
+        needs: packages of the extra without which it is refused at once, rather than when it comes to import them.
     """
 
     def add(function: Command) -> Command:
         # Help joins lines that no empty one parts.
         epilog = "\n\n".join(["Examples:", *(f"  {example}" for example in examples)])
         name = function.__name__.replace("_", "-")
-        app.command(name, epilog=epilog, rich_help_panel=panel)(expanded(function))
+        called = expanded(function)
+
+        @functools.wraps(called)
+        def checked(**given: Any) -> Any:
+            for package in needs:
+                if importlib.util.find_spec(package) is None:
+                    raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+            return called(**given)
+
+        app.command(name, epilog=epilog, rich_help_panel=panel)(checked)
         return function
 
     return add

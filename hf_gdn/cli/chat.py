@@ -13,6 +13,7 @@ from .app import USE, command, stop
 
 @command(
     panel=USE,
+    needs=("jinja2", "rich"),
     examples=["hf-gdn chat", "hf-gdn chat ./my-model --window 8192", "hf-gdn chat --temperature 0 --max-new-tokens 64"],
 )
 def chat(

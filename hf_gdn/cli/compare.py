@@ -11,6 +11,7 @@ from .app import COMPARE, command
 
 @command(
     panel=COMPARE,
+    needs=("rich",),
     examples=["hf-gdn compare before/report.json after/report.json --tolerance 0.05"],
 )
 def compare(

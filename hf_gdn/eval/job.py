@@ -105,7 +105,7 @@ def run(job: Job, command: str) -> int:
     try:
         report = measure(job, processes, command)
         if report is not None:
-            terminal.show(report, job.output.output, job.output.quiet)
+            terminal.show(report, job.output.output, writers.files_of(report), job.output.quiet)
         return processes.from_main(lambda: 0 if report is None else exit_code(report))
     finally:
         processes.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich import box
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import summary, tables, writers
+from . import summary, tables
 from .results import Report
 
 
@@ -19,8 +20,8 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
-def show(report: Report, folder: str, quiet: bool) -> None:
-    """Print the report; when quiet, its verdict alone."""
+def show(report: Report, folder: str, files: Iterable[str], quiet: bool) -> None:
+    """Print the report and where its files are; when quiet, its verdict alone."""
     out = console()
     if not quiet:
         for table in tables.of_report(report):
@@ -34,5 +35,5 @@ def show(report: Report, folder: str, quiet: bool) -> None:
             out.print(f"{name}: {value}", style="dim", highlight=False, markup=False)
     style = "bold green" if report.passed else "bold red"
     out.print(summary.verdict(report), style=style, highlight=False, markup=False)
-    names = ", ".join(str(Path(folder) / name) for name in writers.files_of(report))
+    names = ", ".join(str(Path(folder) / name) for name in files)
     out.print(f"wrote {names}", highlight=False, markup=False)
