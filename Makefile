@@ -69,7 +69,7 @@ test-install:
 	$(PIP) --no-compile torch
 	$(PIP) --no-compile ./$(VENV)/source
 	cd $(VENV) && bin/python -c "import hf_gdn; hf_gdn.patch(); assert hf_gdn.status().active"
-	cd $(VENV) && (bin/hf-gdn env; test $$? -eq 2) 2>&1 | grep "pip install 'hf-gdn\[eval\]'"
+	cd $(VENV) && (bin/hf-gdn report; test $$? -eq 2) 2>&1 | grep "pip install 'hf-gdn\[eval\]'"
 	$(PIP) --no-compile './$(VENV)/source[eval]'
 	@$(VERSIONS)
 	@cd $(VENV) && bin/python -c "from importlib.util import find_spec; print(find_spec('hf_gdn').origin)" | grep site-packages
