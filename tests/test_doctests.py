@@ -41,5 +41,5 @@ def test_examples(function, tmp_path, monkeypatch):
     test = doctest.DocTest(examples(function), names, function.__name__, None, 0, None)
     said = []
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
-    doctest.DocTestRunner(optionflags=flags).run(test, out=said.append)
+    doctest.DocTestRunner(optionflags=flags, verbose=False).run(test, out=said.append)
     assert not said, "".join(said)
