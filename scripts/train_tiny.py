@@ -225,7 +225,7 @@ def check(family: str, directory: Path) -> bool:
     """Measure the saved files, print a JSON line and tell whether all goals are met."""
     tokenizer, text = AutoTokenizer.from_pretrained(directory), held_out_text()
     ids = tokenizer(text, verbose=False)["input_ids"]
-    projected = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text).ids
+    raw = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text).ids
     windows = torch.tensor(ids).unfold(0, WINDOW, WINDOW)
     windows = windows[:: math.ceil(len(windows) / EVAL_WINDOWS)]
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -237,7 +237,7 @@ def check(family: str, directory: Path) -> bool:
     stored = [x for name, x in sorted(load_file(file).items()) if name.endswith(bias)]
     loaded = [x for name, x in sorted(model.named_buffers()) if name.endswith(bias)]
     goals = {
-        "tokenizer": ids == projected and tokenizer.decode(ids) == text and END_ID not in ids,
+        "tokenizer": ids == raw and tokenizer.decode(ids) == text and END_ID not in ids,
         "bias": all(a.equal(b) and a.any() for a, b in zip(stored, loaded, strict=True)),
         "size": size <= MAX_BYTES,
         "perplexity": plain < MAX_PERPLEXITY,

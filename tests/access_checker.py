@@ -42,9 +42,9 @@ class Launch:
         for (_, end, size), (begin, _, other) in pairwise(tensors):
             if begin < end and size != other:
                 self.findings["alias"] += 1
-        self.program = -1
+        self.program = -1  # until the first one is announced
         self.accesses: dict[str, list[tuple[int, np.ndarray]]] = {LOAD: [], STORE: [], ATOMIC: []}
-        self.start_program()
+        self.synchronise()
 
     def start_program(self) -> None:
         self.program += 1
@@ -125,12 +125,10 @@ class AccessChecker:
 
     Attributes:
         findings: how often each kind of finding was met in each kernel, with the test that met it first.
-        launches: how often each kernel was launched.
     """
 
     def __init__(self) -> None:
         self.findings: dict[tuple[str, str], str] = {}
-        self.launches: Counter[str] = Counter()
         self._launch: Launch | None = None
 
     def install(self) -> None:
@@ -184,9 +182,7 @@ class AccessChecker:
             if hasattr(x, "untyped_storage") and x.numel():
                 last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) + 1
                 tensors.append((x.data_ptr(), x.data_ptr() + last * x.element_size(), x.element_size()))
-        self.launches[kernel] += 1
         self._launch = Launch(kernel, tensors)
-        self._launch.program = -1  # the first program is announced like all others
 
     def _end(self) -> None:
         launch, self._launch = self._launch, None

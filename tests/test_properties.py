@@ -512,7 +512,7 @@ FAULTS = {
     "an unknown backend": (lambda *_: dict(backend="gpu"), ValueError, "unknown backend 'gpu'"),
     "a backend that cannot serve": (lambda *_: dict(backend="triton"), registry.BackendError, "'triton' cannot serve"),
     "a gate without A_log": (lambda *_: dict(use_gate_in_kernel=True), ValueError, "needs A_log"),
-    "A_log without a gate": (lambda *_: dict(A_log=torch.zeros(1)), TypeError, "A_log.* mean nothing"),
+    "A_log without a gate": (lambda *_: dict(A_log=torch.zeros(1)), TypeError, "A_log.* need use_gate_in_kernel=True"),
 }  # fmt: skip
 
 

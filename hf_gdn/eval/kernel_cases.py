@@ -29,8 +29,8 @@ _TOKENS = 512  # where batches were asked for and tokens were not
 
 def ops_of(shape: str) -> tuple[str, ...]:
     """Names of all ops of a shape's layers; `Shape.ops`, the first of them, are measured by default."""
-    variant, variants = SHAPES[shape].variant, {other.variant for other in SHAPES.values()}
-    others = [op for op in registry.ops() if op.rpartition("_")[2] in {variant} | ({op.rpartition("_")[2]} - variants)]
+    foreign = tuple(f"_{other.variant}" for other in SHAPES.values() if other.variant != SHAPES[shape].variant)
+    others = [op for op in registry.ops() if not op.endswith(foreign)]
     return tuple(dict.fromkeys((*SHAPES[shape].ops, *others)))
 
 
@@ -138,7 +138,7 @@ def _calls(options: KernelBenchOptions) -> list[tuple[str, str, str]]:
     if not options.directions:
         raise UserError(f"no direction is given; directions: {', '.join(DIRECTIONS)}")
     if options.first_call:
-        raise UserError("--first-call is of --level layer")
+        raise UserError("--first-call is of --level layer, got --level op")
     shapes = options.shapes or LARGE
     had = dict.fromkeys(op for name in shapes for op in ops_of(name))
     ops = options.ops or tuple(op for name in shapes for op in SHAPES[name].ops)

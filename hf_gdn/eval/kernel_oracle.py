@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .. import registry
 from ..loading.shapes import SHAPES
+from ..testing import calls
 from ..testing.compare import error as tensor_error
-from ..upstream.tensors import tree_map_only
 from .accuracy import EXACT_ERROR
 from .kernel_cases import Case, is_decode, is_delta_rule
 
@@ -209,18 +209,13 @@ def _names(op: str) -> tuple[str, ...]:
 
 
 def _truth_of_layer_op(op: str, inputs: dict[str, Any]) -> Results:
-    out = registry.ops()[op].reference(**_double(inputs))
+    out = registry.ops()[op].reference(**calls.double(calls.mapped(Tensor.cpu, inputs)))
     return dict(zip(_names(op), out if isinstance(out, tuple) else (out,)))
-
-
-def _double(inputs: dict[str, Any]) -> dict[str, Any]:
-    return tree_map_only(Tensor, lambda x: x.cpu().double(), inputs)
 
 
 def moved_bytes_of_layer_op(case: OracleCase) -> int:
     """Bytes that a call has to read and write: every input and every output once, and what a step updates twice."""
-    read: list[int] = []
-    tree_map_only(Tensor, lambda x: read.append(x.nbytes), case.inputs)
+    read = [x.nbytes for x in calls.tensors(case.inputs)]
     if "keep" in case.inputs:
         read.append(-case.inputs["projected"].z.nbytes)  # the norm's gate, which comes later
     sizes = {name: x.numel() for name, x in case.wanted.items()}

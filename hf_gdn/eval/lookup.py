@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import PromptLookupCandidateGenerator
+
+from ..upstream import seams
 
 # By name, what stands behind the prompt's tokens: a quarter of them said four times, which a model goes on with; the
 # text as it is; ids drawn at random; the text, with random drafts in place of those that lookup finds.
@@ -28,14 +29,15 @@ def prompt(kind: str, text: Tensor, vocabulary: int) -> Tensor:
 @contextlib.contextmanager
 def random_drafts(vocabulary: int) -> Iterator[None]:
     """What prompt lookup finds is replaced with ids drawn at random, which the model all but never accepts."""
-    original = PromptLookupCandidateGenerator.get_candidates
+    cls = seams.prompt_lookup_class()
+    original = cls.get_candidates
 
     def get_candidates(self: Any, input_ids: Tensor, **_: Any) -> Any:
         draft = torch.randint(vocabulary, (1, self.num_output_tokens), device=input_ids.device)
         return torch.cat((input_ids, draft), 1), None
 
-    PromptLookupCandidateGenerator.get_candidates = get_candidates  # type: ignore[method-assign]
+    cls.get_candidates = get_candidates
     try:
         yield
     finally:
-        PromptLookupCandidateGenerator.get_candidates = original  # type: ignore[method-assign]
+        cls.get_candidates = original

@@ -85,6 +85,10 @@ NAMES = {
 }
 
 
+def _commas(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
+
+
 def plan(options: SpeedOptions, device: torch.device) -> list[Cell]:
     """The cells, with the device's defaults. Raises UserError for values that cannot be used."""
     unknown = [name for name in options.variants if name not in NAMES]
@@ -96,10 +100,13 @@ def plan(options: SpeedOptions, device: torch.device) -> list[Cell]:
     batch = options.batch or ((1, 8) if fast else (1, 4))
     prompt = options.prompt or ((512, 4096) if fast else (128, 512))
     new_tokens = options.new_tokens or (128 if fast else 64)
-    if min(*batch, *prompt, options.rounds, options.draft_tokens) < 1 or new_tokens < 2:
-        raise UserError("--batch, --prompt and --rounds must be at least 1, --new-tokens at least 2")
+    if options.draft_tokens < 1:
+        raise UserError(f"--draft-tokens must be at least 1, got {options.draft_tokens}")
+    if min(*batch, *prompt, options.rounds) < 1 or new_tokens < 2:
+        given = f"{_commas(batch)}; {_commas(prompt)}; {options.rounds}; {new_tokens}"
+        raise UserError(f"--batch, --prompt and --rounds must be at least 1, --new-tokens at least 2, got {given}")
     if "lookup" in options.variants and 1 not in batch:
-        raise UserError(f"--variant lookup generates one sequence at a time; --batch is {','.join(map(str, batch))}")
+        raise UserError(f"--variant lookup generates one sequence at a time; --batch is {_commas(batch)}")
     names = [name for given in options.variants for name in NAMES[given]]
     return [
         Cell(b, p, new_tokens, name)

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import registry
 from ..kernels.contract import DeltaRuleInputs, state_dtype
 from ..registry import Kernel
+from ..upstream.tensors import tree_map_only
 
 Call = dict[str, Any]
 Results = dict[str, Tensor]
@@ -50,14 +51,8 @@ SIGNATURES = {
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """`value` with every tensor in it, in dicts and named tuples too, replaced by what `function` makes of it."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {name: mapped(function, x) for name, x in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(function, x) for x in value))
-    return value
+    """`value` with every tensor in it, in dicts and tuples too, replaced by what `function` makes of it."""
+    return tree_map_only(Tensor, function, value)
 
 
 def tensors(value: Any) -> list[Tensor]:

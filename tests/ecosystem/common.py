@@ -28,16 +28,16 @@ def counting() -> Iterator[list]:
     classes = {c for c in classes if not getattr(c.project, "__isabstractmethod__", False)}
     originals = {c: c.project for c in classes}
 
-    def counted(projected):
-        return lambda self, layer, x: calls.append(layer) or projected(self, layer, x)
+    def counted(project):
+        return lambda self, layer, x: calls.append(layer) or project(self, layer, x)
 
-    for c, projected in originals.items():
-        c.project = counted(projected)
+    for c, project in originals.items():
+        c.project = counted(project)
     try:
         yield calls
     finally:
-        for c, projected in originals.items():
-            c.project = projected
+        for c, project in originals.items():
+            c.project = project
 
 
 def runs_ours(model, ids) -> bool:

@@ -244,12 +244,12 @@ def test_a_later_layer_that_raises_leaves_each_layer_whole(rule, error, monkeypa
         model(ids[:, :12], **tiny.given(cache))
         done = copy.deepcopy(cache)
         model(ids[:, 12:], **tiny.given(done))
-        before, projected = [held(cache, n) for n in range(3)], type(family).project
+        before, project = [held(cache, n) for n in range(3)], type(family).project
 
         def second_fails(self, layer, x):
             if layer is tiny.mixer(model, 1):
                 raise error("injected")
-            return projected(self, layer, x)
+            return project(self, layer, x)
 
         monkeypatch.setattr(type(family), "project", second_fails)
         with pytest.raises(error, match="injected"):

@@ -223,13 +223,13 @@ def test_models_dispatched_by_accelerate(family, how, when):
 def runs_ours(model, ids) -> bool:
     """Whether a forward goes through the mixer."""
     family = next(family for family in FAMILIES.values() if family.class_name == type(tiny.mixer(model)).__name__)
-    calls, projected = [], type(family).project
-    type(family).project = lambda self, layer, x: calls.append(1) or projected(self, layer, x)
+    calls, project = [], type(family).project
+    type(family).project = lambda self, layer, x: calls.append(1) or project(self, layer, x)
     try:
         with torch.no_grad():
             model(ids)
     finally:
-        type(family).project = projected
+        type(family).project = project
     return bool(calls)
 
 

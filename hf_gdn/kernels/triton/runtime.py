@@ -74,9 +74,11 @@ def strides(letters: str = "bth", /, **tensors: torch.Tensor) -> dict[str, int]:
 @functools.cache
 def missing_build_tool() -> str | None:
     """What Triton lacks to build its launchers, C modules that are compiled at a first launch; None if nothing."""
-    compiler = os.environ.get("CC") or "gcc or clang"
-    if not any(shutil.which(name.split()[0]) for name in compiler.split(" or ")):
-        return f"needs a C compiler for Triton's launchers; {compiler} is not on PATH (CC names another one)"
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if not any(shutil.which(name) for name in compilers):
+        return (
+            f"needs a C compiler for Triton's launchers; {' or '.join(compilers)} is not on PATH (CC names another one)"
+        )
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
     headers = Path(sysconfig.get_paths(scheme)["include"])
     if not (headers / "Python.h").is_file():
@@ -92,8 +94,9 @@ def why_not(request: Request) -> str | None:
         return "needs the triton package, which is not installed"
     if request.device_type != "cuda" and not INTERPRET:
         return f"needs a CUDA device; the tensors are on {request.device_type}"
-    if not INTERPRET and missing_build_tool() is not None:
-        return missing_build_tool()
+    missing = None if INTERPRET else missing_build_tool()
+    if missing is not None:
+        return missing
     if request.dtype not in DTYPES:
         return f"serves float16, bfloat16 and float32; the tensors are {str(request.dtype).removeprefix('torch.')}"
     if max(request.head_k_dim, request.head_v_dim) > MAX_HEAD_DIM:
