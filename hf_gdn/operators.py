@@ -6,8 +6,9 @@ that are not compiled call kernels directly.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from . import registry
 from .kernels.contract import DeltaRuleInputs, LayerSpec, Projections, Weights, state_dtype
 from .once import read_once
+
+T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------------------------------- checks
 
@@ -87,9 +90,34 @@ def check_bounds(cu_seqlens: Tensor, length: int) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- operators
 
+
+def run_or_fall_back(
+    kernel: registry.Kernel, asked: str, q: Tensor, value_heads: Sequence[int], call: Callable[[registry.Kernel], T]
+) -> T:
+    """``call(kernel)``, or the same of the next kernel if this one cannot be launched.
+
+    Kernels that update states in place raise such errors before they write.
+
+    Args:
+        kernel: the kernel.
+        asked: the backend that the caller asked for; if it is a name, the error is raised.
+        q: ``[B, T, HK, K]``.
+        value_heads: HV and V.
+        call: calls a kernel.
+    """
+    while kernel.checked:
+        try:
+            return call(kernel)
+        except Exception as error:
+            dims = q.shape[2], value_heads[0], q.shape[3], value_heads[1]
+            request = registry.Request(kernel.op, q.device.type, q.dtype, *dims)
+            kernel = registry.after_failure(kernel, request, error, asked)
+    return call(kernel)
+
+
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor{state} initial_state, Tensor? cu_seqlens, "
-    "float scale, bool qk_l2norm, str backend) -> {result}"
+    "float scale, bool qk_l2norm, float beta_max, str backend) -> {result}"
 )
 
 
@@ -100,25 +128,19 @@ def dims_of(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
 def _define(op: str, inplace: bool) -> Any:
     """Define the operator of `op`. The in-place variant updates initial_state and returns only o."""
 
-    def run(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, backend):
+    def run(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, beta_max, backend):
         if cu_seqlens is not None:
             check_bounds(cu_seqlens, q.shape[1])
-        kernel = registry.resolve_cached(op, q.device.type, q.dtype, dims_of(q, v), backend, False)
-        o, state = kernel.fn(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            scale=scale,
-            initial_state=initial_state,
-            cu_seqlens=cu_seqlens,
-            qk_l2norm=qk_l2norm,
-            **({"inplace": True} if inplace else {}),
+        options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm)
+        if inplace:
+            options["inplace"] = True
+        kernel = registry.resolve_cached(op, q.device.type, q.dtype, dims_of(q, v), backend, False, beta_max)
+        o, state = run_or_fall_back(
+            kernel, backend, q, v.shape[2:], lambda kernel: kernel.fn(q, k, v, g, beta, **options)
         )
         return o if inplace else (o, state)
 
-    def fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, backend):
+    def fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, beta_max, backend):
         o = v.new_empty(v.shape)
         if inplace:
             return o
@@ -151,28 +173,21 @@ def call_delta_rule(
     cu_seqlens: Tensor | None,
     qk_l2norm: bool,
     inplace: bool = False,
+    asked: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Call a delta-rule kernel: directly, or as an operator if torch.compile cannot trace it.
 
-    Inputs are not checked (see `check`). Returns ``(o, final_state)``.
+    Inputs are not checked (see `check`). `asked` is the backend that the user asked for, in all functions here. Returns
+    ``(o, final_state)``.
     """
     if torch.compiler.is_compiling() and (not kernel.traceable or cu_seqlens is not None):
         table = INPLACE_OPERATORS if inplace else OPERATORS
-        result = table[kernel.op](q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, kernel.backend)
+        result = table[kernel.op](q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, 1.0, kernel.backend)
         return (result, initial_state) if inplace else result  # type: ignore[return-value]
-    options: dict[str, Any] = {"inplace": True} if inplace else {}
-    return kernel.fn(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale=scale,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        qk_l2norm=qk_l2norm,
-        **options,
-    )
+    options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm)
+    if inplace:
+        options["inplace"] = True
+    return run_or_fall_back(kernel, asked, q, v.shape[2:], lambda kernel: kernel.fn(q, k, v, g, beta, **options))
 
 
 _STEP_SCHEMA = (
@@ -188,7 +203,8 @@ def _define_step(op: str) -> Any:
     def run(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, norm, conv_state, state, *rest):
         *spec, backend = rest
         projected, weights = Projections(q, k, v, a, b, z), Weights(conv, conv_bias, A_log, dt_bias, norm)
-        return registry.get(op, backend).fn(projected, weights, LayerSpec(*spec), conv_state, state)
+        kernel = registry.get(op, backend)
+        return call_step(kernel, projected, weights, LayerSpec(*spec), conv_state, state)
 
     def fake(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, norm, conv_state, state, *rest):
         return v.new_empty((*v.shape[:2], v.shape[2] * v.shape[3], v.shape[4]))
@@ -208,11 +224,18 @@ def call_step(
     spec: LayerSpec,
     conv_state: Tensor,
     state: Tensor,
+    asked: str = "auto",
 ) -> Tensor:
     """Call a step kernel: directly, or as an operator if torch.compile cannot trace it."""
     if torch.compiler.is_compiling() and not kernel.traceable:
         return STEP_OPERATORS[kernel.op](*projected[:6], *weights, conv_state, state, *spec, kernel.backend)
-    return kernel.fn(projected, weights, spec, conv_state, state)
+    return run_or_fall_back(
+        kernel,
+        asked,
+        projected.q,
+        (state.shape[1], state.shape[3]),
+        lambda kernel: kernel.fn(projected, weights, spec, conv_state, state),
+    )
 
 
 _PROLOGUE_SCHEMA = (
@@ -229,15 +252,8 @@ def _define_prologue(op: str) -> Any:
     def run(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, *rest):
         *spec, conv_state, keep, cu_seqlens, lengths, backend = rest
         projected, weights = Projections(q, k, v, a, b, z), Weights(conv, conv_bias, A_log, dt_bias, None)
-        made = registry.get(op, backend).fn(
-            projected,
-            weights,
-            LayerSpec(*spec),
-            conv_state=conv_state,
-            keep=keep,
-            cu_seqlens=cu_seqlens,
-            lengths=lengths,
-        )
+        options = dict(conv_state=conv_state, keep=keep, cu_seqlens=cu_seqlens, lengths=lengths)
+        made = call_prologue(registry.get(op, backend), projected, weights, LayerSpec(*spec), **options)
         return *(x.contiguous() for x in made[:5]), q.new_empty(0) if made.conv_state is None else made.conv_state
 
     def fake(q, k, v, a, b, z, conv, *rest):
@@ -270,6 +286,7 @@ def call_prologue(
     keep: int,
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
+    asked: str = "auto",
 ) -> DeltaRuleInputs:
     """Call a prologue kernel: directly, or as an operator if torch.compile cannot trace it."""
     if torch.compiler.is_compiling() and not kernel.traceable:
@@ -277,22 +294,28 @@ def call_prologue(
             *projected[:6], *weights[:4], *spec[:3], conv_state, keep, cu_seqlens, lengths, kernel.backend
         )
         return DeltaRuleInputs(q, k, v, g, beta, recent if keep else None)
-    return kernel.fn(projected, weights, spec, conv_state=conv_state, keep=keep, cu_seqlens=cu_seqlens, lengths=lengths)
+    options = dict(conv_state=conv_state, keep=keep, cu_seqlens=cu_seqlens, lengths=lengths)
+    heads = projected.v.shape[2] * projected.v.shape[3], projected.v.shape[4]
+    return run_or_fall_back(
+        kernel, asked, projected.q, heads, lambda kernel: kernel.fn(projected, weights, spec, **options)
+    )
 
 
 def _gated_norm(
     o: Tensor, z: Tensor, weight: Tensor, gate: str, norm_in_fp32: bool, eps: float, backend: str
 ) -> Tensor:
     spec = LayerSpec(gate=gate, norm_in_fp32=norm_in_fp32, eps=eps)
-    return registry.get("gated_norm", backend).fn(o, z, weight, spec)
+    return call_norm(registry.get("gated_norm", backend), o, z, weight, spec)
 
 
 NORM_OPERATOR = torch.library.custom_op("hf_gdn::gated_norm", _gated_norm, mutates_args=())
 NORM_OPERATOR.register_fake(lambda o, *_: torch.empty_like(o))
 
 
-def call_norm(kernel: registry.Kernel, o: Tensor, z: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
+def call_norm(
+    kernel: registry.Kernel, o: Tensor, z: Tensor, weight: Tensor, spec: LayerSpec, asked: str = "auto"
+) -> Tensor:
     """Call a gated-norm kernel: directly, or as an operator if torch.compile cannot trace it."""
     if torch.compiler.is_compiling() and not kernel.traceable:
         return NORM_OPERATOR(o, z, weight, *spec[4:], kernel.backend)
-    return kernel.fn(o, z, weight, spec)
+    return run_or_fall_back(kernel, asked, o, o.shape[2:], lambda kernel: kernel.fn(o, z, weight, spec))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import registry
 from .kernels.contract import state_dtype
-from .operators import OPERATORS, check, check_bounds, dims_of, shape_of
+from .operators import OPERATORS, check, check_bounds, dims_of, run_or_fall_back, shape_of
 
 __all__ = ["chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_gated_delta_rule", "fused_recurrent_kda"]
 
@@ -112,17 +112,19 @@ def _call(
     q, k, v, g, beta = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, g, beta))
     if initial_state is not None:
         initial_state = initial_state.to(dtype).contiguous()
+    beta_max = 2.0 if activations.allow_neg_eigval else 1.0
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     tensors = (q, k, v, g, beta, initial_state)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         if cu_seqlens is not None:
             check_bounds(cu_seqlens, q.shape[1])
-        kernel = registry.resolve_cached(op, q.device.type, q.dtype, dims_of(q, v), backend, True)
-        o, state = kernel.fn(
-            q, k, v, g, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm
+        kernel = registry.resolve_cached(op, q.device.type, q.dtype, dims_of(q, v), backend, True, beta_max)
+        options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm)
+        o, state = run_or_fall_back(
+            kernel, backend, q, v.shape[2:], lambda kernel: kernel.fn(q, k, v, g, beta, **options)
         )
     else:
-        o, state = OPERATORS[op](q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, backend)
+        o, state = OPERATORS[op](q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, beta_max, backend)
     return o, state if output_final_state else None
 
 

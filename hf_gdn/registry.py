@@ -29,6 +29,8 @@ DEFAULT_BACKEND = os.environ.get("HF_GDN_BACKEND") or "auto"
 _ORDER = ("triton", "fla", "eager")
 _BUILTIN = "hf_gdn.kernels"  # has one folder per backend; all modules in these folders are imported
 
+Dims = tuple[int, int, int, int]  # HK, HV, K and V
+
 
 @dataclass(frozen=True)
 class Request:
@@ -40,6 +42,7 @@ class Request:
         dtype: dtype of q, k and v.
         num_k_heads, num_v_heads: heads of q/k and of v, gates and state.
         head_k_dim, head_v_dim: K and V.
+        beta_max: the largest beta that the caller's model can compute.
     """
 
     op: str
@@ -49,6 +52,7 @@ class Request:
     num_v_heads: int
     head_k_dim: int
     head_v_dim: int
+    beta_max: float = 1.0
 
     @classmethod
     def of(cls, op: str, q: torch.Tensor, v: torch.Tensor) -> Request:
@@ -84,6 +88,8 @@ class Kernel:
         differentiable: whether gradients flow through `fn`. If not, calls that need gradients run on the eager backend.
         traceable: whether `fn` is plain PyTorch that torch.compile may trace. If not, compiled code calls it as an
             opaque operator.
+        checked: whether the results of `fn` are compared with the oracle before the first use, once for every model of
+            device (`hf_gdn.verification`): for kernels that a compiler makes for the device.
         max_tokens: for recurrent kernels, the largest number of tokens for which it is preferred to the chunk kernel.
     """
 
@@ -93,6 +99,7 @@ class Kernel:
     why_not: Callable[[Request], str | None]
     differentiable: bool = False
     traceable: bool = False
+    checked: bool = False
     max_tokens: int = 16
 
 
@@ -100,7 +107,7 @@ _ops: dict[str, Op] = {}
 _kernels: dict[str, list[Kernel]] = {}
 _table: dict[tuple[str, str], Kernel] = {}  # by op and backend
 generation = 0  # incremented when a kernel is added or removed; cached choices of an older generation are invalid
-_chosen: dict[tuple, str] = {}  # cache of `resolve_cached`: backend by request
+_chosen: dict[tuple, str | None] = {}  # cache of `resolve_cached` and `companion`: backend by request
 _waiting: list[tuple[Kernel, str | None]] = []  # registered before the built-in kernels were loaded
 _loaded = False
 _lock = threading.RLock()
@@ -240,6 +247,16 @@ def get_or_none(op: str, backend: str) -> Kernel | None:
     return _table.get((op, backend))
 
 
+def why_not(kernel: Kernel, request: Request) -> str | None:
+    """Why a kernel does not serve a request: its own reason, or that its results were wrong on this device."""
+    sentence = kernel.why_not(request)
+    if sentence is None and (kernel.checked):
+        from . import verification  # which needs the registry
+
+        sentence = verification.why_not(kernel, request)
+    return sentence
+
+
 def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False) -> Kernel:
     """Choose the kernel that serves a request.
 
@@ -247,7 +264,8 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
         request: the call to serve.
         backend: ``"auto"`` takes the first kernel that serves the request, in the order of `kernels`, and warns once
             if an earlier one refused. A named backend serves the request or raises an error.
-        needs_grad: whether gradients are needed. If the chosen kernel has no backward, the eager one is returned.
+        needs_grad: whether gradients are needed. ``"auto"`` then takes the first kernel that has a backward; for a
+            named backend that has none, the eager kernel is returned.
 
     Raises:
         ValueError: unknown op or backend.
@@ -257,7 +275,10 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
     if backend == "auto":
         refusals = []
         for kernel in kernels(request.op):
-            sentence = kernel.why_not(request)
+            if needs_grad and not kernel.differentiable:
+                logger.info("%s: %s has no backward, gradients go through another backend", kernel.op, kernel.backend)
+                continue
+            sentence = why_not(kernel, request)
             if sentence is None:
                 break
             refusals.append(f"{kernel.backend} {sentence}")
@@ -267,7 +288,7 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
             warn_once(f"hf_gdn runs on the {kernel.backend} backend: {'; '.join(refusals)}")
     else:
         kernel = get(request.op, backend)
-        sentence = kernel.why_not(request)
+        sentence = why_not(kernel, request)
         if sentence is not None:
             raise BackendError(f"backend {backend!r} cannot serve {request.op}: {sentence}")
     if needs_grad and not kernel.differentiable:
@@ -278,18 +299,66 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
 
 @torch.compiler.assume_constant_result
 def _resolved_backend(
-    op: str, device_type: str, dtype: torch.dtype, dims: tuple[int, int, int, int], backend: str, needs_grad: bool
+    op: str, device_type: str, dtype: torch.dtype, dims: Dims, beta_max: float, backend: str, needs_grad: bool
 ) -> str:
-    key = (op, device_type, dtype, dims, backend, needs_grad)
+    key = (op, device_type, dtype, dims, beta_max, backend, needs_grad)
     chosen = _chosen.get(key)
     if chosen is None:
-        kernel = resolve(Request(op, device_type, dtype, *dims), backend, needs_grad=needs_grad)
+        kernel = resolve(Request(op, device_type, dtype, *dims, beta_max), backend, needs_grad=needs_grad)
         chosen = _chosen[key] = kernel.backend
     return chosen
 
 
 def resolve_cached(
-    op: str, device_type: str, dtype: torch.dtype, dims: tuple[int, int, int, int], backend: str, needs_grad: bool
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    dims: Dims,
+    backend: str,
+    needs_grad: bool = False,
+    beta_max: float = 1.0,
 ) -> Kernel:
     """Cached `resolve` for hot paths and traced functions. `dims` are HK, HV, K and V."""
-    return _table[op, _resolved_backend(op, device_type, dtype, dims, backend, needs_grad)]
+    return _table[op, _resolved_backend(op, device_type, dtype, dims, beta_max, backend, needs_grad)]
+
+
+def after_failure(kernel: Kernel, request: Request, error: Exception, backend: str) -> Kernel:
+    """The kernel that serves a call whose launch has failed; the failed one is refused for such calls from now on.
+
+    Args:
+        kernel, request: the kernel and the call.
+        error: what it raised. It is raised again unless nothing has run on the device and the device still works.
+        backend: the backend that was asked for.
+
+    Raises:
+        BackendError: the backend was asked for by name.
+    """
+    from . import verification
+    from .upstream.device_errors import is_launch_failure
+
+    if not kernel.checked or not is_launch_failure(error):
+        raise error
+    verification.refuse(kernel, request, error)
+    _changed()
+    backend = DEFAULT_BACKEND if backend == "auto" else backend
+    if backend != "auto":
+        raise BackendError(f"backend {backend!r} cannot serve {kernel.op}: {why_not(kernel, request)}") from error
+    return resolve(request)
+
+
+@torch.compiler.assume_constant_result
+def _companion_backend(op: str, device_type: str, dtype: torch.dtype, dims: Dims, backend: str) -> str | None:
+    key = (op, device_type, dtype, dims, None, backend, False)
+    if key not in _chosen:
+        kernel = get_or_none(op, backend)
+        sentence = None if kernel is None else why_not(kernel, Request(op, device_type, dtype, *dims))
+        if sentence is not None:
+            warn_once(f"hf_gdn runs {op} on the eager backend: {backend} {sentence}")
+        _chosen[key] = None if kernel is None or sentence is not None else backend
+    return _chosen[key]
+
+
+def companion(op: str, device_type: str, dtype: torch.dtype, dims: Dims, backend: str) -> Kernel | None:
+    """Cached: the kernel of `op` on the backend that serves a layer's delta rule; None if it has none that serves."""
+    found = _companion_backend(op, device_type, dtype, dims, backend)
+    return None if found is None else _table[op, found]

@@ -24,7 +24,7 @@ GROUPS = {
     "stream": (ModelOptions, TextOptions, StreamOptions, DeviceOptions, OutputOptions),
     "chat": (ChatOptions, DeviceOptions),
     "compare": (),
-    "env": (),
+    "doctor": (DeviceOptions,),
 }
 
 
@@ -132,9 +132,9 @@ from hf_gdn import caches, ops
 @pytest.mark.parametrize(
     ("package", "arguments"),
     [
-        ("typer", ["env"]),
-        ("rich", ["env"]),
-        ("psutil", ["env"]),
+        ("typer", ["doctor"]),
+        ("rich", ["doctor"]),
+        ("psutil", ["doctor"]),
         ("rich", ["compare", "a.json", "b.json"]),
         ("jinja2", ["report"]),
         ("matplotlib", ["kernels"]),

@@ -13,12 +13,8 @@ from typing import Any
 
 import psutil
 import torch
-from rich.table import Table
 
-from .. import registry
-from ..loading.shapes import LARGE, SHAPES
-from ..patches import original_forward, status
-from . import terminal
+from ..patches import original_forward
 
 PACKAGES = (
     "hf-gdn",
@@ -115,18 +111,3 @@ def baseline(families: list[str]) -> dict[str, str]:
         names = [name for name in forward.__code__.co_names if "conv1d_" in name or "delta_" in name]
         found |= {name: implementation(forward.__globals__[name]) for name in names if name in forward.__globals__}
     return found
-
-
-def show() -> None:
-    """Print every op and backend with "serves" or its refusal, and the versions."""
-    table = Table("op", "backend", "device", "verdict", title="hf_gdn backends")
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for kernel in registry.kernels():
-        for device in devices:
-            request = SHAPES[LARGE[0]].request(kernel.op, torch.device(device), torch.float32)
-            table.add_row(kernel.op, kernel.backend, device, kernel.why_not(request) or "serves")
-    out = terminal.console()
-    out.print(table)
-    for name, version in versions().items():
-        out.print(f"{name} {version}", highlight=False)
-    out.print(str(status()), highlight=False)

@@ -1,4 +1,4 @@
-"""One linear-attention layer of a model by name, at full width with random weights."""
+"""Linear-attention layers of models by name: one at full width with random weights, or only its dimensions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,24 @@ from torch import nn
 
 from ..errors import UserError
 from ..patches import all_families
+from ..patches.families.base import Dims, Family
 from ..upstream.seams import layer_class
 from .models import Source, read_config
 from .shapes import CONFIGS, SHAPES, embedded
+
+
+def default_config(family: str) -> Any:
+    """The config of a family with the defaults of transformers' config class."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(family)
+
+
+def dims_of_config(family: Family, config: Any) -> Dims:
+    """Heads and dimensions of the layers of a text model, from its config. Allocates nothing."""
+    cls = layer_class(family.module, family.class_name)
+    with torch.device("meta"):
+        return family.dims(cls(config, list(config.layer_types).index("linear_attention")))
 
 
 def make_layer(name: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Any]:
@@ -29,9 +44,7 @@ def make_layer(name: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.
     if name in CONFIGS or name in embedded():
         config = read_config(Source(name, random=True))
     else:
-        from transformers import AutoConfig
-
-        config = AutoConfig.for_model(shape.model_type)
+        config = default_config(shape.model_type)
     config = config.get_text_config()
     torch.manual_seed(0)
     layer = cls(config, config.layer_types.index("linear_attention"))

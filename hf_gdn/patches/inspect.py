@@ -139,8 +139,11 @@ def layer_kernels(model: torch.nn.Module) -> dict[str, str]:
 
 def _kernels(layer: Any, change: FamilyPatch) -> str:
     weight, dims = layer.conv1d.weight, change.family.dims(layer)
-    request = (weight.device.type, weight.dtype, (*dims,), change.settings.backend, False)
-    chunk, recurrent, step = (f"{kind}_{change.family.variant}" for kind in ("chunk", "recurrent", "step"))
-    decode = registry.resolve_cached(recurrent, *request).backend
-    op = recurrent if registry.get_or_none(step, decode) is None else step
-    return f"{chunk}: {registry.resolve_cached(chunk, *request).backend}, {op}: {decode}"
+    kind, backend = (weight.device.type, weight.dtype, (*dims,)), change.settings.backend
+    chunk, recurrent, step = (f"{name}_{change.family.variant}" for name in ("chunk", "recurrent", "step"))
+    beta_max = change.family.spec(layer).beta_scale
+    prefill, decode = (
+        registry.resolve_cached(op, *kind, backend, False, beta_max).backend for op in (chunk, recurrent)
+    )
+    op = recurrent if registry.companion(step, *kind, decode) is None else step
+    return f"{chunk}: {prefill}, {op}: {decode}"

@@ -72,7 +72,8 @@ def mix(
         _check_cache(call, plan, projected.q, weights, batch if cu_seqlens is None else len(cu_seqlens) - 1)
         step = step_kernel(plan, length, states) if cu_seqlens is None and real is None else None
         if step is not None:
-            return call_step(step, projected, weights, plan.spec, states.conv_states[0], state).flatten(2)
+            conv_state, asked = states.conv_states[0], plan.asked
+            return call_step(step, projected, weights, plan.spec, conv_state, state, asked).flatten(2)
     kernel, prologue, norm = plan.route(length)
     conv_state, keep = None, 0
     if states is not None:
@@ -87,6 +88,7 @@ def mix(
         keep=keep,
         cu_seqlens=cu_seqlens,
         lengths=None if real is None else real.sum(1),
+        asked=plan.asked,
     )
     inplace = kernel is plan.few.delta_rule and state is not None and not plan.needs_grad and state.is_contiguous()
     o, final = call_delta_rule(
@@ -97,13 +99,14 @@ def mix(
         cu_seqlens=cu_seqlens,
         qk_l2norm=False,
         inplace=inplace,
+        asked=plan.asked,
     )
     if recent is not None:
         _store(call, recent, None if inplace else final)
     if norm is None or weights.norm is None:
         module, z = getattr(call.layer, call.family.norm_name), projected.z.reshape(o.shape)
         return module(o.flatten(0, -2), z.flatten(0, -2)).view(batch, length, -1)
-    return call_norm(norm, o, projected.z, weights.norm, plan.spec).flatten(2)
+    return call_norm(norm, o, projected.z, weights.norm, plan.spec, plan.asked).flatten(2)
 
 
 def step_kernel(plan: KernelPlan, length: int, states: Any) -> Kernel | None:

@@ -40,6 +40,7 @@ class KernelPlan:
     Attributes:
         dims, spec: dimensions and options of the layer.
         needs_grad: whether gradients are needed.
+        asked: the backend that the user asked for.
         few: the route for a few tokens, with the recurrent kernel.
         step: the kernel that does everything between the projections for the next few tokens of a cache; None if its
             backend has none that serves the layer.
@@ -50,16 +51,17 @@ class KernelPlan:
     ) -> None:
         self.dims: Dims = family.dims(layer)
         self.spec: LayerSpec = family.spec(layer)
-        self.needs_grad = grad
+        self.needs_grad, self.asked = grad, settings.backend
         self._variant, self._gate_known = family.variant, isinstance(self.spec.gate, str)
         self._has_norm = weights.norm is not None
         # Whether every backend's kernels support this convolution and these gates.
         self._plain = self.spec.activation == "silu" and projected.a is not None and weights.conv.shape[1] <= MAX_WIDTH
-        self._request = projected.q.device.type, projected.q.dtype, (*self.dims,), settings.backend, grad
+        self._kind = projected.q.device.type, projected.q.dtype, (*self.dims,)
+        self._request = *self._kind, settings.backend, grad, self.spec.beta_scale
         self.few = self._route("recurrent")
         self._many: Route | None = None
         serves = self._plain and self._has_norm and self._gate_known and not grad
-        self.step = registry.get_or_none(f"step_{self._variant}", self.few.delta_rule.backend) if serves else None
+        self.step = self._companion(f"step_{self._variant}", self.few.delta_rule) if serves else None
 
     def route(self, tokens: int) -> Route:
         """The kernels for a call with this number of tokens."""
@@ -71,16 +73,21 @@ class KernelPlan:
 
     def _route(self, kind: str) -> Route:
         kernel = registry.resolve_cached(f"{kind}_{self._variant}", *self._request)
-        prologue = _same_backend_or_eager(kernel, f"prologue_{self._variant}", self._plain)
-        norm = _same_backend_or_eager(kernel, "gated_norm", self._gate_known) if self._has_norm else None
+        prologue = self._companion_or_eager(f"prologue_{self._variant}", kernel, self._plain)
+        norm = self._companion_or_eager("gated_norm", kernel, self._gate_known) if self._has_norm else None
         return Route(kernel, prologue, norm)
 
+    def _companion(self, op: str, kernel: Kernel) -> Kernel | None:
+        """The kernel for `op` of the same backend as `kernel`; None if it has none that serves."""
+        device_type, dtype, dims = self._kind
+        if op == "gated_norm":
+            dims = (dims[1], dims[1], dims[3], dims[3])  # a norm does not depend on the keys
+        return registry.companion(op, device_type, dtype, dims, kernel.backend)
 
-def _same_backend_or_eager(kernel: Kernel, op: str, serves: bool) -> Kernel:
-    """The same backend's kernel for `op`, or eager's if it has none or `serves` is false."""
-    found = (registry.get_or_none(op, kernel.backend) if serves else None) or registry.get_or_none(op, "eager")
-    assert found is not None
-    return found
+    def _companion_or_eager(self, op: str, kernel: Kernel, serves: bool) -> Kernel:
+        found = (self._companion(op, kernel) if serves else None) or registry.get_or_none(op, "eager")
+        assert found is not None
+        return found
 
 
 class Plans:

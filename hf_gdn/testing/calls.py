@@ -109,8 +109,8 @@ def tokens(op: str, call: Call, part: slice) -> Call:
     return {n: mapped(lambda x: x[:, part], x) if n in SIGNATURES[op].per_token else x for n, x in call.items()}
 
 
-def rows(op: str, call: Call, part: slice) -> Call:
-    """The call on some of its rows."""
+def rows(op: str, call: Call, part: slice | Tensor) -> Call:
+    """The call on some of its rows, by a slice or by their numbers."""
     of_rows = (*SIGNATURES[op].per_token, *SIGNATURES[op].carried)
     return {name: mapped(lambda x: x[part], x) if name in of_rows else x for name, x in call.items()}
 

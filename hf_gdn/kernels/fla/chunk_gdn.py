@@ -7,6 +7,11 @@ from .runtime import adapt, why_not
 
 register(
     Kernel(
-        "chunk_gdn", "fla", adapt("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"), why_not, differentiable=True
+        "chunk_gdn",
+        "fla",
+        adapt("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+        why_not,
+        differentiable=True,
+        checked=True,
     )
 )

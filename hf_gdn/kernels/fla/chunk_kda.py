@@ -5,4 +5,4 @@ from __future__ import annotations
 from ...registry import Kernel, register
 from .runtime import adapt, why_not
 
-register(Kernel("chunk_kda", "fla", adapt("fla.ops.kda", "chunk_kda"), why_not, differentiable=True))
+register(Kernel("chunk_kda", "fla", adapt("fla.ops.kda", "chunk_kda"), why_not, differentiable=True, checked=True))

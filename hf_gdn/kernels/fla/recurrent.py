@@ -9,4 +9,4 @@ for _op, _module, _name in (
     ("recurrent_gdn", "fla.ops.gated_delta_rule", "fused_recurrent_gated_delta_rule"),
     ("recurrent_kda", "fla.ops.kda", "fused_recurrent_kda"),
 ):
-    register(Kernel(_op, "fla", adapt(_module, _name, recurrent=True), why_not))
+    register(Kernel(_op, "fla", adapt(_module, _name, recurrent=True), why_not, checked=True))

@@ -20,7 +20,7 @@ from ...registry import Kernel, register
 from .chunk_gdn_prepare import HALF, PREPARE_CONFIGS, prepare_kernel
 from .chunks import CHUNK, chunks_of, padded
 from .math import dot, input_precision
-from .runtime import on_device, strides, tl, triton, why_not
+from .runtime import on_device, strides, tl, triton, why_not_chunk
 from .segmented_scan import load_state, locate_segment, scan, store_state
 from .triangular_inverse import OPERANDS
 
@@ -199,4 +199,4 @@ def chunk_gdn(
     return o, final_state
 
 
-register(Kernel("chunk_gdn", "triton", chunk_gdn, why_not))
+register(Kernel("chunk_gdn", "triton", chunk_gdn, why_not_chunk, checked=True))

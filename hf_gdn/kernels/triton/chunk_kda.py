@@ -22,7 +22,7 @@ from .chunk_kda_prepare import PREPARE_CONFIG, WIDEST, prepare_kernel
 from .chunk_kda_strong_decay import INVERSE_CONFIG, SCORES_CONFIG, inverse_kernel, scores_kernel
 from .chunks import CHUNK, chunks_of, padded
 from .math import dot, input_precision
-from .runtime import on_device, strides, tl, triton, why_not
+from .runtime import on_device, strides, tl, triton, why_not_chunk
 from .segmented_scan import load_state, locate_segment, scan, store_state
 from .triangular_inverse import OPERANDS
 
@@ -236,4 +236,4 @@ def chunk_kda(
     return o, final_state
 
 
-register(Kernel("chunk_kda", "triton", chunk_kda, why_not))
+register(Kernel("chunk_kda", "triton", chunk_kda, why_not_chunk, checked=True))

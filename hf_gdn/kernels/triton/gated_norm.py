@@ -69,7 +69,7 @@ def gated_norm(o: Tensor, z: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
     """RMS norm of o, gated by z, without gradients. All arithmetic is fp32, except where the model rounds.
 
     Args:
-        o: ``[B, T, HV, V]`` in fp16, bf16 or fp32, contiguous; V up to 256.
+        o: ``[B, T, HV, V]`` in fp16, bf16 or fp32; V up to 256. Copied if it is not contiguous.
         z: ``[B, T, HK, R, V]`` in o's dtype, R = HV / HK, contiguous in V.
         weight: ``[V]`` in any float dtype.
         spec: gate must be silu or sigmoid.
@@ -77,6 +77,7 @@ def gated_norm(o: Tensor, z: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
     Returns:
         ``[B, T, HV, V]`` in o's dtype, contiguous.
     """
+    o = o.contiguous()
     y = torch.empty_like(o)
     rows, (HV, V) = o.shape[:3].numel(), o.shape[2:]
     BV = triton.next_power_of_2(V)
@@ -105,4 +106,4 @@ def gated_norm(o: Tensor, z: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
     return y
 
 
-register(Kernel("gated_norm", "triton", gated_norm, why_not))
+register(Kernel("gated_norm", "triton", gated_norm, why_not, checked=True))

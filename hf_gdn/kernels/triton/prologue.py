@@ -357,5 +357,5 @@ def prologue(
     return made
 
 
-register(Kernel("prologue_gdn", "triton", prologue, why_not))
-register(Kernel("prologue_kda", "triton", prologue, why_not))
+register(Kernel("prologue_gdn", "triton", prologue, why_not, checked=True))
+register(Kernel("prologue_kda", "triton", prologue, why_not, checked=True))

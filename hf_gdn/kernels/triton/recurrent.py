@@ -225,5 +225,5 @@ def _layout(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)} with strides {x.stride()}"
 
 
-register(Kernel("recurrent_gdn", "triton", recurrent, why_not))
-register(Kernel("recurrent_kda", "triton", recurrent, why_not))
+register(Kernel("recurrent_gdn", "triton", recurrent, why_not, checked=True))
+register(Kernel("recurrent_kda", "triton", recurrent, why_not, checked=True))

@@ -102,3 +102,14 @@ def why_not(request: Request) -> str | None:
     if max(request.head_k_dim, request.head_v_dim) > MAX_HEAD_DIM:
         return f"serves head dimensions up to {MAX_HEAD_DIM}; K is {request.head_k_dim} and V is {request.head_v_dim}"
     return None
+
+
+def why_not_chunk(request: Request) -> str | None:
+    """The reason why the Triton chunk kernels refuse a request, or None.
+
+    A chunk's inverse grows like (beta - 1)^T where keys resemble each other. In 16 bits it then loses the result: for
+    keys within 5 % of each other and beta = 2, o is off by a third.
+    """
+    if request.beta_max > 1 and request.dtype in (torch.float16, torch.bfloat16):
+        return f"is inaccurate in 16 bits for beta up to {request.beta_max:g}, where keys resemble each other"
+    return why_not(request)

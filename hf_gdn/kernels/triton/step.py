@@ -322,5 +322,5 @@ def step(projected: Projections, weights: Weights, spec: LayerSpec, conv_state: 
     return o
 
 
-register(Kernel("step_gdn", "triton", step, why_not))
-register(Kernel("step_kda", "triton", step, why_not))
+register(Kernel("step_gdn", "triton", step, why_not, checked=True))
+register(Kernel("step_kda", "triton", step, why_not, checked=True))

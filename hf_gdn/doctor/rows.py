@@ -1,0 +1,95 @@
+"""What is examined: each op on each backend, in each dtype, for the heads and dimensions of models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .. import registry
+from ..errors import UserError
+from ..loading.layers import default_config, dims_of_config
+from ..loading.models import Source, read_config
+from ..patches import all_families
+from ..registry import Dims, Request
+from ..upstream import seams
+
+_KINDS = ("chunk", "recurrent", "step", "prologue")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel for one kind of call.
+
+    Attributes:
+        op, backend: the kernel.
+        dtype: of the model, without ``"torch."``.
+        dims: HK, HV, K and V.
+        models: families or models that have such layers.
+        device: where it runs.
+    """
+
+    op: str
+    backend: str
+    dtype: str
+    dims: Dims
+    models: tuple[str, ...]
+    device: str
+
+    @property
+    def request(self) -> Request:
+        """What the registry is asked for such a call."""
+        return Request(self.op, torch.device(self.device).type, getattr(torch, self.dtype), *self.dims)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, found: dict[str, Any]) -> Row:
+        return cls(**{**found, "dims": tuple(found["dims"]), "models": tuple(found["models"])})
+
+
+def shapes(models: Iterable[str] = ()) -> dict[tuple[str, Dims], tuple[str, ...]]:
+    """The models that have layers of a variant with these dimensions.
+
+    Args:
+        models: folders, hub names or names of embedded models; by default all families that transformers has here,
+            with the dimensions of its config classes.
+
+    Raises:
+        UserError: a model cannot be read or has no layers of a known family.
+    """
+    families = all_families()
+    if models:
+        configs = [(name, read_config(Source(name, random=True))) for name in models]
+    else:
+        here = [name for name, family in families.items() if seams.has_module(family.module)]
+        configs = [(name, default_config(name)) for name in here]
+    found: dict[tuple[str, Dims], tuple[str, ...]] = {}
+    for name, config in configs:
+        text = config.get_text_config()
+        family = next((f for f in families.values() if text.model_type in (f.name, f"{f.name}_text")), None)
+        if family is None:
+            raise UserError(f"--model {name} is a {text.model_type}; families: {', '.join(families)}")
+        k_heads, v_heads, k_dim, v_dim = dims_of_config(family, text)
+        key = family.variant, (k_heads, v_heads, k_dim, v_dim)
+        found[key] = (*found.get(key, ()), name)
+    return found
+
+
+def rows(models: Iterable[str], dtypes: Iterable[str], device: str) -> list[Row]:
+    """All rows, kernel by kernel. Raises UserError as `shapes`."""
+    wanted: dict[tuple[str, str, str, Dims], tuple[str, ...]] = {}
+    for (variant, dims), names in shapes(models).items():
+        norm_dims = (dims[1], dims[1], dims[3], dims[3])  # a norm does not depend on the keys
+        calls = [(f"{kind}_{variant}", dims) for kind in _KINDS] + [("gated_norm", norm_dims)]
+        for op, of_op in calls:
+            for kernel in registry.kernels(op):
+                for dtype in dtypes:
+                    key = op, kernel.backend, dtype, of_op
+                    wanted[key] = (*wanted.get(key, ()), *names)
+    order = {kernel: number for number, kernel in enumerate((k.op, k.backend) for k in registry.kernels())}
+    found = [Row(op, backend, dtype, dims, names, device) for (op, backend, dtype, dims), names in wanted.items()]
+    return sorted(found, key=lambda row: order[row.op, row.backend])

@@ -1,0 +1,33 @@
+"""What Triton's compiled kernels use of a device: private names of Triton 3.4 to 3.9."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+_PACKAGE = "hf_gdn.kernels.triton"
+
+
+def _compiled() -> Iterator[Any]:
+    """All kernels of this package that this process has compiled or loaded."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(_PACKAGE):
+            for function in vars(module).values():
+                for caches in getattr(function, "device_caches", {}).values():
+                    yield from caches[0].values()
+
+
+def usage() -> dict[str, int]:
+    """Registers a thread, spilled registers and bytes of shared memory a program: the largest of all kernels.
+
+    Empty where nothing was compiled, or this version of Triton does not tell.
+    """
+    found: dict[str, int] = {}
+    try:
+        for kernel in _compiled():
+            used = {"registers": kernel.n_regs, "spills": kernel.n_spills, "shared": kernel.metadata.shared}
+            found = {name: max(found.get(name, 0), int(used[name])) for name in used if used[name] is not None}
+    except (AttributeError, TypeError, KeyError, IndexError):
+        return {}
+    return found

@@ -1,0 +1,134 @@
+"""Compiled kernels prove themselves on the device before they serve.
+
+Compilers are known to make wrong code of kernels like these on some devices. So the first time that a compiled kernel
+is chosen for a kind of call (op, dtype, heads and dimensions), it is run on small inputs and compared with the float64
+oracle, on every model of device that the process sees. A kernel that is wrong, raises or does not compile is refused
+for that kind of call, with a sentence that says why, and the next backend serves. Verdicts are kept on disk.
+
+HF_GDN_VERIFY: ``1`` (the default) checks what has no verdict, ``always`` checks in every process, ``0`` never.
+
+- `proofs`: the calls.
+- `trial`: the comparison.
+- `verdicts`: the files.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import torch
+
+from ..errors import BackendError, reason
+from ..log import logger
+from ..registry import Kernel, Request
+from . import verdicts
+from .trial import Verdict, check
+
+__all__ = ["why_not", "refuse", "verdict_of", "forget", "MODES"]
+
+MODES = ("0", "1", "always")
+
+_known: dict[tuple[Any, ...], str | None] = {}  # by `_kind`: why a kernel is refused
+_lock = threading.RLock()
+
+
+def _mode() -> str:
+    mode = os.environ.get("HF_GDN_VERIFY") or "1"
+    if mode not in MODES:
+        raise ValueError(f"HF_GDN_VERIFY must be one of {', '.join(MODES)}, got {mode!r}")
+    return mode
+
+
+def _kind(kernel: Kernel, request: Request) -> tuple[Any, ...]:
+    heads = request.num_k_heads, request.num_v_heads, request.head_k_dim, request.head_v_dim
+    return kernel.fn, request.device_type, request.dtype, heads
+
+
+def why_not(kernel: Kernel, request: Request) -> str | None:
+    """Why a compiled kernel must not serve a request on this machine; None if it has proven itself.
+
+    Raises:
+        ValueError: HF_GDN_VERIFY has another value than those of `MODES`.
+        BackendError: the kernel was not checked before, and a CUDA graph is being captured.
+        RuntimeError: the kernel has left the device unusable for this process.
+    """
+    kind, mode = _kind(kernel, request), _mode()
+    if kind in _known or mode == "0":
+        return _known.get(kind)
+    with _lock:
+        if kind not in _known:
+            _known[kind] = None  # the check itself calls kernels
+            try:
+                _known[kind] = _refusal(kernel, request, mode)
+            except BaseException:
+                del _known[kind]
+                raise
+    return _known[kind]
+
+
+def _refusal(kernel: Kernel, request: Request, mode: str) -> str | None:
+    for device in _devices(request.device_type):
+        refused = verdict_of(kernel, request, device, fresh=mode == "always").refused
+        if refused is not None:
+            return f"failed its check on {verdicts.model_of(device)}: {kernel.op}, {refused}"
+    return None
+
+
+def verdict_of(kernel: Kernel, request: Request, device: torch.device, fresh: bool = False) -> Verdict:
+    """The verdict on a kernel on one device: the one on disk, else of a check now.
+
+    Args:
+        kernel, request: the kernel, and the kind of call.
+        device: where.
+        fresh: check even if there is a verdict.
+
+    Raises:
+        BackendError, RuntimeError: see `why_not`.
+    """
+    kept = verdicts.key(kernel, request, device)
+    verdict = None if fresh else verdicts.load(kept)
+    if verdict is not None:
+        return verdict
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            f"{kernel.op} of backend {kernel.backend!r} was not checked on this device yet and a CUDA graph is being "
+            "captured; run the same call once before the capture"
+        )
+    try:
+        with torch.no_grad():
+            verdict = check(kernel, request, device)
+    except RuntimeError as error:
+        verdicts.save(kept, Verdict(f"left the device unusable: {reason(error)}"))
+        raise RuntimeError(
+            f"the check of {kernel.op} of backend {kernel.backend!r} left {verdicts.model_of(device)} unusable for "
+            f"this process: {reason(error)}. Start again: the kernel is refused from now on"
+        ) from error
+    logger.info("%s of backend %s checked in %.2f s: %s", kernel.op, kernel.backend, verdict.seconds, verdict)
+    verdicts.save(kept, verdict)
+    return verdict
+
+
+def _devices(device_type: str) -> list[torch.device]:
+    """A device of every model that the process sees, the current one first."""
+    if device_type != "cuda":
+        return [torch.device(device_type)]
+    current = torch.cuda.current_device()
+    found = {verdicts.model_of(torch.device("cuda", current)): torch.device("cuda", current)}
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        found.setdefault(verdicts.model_of(device), device)
+    return list(found.values())
+
+
+def refuse(kernel: Kernel, request: Request, error: Exception) -> None:
+    """Refuse a kernel for such calls in this process, because a launch failed after the check had passed."""
+    with _lock:
+        _known[_kind(kernel, request)] = f"could not be launched: {type(error).__name__}: {reason(error)}"
+
+
+def forget() -> None:
+    """Forget all verdicts of this process; those on disk stay."""
+    with _lock:
+        _known.clear()
