@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from ..kernels.triton import segmented_scan
+from ..kernels.triton import segmented_scan, step
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),  # A100
@@ -112,13 +112,21 @@ def launches(fn: Callable[..., Any], call: Mapping[str, Any], target: str, segme
     """
     found: list[Launch] = []
 
-    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> None:
+    class Unlaunched:
+        """Stands for a kernel that was compiled to be launched later."""
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *args: None
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> Unlaunched:
         arguments = {**dict(zip(kernel.arg_names, args)), **given}
         options = {name: arguments.pop(name) for name in set(arguments) - set(kernel.arg_names)}
         found.append(Launch(kernel, target, arguments, options))
+        return Unlaunched()
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
+        stack.enter_context(mock.patch.dict(step._launchers, clear=True))
         stack.enter_context(mock.patch.object(segmented_scan, "shared_memory", lambda device: SHARED_LIMIT[target]))
         stack.enter_context(mock.patch.object(torch.version, "hip", "6.0" if target.startswith("gfx") else None))
         if segments is not None:

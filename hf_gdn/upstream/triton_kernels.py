@@ -9,13 +9,18 @@ from typing import Any
 _PACKAGE = "hf_gdn.kernels.triton"
 
 
+def jit_functions() -> list[Any]:
+    """All Triton functions of this package's modules that are loaded."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(_PACKAGE)]
+    found = [value for module in modules for value in vars(module).values() if hasattr(value, "device_caches")]
+    return list({id(function): function for function in found}.values())
+
+
 def _compiled() -> Iterator[Any]:
     """All kernels of this package that this process has compiled or loaded."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith(_PACKAGE):
-            for function in vars(module).values():
-                for caches in getattr(function, "device_caches", {}).values():
-                    yield from caches[0].values()
+    for function in jit_functions():
+        for caches in function.device_caches.values():
+            yield from caches[0].values()
 
 
 def usage() -> dict[str, int]:

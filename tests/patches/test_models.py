@@ -54,7 +54,7 @@ def test_full_forward(model, length):
     compare(lambda: logits(model, ids))
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("width", [1, 3, 4, 8])  # kernels have a case for every width
 def test_convolution_widths(family, width):
     model = tiny.model(family, linear_conv_kernel_dim=width)
     ids, _ = tiny.batch()
@@ -247,6 +247,8 @@ def test_what_the_mixer_cannot_serve_goes_to_the_original(model, caplog, monkeyp
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_compiles_without_a_break(family, backend):
     """With a static cache, as generate() does: decode steps through inductor, prefill and pieces through dynamo."""
+    if backend == "inductor" and family not in ("qwen3_next", "kimi_linear"):
+        pytest.skip("inductor takes a minute for a family, and sees the same operators in all of a variant")
     tiny.skip_what_it_cannot(family, "`torch.compile(fullgraph=True)`")
     torch._dynamo.reset()
     model = tiny.model(family)

@@ -25,7 +25,7 @@ from .segmented_scan import load_state, locate_segment, scan, store_state
 from .triangular_inverse import OPERANDS
 
 
-@triton.jit(do_not_specialize=["sequences"])
+@triton.jit(do_not_specialize=["sequences", "minimum", "T"])
 def _scan_kernel(
     p_q,  # [B, T, HK, K], or None
     p_k,  # [B, T, HK, K]
@@ -156,7 +156,7 @@ def chunk_gdn(
     precision, config = input_precision(v.dtype), PREPARE_CONFIGS[v.dtype]
     chunks = chunks_of(B, T, cu_seqlens)
     a, p = (torch.empty(B, T, HV, CHUNK, dtype=v.dtype, device=v.device) for _ in range(2))
-    kin, qin, kout = torch.empty(3, B, T, HV, dtype=torch.float32, device=v.device)
+    kin, qin, kout = (torch.empty(B, T, HV, dtype=torch.float32, device=v.device) for _ in range(3))
     decay = torch.empty(chunks.programs, HV, dtype=torch.float32, device=v.device)
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
     final_state = torch.empty(N, HV, K, V, dtype=torch.float32, device=v.device)

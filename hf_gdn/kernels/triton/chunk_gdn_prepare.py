@@ -90,7 +90,7 @@ def _scaled(b_x, b_row, b_column, COLUMNS: tl.constexpr):
     return b_x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
     p_q,  # [B, T, HK, K]
     p_k,  # [B, T, HK, K]

@@ -27,7 +27,7 @@ from .segmented_scan import load_state, locate_segment, scan, store_state
 from .triangular_inverse import OPERANDS
 
 
-@triton.jit(do_not_specialize=["sequences"])
+@triton.jit(do_not_specialize=["sequences", "minimum", "T"])
 def _scan_kernel(
     p_v,  # [B, T, HV, V]
     p_a,  # [B, T, HV, 64]

@@ -89,7 +89,7 @@ def _in_order(b_x, BT: tl.constexpr):
     return tl.reshape(b_x, [BT, BT])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
     p_q,  # [B, T, HK, K]
     p_k,  # [B, T, HK, K]

@@ -49,7 +49,7 @@ SCORES_CONFIG = ScoresConfig(BC=16, BK=32, num_warps=2, measured_on=NOT_MEASURED
 INVERSE_CONFIG = InverseConfig(BK=32, num_warps=4, measured_on=NOT_MEASURED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def scores_kernel(
     p_q,  # [B, T, HK, K]
     p_k,  # [B, T, HK, K]
@@ -177,7 +177,7 @@ def scores_kernel(
     tl.store(p_p + o_rest, (b_qkc * b_p[:, None]).to(dtype), mask=m_rest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def inverse_kernel(
     p_k,  # [B, T, HK, K]
     p_g,  # [B, T, HV, K]

@@ -31,7 +31,7 @@ class GatedNormConfig(LaunchConfig):
 GATED_NORM_CONFIG = GatedNormConfig(elements=4096, num_warps=4, measured_on=NOT_MEASURED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "T"])
 def _gated_norm_kernel(
     p_o,  # [B, T, HV, V] contiguous
     p_z,  # [B, T, HK, R, V]

@@ -67,7 +67,7 @@ def _last_inputs(p_x, stride_t, p_conv_state, p_recent, length, m_c, KEEP: tl.co
     tl.store(p_recent[:, None] + o_w[None, :], b_x, mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _prologue_kernel(
     p_q,  # [B, T, HK, K]
     p_k,  # [B, T, HK, K]

@@ -54,8 +54,10 @@ class LaunchConfig:
 
 
 def on_device(x: torch.Tensor):
-    """Context manager that makes x's device the current one for launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    """Context manager that makes x's device the current one for launches, if it is not."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
 
 
 @functools.cache
@@ -66,8 +68,13 @@ def _stride_names(letters: str, tensors: tuple[str, ...]) -> list[str]:
 def strides(letters: str = "bth", /, **tensors: torch.Tensor) -> dict[str, int]:
     """Stride arguments of a kernel: ``stride_xb, stride_xt, stride_xh`` for every tensor x ``[B, T, H, ...]``; with
     ``"bthr"`` also ``stride_xr``, of value heads ``[B, T, HK, R, ...]``.
+
+    The first stride of a single row is 0. Its true value depends on T, and with it which kernel Triton compiles.
     """
-    sizes = [size for x in tensors.values() for size in x.stride()[: len(letters)]]
+    sizes = []
+    for x in tensors.values():
+        first, *others = x.stride()[: len(letters)]
+        sizes += [first if x.shape[0] > 1 else 0, *others]
     return dict(zip(_stride_names(letters, tuple(tensors)), sizes))
 
 

@@ -214,7 +214,7 @@ def store_state(
         tl.store(p_final + o_s, b_s, mask=only_if((o_k < K)[:, None] & (o_v < V)[None, :], is_last))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["minimum", "T"])
 def _merge_kernel(
     p_states,  # [sequences that may be long, SEGMENTS - 1, HV, K, V + K]: C_s and M_s; S_(s+1) overwrites C_s
     p_bounds,  # [N + 1], or None

@@ -19,12 +19,14 @@ The delta rule is that of `tokens`: bits do not depend on the batch, the tile or
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from ...registry import Kernel, register
 from ..contract import LayerSpec, Projections, Weights
 from .math import conv_silu_token, l2norm, log_decay, norm_and_gate, sum_rows, writing_strength
+from .prepared import Launcher, layout_of, prepare
 from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton, why_not
 from .tokens import FP_FUSION, delta_rule_token, tile_config
 
@@ -251,75 +253,98 @@ def step(projected: Projections, weights: Weights, spec: LayerSpec, conv_state: 
     Source: Gated Delta Networks (arXiv 2412.06464), figure 1; Kimi Linear (arXiv 2510.26692), section 3.
     """
     q, k, v, a, b, z = projected[:6]
+    tensors = (q, k, v, a, b, z, *weights, conv_state, state)
+    B, T = q.shape[:2]
+    o = q.new_empty(B, T, state.shape[1], state.shape[3])
+    with on_device(q):
+        key = (*layout_of(tensors), B, T == 1, q.shape[2:], spec, q.device.index)
+        launchers = _launchers.get(key)
+        if launchers is None:
+            launchers = _launchers[key] = _prepare(projected, weights, spec, conv_state, state, o)
+        rule, finish = launchers
+        rule(q, k, v, a, b, conv_state, *weights[:4], state, o, T)
+        finish(q, k, v, z, conv_state, weights.norm, o, T)
+    return o
+
+
+# By everything that the two kernels are compiled for.
+_launchers: dict[tuple[Any, ...], tuple[Launcher, Launcher]] = {}
+
+
+def _prepare(
+    projected: Projections, weights: Weights, spec: LayerSpec, conv_state: Tensor, state: Tensor, o: Tensor
+) -> tuple[Launcher, Launcher]:
+    """The two launches of a step, both compiled before the first one changes a state."""
+    q, k, v, a, b, z = projected[:6]
     assert a is not None
     B, T, HK, K = q.shape
     R, V = v.shape[3:]
-    HV = HK * R
-    WIDTH = weights.conv.shape[1]
-    is_kda = a.dim() == 3
-    if is_kda:
-        a = a.unflatten(2, (HK, R, K))
-    o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
+    HV, is_kda = HK * R, a.dim() == 3
     BV, num_warps = tile_config(B * HV, K, V)
-    BK = triton.next_power_of_2(K)
-    with on_device(q):
-        _step_kernel[(B * HV * triton.cdiv(V, BV),)](
-            p_q=q,
-            p_k=k,
-            p_v=v,
-            p_a=a,
-            p_b=b,
-            p_conv_state=conv_state,
-            p_weight=weights.conv,
-            p_bias=weights.conv_bias,
-            p_A_log=weights.A_log,
-            p_dt_bias=weights.dt_bias,
-            p_state=state,
-            p_o=o,
-            scale=K**-0.5,
-            beta_scale=spec.beta_scale,
-            T=T,
-            **strides(q=q, k=k),
-            **strides("bthr", v=v, a=a, b=b),
-            HK=HK,
-            HV=HV,
-            K=K,
-            V=V,
-            BK=BK,
-            BV=BV,
-            WIDTH=WIDTH,
-            LOWER_BOUND=spec.lower_bound,
-            IS_KDA=is_kda,
-            DECAY_IN_DTYPE=spec.decay_in_dtype,
+    heads = a.unflatten(2, (HK, R, K)) if is_kda else a
+    sizes = dict(HK=HK, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), WIDTH=weights.conv.shape[1])
+    rule = dict(
+        p_q=q,
+        p_k=k,
+        p_v=v,
+        p_a=a,
+        p_b=b,
+        p_conv_state=conv_state,
+        p_weight=weights.conv,
+        p_bias=weights.conv_bias,
+        p_A_log=weights.A_log,
+        p_dt_bias=weights.dt_bias,
+        p_state=state,
+        p_o=o,
+        scale=K**-0.5,
+        beta_scale=spec.beta_scale,
+        T=T,
+        **strides(q=q, k=k),
+        **strides("bthr", v=v, a=heads, b=b),
+        **sizes,
+        BV=BV,
+        LOWER_BOUND=spec.lower_bound,
+        IS_KDA=is_kda,
+        DECAY_IN_DTYPE=spec.decay_in_dtype,
+    )
+    finish = dict(
+        p_q=q,
+        p_k=k,
+        p_v=v,
+        p_z=z,
+        p_conv_state=conv_state,
+        p_norm=weights.norm,
+        p_o=o,
+        eps=spec.eps,
+        T=T,
+        **strides(q=q, k=k),
+        **strides("bthr", v=v, z=z),
+        **sizes,
+        BV=triton.next_power_of_2(V),
+        BW=triton.next_power_of_2(sizes["WIDTH"]),
+        NORM_IN_FP32=spec.norm_in_fp32,
+        GATE_IS_SILU=spec.gate == "silu",
+    )
+    names = ("p_q", "p_k", "p_v", "p_a", "p_b", "p_conv_state", "p_weight", "p_bias", "p_A_log", "p_dt_bias")
+    programs = B * HV * -(-V // BV)
+    return (
+        prepare(
+            _step_kernel,
+            programs,
+            (*names, "p_state", "p_o", "T"),
+            rule,
             num_warps=num_warps,
             enable_fp_fusion=FP_FUSION,
-        )
-        _finish_kernel[(B * (HV + HK),)](
-            p_q=q,
-            p_k=k,
-            p_v=v,
-            p_z=z,
-            p_conv_state=conv_state,
-            p_norm=weights.norm,
-            p_o=o,
-            eps=spec.eps,
-            T=T,
-            **strides(q=q, k=k),
-            **strides("bthr", v=v, z=z),
-            HK=HK,
-            HV=HV,
-            K=K,
-            V=V,
-            BK=BK,
-            BV=triton.next_power_of_2(V),
-            WIDTH=WIDTH,
-            BW=triton.next_power_of_2(WIDTH),
-            NORM_IN_FP32=spec.norm_in_fp32,
-            GATE_IS_SILU=spec.gate == "silu",
+        ),
+        prepare(
+            _finish_kernel,
+            B * (HV + HK),
+            ("p_q", "p_k", "p_v", "p_z", "p_conv_state", "p_norm", "p_o", "T"),
+            finish,
             num_warps=FINISH_CONFIG.num_warps,
             enable_fp_fusion=FP_FUSION,
-        )
-    return o
+        ),
+    )
 
 
 register(Kernel("step_gdn", "triton", step, why_not, checked=True))
