@@ -24,9 +24,13 @@ ROUNDING = {_F64: 2**-53, _F32: 2**-24, _F16: 2**-11, _BF16: 2**-8}
 # is at most 2, so that errors do not grow on the way.
 # fp16 and bf16: a value passes about four roundings on its way through the chunk kernels (state, u, A or P, output),
 # whose errors are independent and on average half the largest: 2 * 2^-12 = 5e-4 and 2 * 2^-9 = 4e-3. The bar leaves
-# twice that in fp16 and four times that in bf16. Kernels that compute in fp32 round o alone, within the same bar.
+# twice that in fp16 and one and a half times that in bf16. Kernels that compute in fp32 round o alone, within that bar.
 # float64: at most a few hundred products with a relative error of 2^-53 each.
-DELTA_RULE = {_F64: 1e-12, _F32: 1e-5, _F16: 1e-3, _BF16: 1.6e-2}
+DELTA_RULE = {_F64: 1e-12, _F32: 1e-5, _F16: 1e-3, _BF16: 6e-3}
+
+# Factor on these where all keys of a chunk are equal: every row of its inverse then depends on all rows before, and their
+# roundings point in one direction instead of being independent. Measured 6.7e-3 in bf16 at most.
+EQUAL_KEYS = 2
 
 # Everything before the delta rule, and the gated norm after it. A value is rounded once to the dtype on its way out, z
 # and the norm's weight before that where the family does so; the bars leave four times that and more. In fp32 some
@@ -78,7 +82,7 @@ def budget(op: str, dtype: torch.dtype, result: str) -> float:
     Example:
         >>> from hf_gdn.testing.tolerances import budget
         >>> budget("recurrent_gdn", torch.bfloat16, "o"), budget("recurrent_gdn", torch.bfloat16, "final_state")
-        (0.016, 1e-05)
+        (0.006, 1e-05)
         >>> budget("prologue_kda", torch.float32, "conv_state")
         0.0
     """

@@ -44,7 +44,6 @@ def test_a_kernel_for_a_cpu_keeps_the_invariant(kernel, case, apart):
 @pytest.mark.interpret
 @pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.usefixtures("rounded_bf16")
 @pytest.mark.parametrize(("kernel", "case"), [p for p in served("triton") if p.values[1].interpret])
 def test_a_triton_kernel_keeps_the_invariant_in_the_interpreter(kernel, case):
     case.check(kernel)

@@ -36,7 +36,6 @@ from .plain import rounded_chunks
 
 pytestmark = [
     pytest.mark.interpret,
-    pytest.mark.usefixtures("rounded_bf16"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
