@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import inspect
 import platform
 import subprocess
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import psutil
 import torch
 
 from ..patches import original_forward
+from ..upstream.original_kernels import kernels_of
 
 PACKAGES = (
     "hf-gdn",
@@ -92,22 +91,9 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def implementation(function: Any) -> str:
-    """Where one of transformers' kernel functions resolved to: "torch", the package's name, or "hub: ..."."""
-    if isinstance(function, torch.nn.Module):
-        module = type(function).__module__
-        forward = inspect.unwrap(type(function).forward).__module__
-        return "torch" if module.startswith("transformers") and forward.startswith("transformers") else f"hub: {module}"
-    bound = inspect.getclosurevars(function).nonlocals.get("implementation", function)
-    package = getattr(bound, "__module__", "?").partition(".")[0]
-    return "torch" if package == "transformers" else package
-
-
 def baseline(families: list[str]) -> dict[str, str]:
     """Which implementation each kernel function of the families' original forwards resolved to."""
     found: dict[str, str] = {}
     for family in families:
-        forward: Callable[..., Any] = inspect.unwrap(original_forward(family))
-        names = [name for name in forward.__code__.co_names if "conv1d_" in name or "delta_" in name]
-        found |= {name: implementation(forward.__globals__[name]) for name in names if name in forward.__globals__}
+        found |= kernels_of(original_forward(family))
     return found

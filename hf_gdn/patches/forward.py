@@ -19,6 +19,7 @@ from ..log import warn_once
 from ..upstream import cache_names, seams
 from . import packing
 from .families.base import Family
+from .handover import Handover
 from .mixer import LayerCall, run
 from .padding import hides_nothing, run_padded
 from .plan import Plans, Settings
@@ -41,7 +42,7 @@ def _check_served(layer: Any, cache: Any, kwargs: dict[str, Any]) -> None:
 
 def make_forward(family: Family, original: Callable[..., Tensor], settings: Settings) -> Callable[..., Tensor]:
     """Make the forward that replaces `original` on a family's class; arguments and result are the same."""
-    plans = Plans(family, settings)
+    plans, handover = Plans(family, settings), Handover(family, settings, original)
 
     @seams.force_accelerate_hooks(family.direct)
     def forward(
@@ -68,6 +69,10 @@ def make_forward(family: Family, original: Callable[..., Tensor], settings: Sett
                 return run_recorded(call, hidden_states, attention_mask)
             rollback.discard(call.states)
         if cu_seqlens is None:
+            faster = handover.reason(self, hidden_states) if attention_mask is None else None
+            if faster is not None:
+                warn_once(f"{family.name}: the original forward runs: {faster}")
+                return original(self, hidden_states, cache, attention_mask, **kwargs)
             return run_padded(call, hidden_states, attention_mask)
         if attention_mask is not None:  # cu_seqlens counts padded positions too, so set their hidden states to zero
             hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)

@@ -28,8 +28,8 @@ ROUNDING = {_F64: 2**-53, _F32: 2**-24, _F16: 2**-11, _BF16: 2**-8}
 # float64: at most a few hundred products with a relative error of 2^-53 each.
 DELTA_RULE = {_F64: 1e-12, _F32: 1e-5, _F16: 1e-3, _BF16: 6e-3}
 
-# Factor on these where all keys of a chunk are equal: every row of its inverse then depends on all rows before, and their
-# roundings point in one direction instead of being independent. Measured 6.7e-3 in bf16 at most.
+# Factor on these where all keys of a chunk are equal: every row of its inverse then depends on all rows before, and
+# their roundings point in one direction instead of being independent. Measured 6.7e-3 in bf16 at most.
 EQUAL_KEYS = 2
 
 # Everything before the delta rule, and the gated norm after it. A value is rounded once to the dtype on its way out, z
