@@ -26,7 +26,7 @@ ENTRY_POINT_GROUP = "hf_gdn.kernels"
 DEFAULT_BACKEND = os.environ.get("HF_GDN_BACKEND") or "auto"
 # The order in which "auto" tries backends; import order does not matter. Other backends are appended unless registered
 # with `before`.
-_ORDER = ("triton", "fla", "eager")
+_ORDER = ("triton", "fla", "numba", "eager")
 _BUILTIN = "hf_gdn.kernels"  # has one folder per backend; all modules in these folders are imported
 
 

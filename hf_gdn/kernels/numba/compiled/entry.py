@@ -1,0 +1,67 @@
+"""Compiled functions that any number of threads can run at once on one block of arguments.
+
+Threads take tasks until none is left. Which thread runs a task, and how many there are, changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numba
+import numpy
+from numba import types
+from numba.extending import intrinsic
+
+from ..arguments import COMMON, Layout
+from .lanes import pointer, take_ticket
+from .memory import jit
+
+_TASK, _THREAD = COMMON.index("next_task"), COMMON.index("next_thread")
+
+
+@intrinsic
+def _place(typingctx, block, i):
+    """Address of the integer i of a block."""
+
+    def codegen(context, builder, signature, args):
+        base = builder.ptrtoint(args[0], context.get_value_type(types.int64))
+        return builder.add(base, builder.mul(args[1], context.get_constant(types.int64, 8)))
+
+    return types.int64(block, types.int64), codegen
+
+
+@intrinsic
+def arguments(typingctx, block):
+    """The arguments in a block, by name."""
+    record = block.dtype
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(record))
+
+    return record(block), codegen
+
+
+@jit
+def scratch_of_thread(block, dtype):
+    """A thread's own scratch memory, as a pointer to numbers of `dtype`."""
+    thread = take_ticket(_place(block, _THREAD))
+    x = arguments(block)
+    return pointer(x.scratch + thread * x.scratch_bytes, dtype)
+
+
+@jit
+def next_task(block):
+    """The next task; those from `tasks` on do not exist."""
+    return take_ticket(_place(block, _TASK))
+
+
+def compile_entry(function: Callable[..., None], layout: Layout):
+    """Compile ``function(block)``, or load it from numba's cache.
+
+    Returns:
+        numba's object, which must outlive its `address`: a ``void (*)(void *)``.
+    """
+    fields = [(name, "i8") for name in layout.integers] + [(name, "f8") for name in layout.floats]
+    record = numba.from_dtype(numpy.dtype(fields))
+    signature = types.void(types.CPointer(record))
+    return numba.cfunc(signature, cache=True, error_model="numpy")(function)
