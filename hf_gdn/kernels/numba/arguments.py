@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+LANES = 32  # numbers that compiled functions treat at once
 # Codes of dtypes.
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = range(4)
 CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float64: FLOAT64}
@@ -60,9 +61,9 @@ class Layout:
         return block
 
 
-def padded(n: int, lanes: int = 16) -> int:
+def padded(n: int) -> int:
     """n rounded up to whole vectors."""
-    return -(-n // lanes) * lanes
+    return -(-n // LANES) * LANES
 
 
 BLOCK = 16  # tokens that a task of the recurrent and the step kernel prepares at once

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...registry import Kernel, register
 from ..contract import state_dtype
-from .arguments import BLOCK, padded
+from .arguments import BLOCK, LANES, padded
 from .runtime import launch, why_not
 
 
@@ -80,7 +80,7 @@ def recurrent(
         dtype,
         N * HV,
         HV * K * V * max(B * T, N),
-        KP * 16 + 5 * BLOCK * KP + 2 * BLOCK * VP + KP + 2 * BLOCK + 32,
+        KP * LANES + 5 * BLOCK * KP + 2 * BLOCK * VP + KP + 2 * BLOCK + 2 * LANES,
         (q, k, v, g, beta, initial_state, final_state, bounds, o, token_states),
         N, T, HK, HV, K, V, g.dim() == 4, qk_l2norm, scale,
     )  # fmt: skip

@@ -54,7 +54,7 @@ def load(name, dtype):
     from .compiled.entry import compile_entry
 
     module = importlib.import_module(f".compiled.{name}", __package__)
-    entry = compile_entry(getattr(module, f"{name}_{str(dtype).removeprefix('torch.')}"), LAYOUTS[name])
+    entry = compile_entry(getattr(module, name), LAYOUTS[name], str(dtype).removeprefix("torch."))
     return Compiled(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(entry.address), entry)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...registry import Kernel, register
 from ..contract import LayerSpec, Projections, Weights, state_dtype
-from .arguments import BLOCK, CODES, padded
+from .arguments import BLOCK, CODES, LANES, padded
 from .runtime import launch, why_not
 
 
@@ -49,14 +49,14 @@ def step(projected: Projections, weights: Weights, spec: LayerSpec, conv_state: 
         a = a.unflatten(2, (HK, R, K))
     y = torch.empty(B, T, HV, V, dtype=v.dtype)
     KP, VP = padded(K), padded(V)
-    shared = KP * 16 + max(KP, VP) * (width + 1) + BLOCK * VP + KP + 2 * VP + 5 * BLOCK * KP + BLOCK * VP + 3 * BLOCK
-    convolution = (2 * width + 1 + BLOCK) * (2 * KP + R * VP) + R * (KP + 32)
+    shared = KP * LANES + max(KP, VP) * (width + 1) + BLOCK * VP + KP + 2 * VP + 5 * BLOCK * KP + BLOCK * VP + 3 * BLOCK
+    convolution = (2 * width + 1 + BLOCK) * (2 * KP + R * VP) + R * (KP + LANES)
     launch(
         "step",
         state_dtype(q.dtype),
         B * HK,
         state.numel() * T,
-        shared + convolution + 64,
+        shared + convolution + 2 * LANES,
         (
             q, k, v, a, b, z, weights.conv, weights.conv_bias, weights.A_log, weights.dt_bias, weights.norm,
             conv_state, state, y,

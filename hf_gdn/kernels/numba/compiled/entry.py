@@ -13,10 +13,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from ..arguments import COMMON, Layout
-from .lanes import pointer, take_ticket
+from .lanes import take_ticket
 from .memory import jit
 
 _TASK, _THREAD = COMMON.index("next_task"), COMMON.index("next_thread")
+_ARITHMETIC = "arithmetic"  # a field beyond the end of the block: only its type is used
 
 
 @intrinsic
@@ -41,12 +42,22 @@ def arguments(typingctx, block):
     return record(block), codegen
 
 
+@intrinsic
+def scratch_at(typingctx, block, address):
+    """Pointer to scratch memory, of the numbers in which the block's function computes."""
+    result = types.CPointer(block.dtype.fields[_ARITHMETIC].type)
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[1], context.get_value_type(result))
+
+    return result(block, types.int64), codegen
+
+
 @jit
-def scratch_of_thread(block, dtype):
-    """A thread's own scratch memory, as a pointer to numbers of `dtype`."""
-    thread = take_ticket(_place(block, _THREAD))
+def scratch_of_thread(block):
+    """A thread's own scratch memory. Its type is that of the arithmetic, fp32 or float64."""
     x = arguments(block)
-    return pointer(x.scratch + thread * x.scratch_bytes, dtype)
+    return scratch_at(block, x.scratch + take_ticket(_place(block, _THREAD)) * x.scratch_bytes)
 
 
 @jit
@@ -55,13 +66,13 @@ def next_task(block):
     return take_ticket(_place(block, _TASK))
 
 
-def compile_entry(function: Callable[..., None], layout: Layout):
-    """Compile ``function(block)``, or load it from numba's cache.
+def compile_entry(function: Callable[..., None], layout: Layout, dtype: str):
+    """Compile ``function(block)`` for fp32 or float64 arithmetic, or load it from numba's cache.
 
     Returns:
         numba's object, which must outlive its `address`: a ``void (*)(void *)``.
     """
     fields = [(name, "i8") for name in layout.integers] + [(name, "f8") for name in layout.floats]
-    record = numba.from_dtype(numpy.dtype(fields))
+    record = numba.from_dtype(numpy.dtype([*fields, (_ARITHMETIC, dtype)]))
     signature = types.void(types.CPointer(record))
     return numba.cfunc(signature, cache=True, error_model="numpy")(function)

@@ -14,9 +14,11 @@ import operator
 from llvmlite import ir
 from numba import types
 from numba.core.datamodel import models
-from numba.extending import intrinsic, overload, register_model
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.extending import intrinsic, lower_builtin, register_model
 
-LANES = 16
+from ..arguments import LANES
+
 _BITS = ir.IntType(32)
 
 
@@ -180,35 +182,27 @@ def fma(typingctx, x, y, z):
     return result(x, y, z), codegen
 
 
-def _operation(name):
-    """Intrinsic for a binary operation of LLVM's builder on lanes, or lanes and a number."""
-
-    @intrinsic
-    def operation(typingctx, x, y):
-        result = _lanes_among(x, y)
-
-        def codegen(context, builder, signature, args):
-            return getattr(builder, name)(
-                *(_as_lanes(context, builder, a, t, result.dtype) for a, t in zip(args, (x, y)))
-            )
-
-        return result(x, y), codegen
-
-    return operation
-
-
 def _define_operator(symbol, name):
-    operation = _operation(name)
+    """Define an operator, by the name of LLVM's instruction, of two lanes, or of lanes and a number."""
 
-    @overload(symbol)
-    def implement(x, y):
-        if _lanes_among(x, y) is not None:
-            return lambda x, y: operation(x, y)
-        return None
+    @infer_global(symbol)
+    class Operator(AbstractTemplate):
+        def generic(self, args, kws):
+            result = _lanes_among(*args)
+            return None if result is None else result(*args)
+
+    def codegen(context, builder, signature, args):
+        dtype = signature.return_type.dtype
+        values = (_as_lanes(context, builder, x, given, dtype) for x, given in zip(args, signature.args))
+        return getattr(builder, name)(*values)
+
+    for given in ((LanesType, LanesType), (LanesType, types.Number), (types.Number, LanesType)):
+        lower_builtin(symbol, *given)(codegen)
 
 
-for _symbol, _name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
-    _define_operator(_symbol, _name)
+_define_operator(operator.add, "fadd")
+_define_operator(operator.sub, "fsub")
+_define_operator(operator.mul, "fmul")
 _define_operator(operator.truediv, "fdiv")
 
 

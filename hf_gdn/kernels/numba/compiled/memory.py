@@ -18,8 +18,8 @@ _F32, _F64 = ir.FloatType(), ir.DoubleType()
 
 
 def jit(function):
-    """Compile for calls from other compiled functions."""
-    return numba.njit(function, error_model="numpy")
+    """Compile for calls from other compiled functions; Python cannot call it."""
+    return numba.njit(function, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 # ------------------------------------------------------------------------------------------------------ dtypes as bits
