@@ -67,6 +67,8 @@ def padded(n: int) -> int:
 
 
 BLOCK = 16  # tokens that a task of the recurrent and the step kernel prepares at once
+PROLOGUE_BLOCK = 64  # tokens of a task of the prologue
+NORM_BLOCK = 64  # rows of a task of the gated norm
 
 # Projections: strides over sequences, tokens, key heads, and value heads of a key head.
 _PROJECTIONS = {"q": "bth", "k": "bth", "v": "bthr", "a": "bthr", "b": "bthr"}
@@ -87,7 +89,7 @@ PROLOGUE = Layout(
         "lengths": "",
         **dict.fromkeys(("out_q", "out_k", "out_v", "out_g", "out_beta", "recent"), ""),
     },
-    (*_SIZES, "sequences", "blocks"),
+    (*_SIZES, "blocks"),
     ("lower_bound", "beta_scale"),
 )
 RECURRENT = Layout(

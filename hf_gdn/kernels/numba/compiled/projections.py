@@ -32,23 +32,30 @@ def read_weights(x, channel, D, weights, bias, room):
 
 
 @jit
-def read_context(x, n, channel, channels, D, rows):
-    """The last inputs of the convolution before a sequence's first token, from conv_state, zeros if there is none.
+def read_context(x, n, channel, channels, D, address, dtype, stride, token, with_state, rows):
+    """The last inputs of the convolution before a token: of earlier tokens, of conv_state before these, or zeros.
 
     Args:
-        n: the sequence.
+        n: row of conv_state.
         channel: the head's first channel, of `channels`.
+        address, dtype, stride: of the channels of token 0, and the distance of tokens in bytes.
+        with_state: whether there is a conv_state that belongs to these tokens.
         rows: ``[width - 1, D]``, rows padded; receives them, oldest first.
     """
     DP, before = (D + LANES - 1) // LANES * LANES, x.width - 1
     for w in range(before):
-        zero_row(at(rows, w * DP), D)
-        column = x.keep - before + w
-        if x.conv_state != 0 and column >= 0:
+        row, at_token = at(rows, w * DP), token - before + w
+        column = x.keep + at_token
+        if at_token >= 0:
+            read_row(address + at_token * stride, dtype, D, row)
+        elif with_state and column >= 0:
             size = size_of(x.conv_state_dtype)
             start = x.conv_state + ((n * channels + channel) * x.keep + column) * size
+            zero_row(row, D)
             for i in range(D):
-                rows[w * DP + i] = read_one(start + i * x.keep * size, x.conv_state_dtype, rows)
+                row[i] = read_one(start + i * x.keep * size, x.conv_state_dtype, rows)
+        else:
+            zero_row(row, D)
 
 
 @jit

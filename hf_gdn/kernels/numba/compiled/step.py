@@ -50,8 +50,8 @@ def step(block):
         # Scratch memory: P, room for conversions, then what belongs to q, k and each value head.
         P = scratch
         room = at(P, KP * LANES)
-        bias = at(room, D * width + LANES)
-        o, g = at(bias, D), at(bias, D + BLOCK * VP)
+        o = at(room, D * width + LANES)
+        g = at(o, BLOCK * VP)
         norm, z = at(g, KP), at(g, KP + VP)
         q = at(z, VP)
         k, d, dk, dq = at(q, BLOCK * KP), at(q, 2 * BLOCK * KP), at(q, 3 * BLOCK * KP), at(q, 4 * BLOCK * KP)
@@ -65,27 +65,32 @@ def step(block):
         heads = at(rows_k, (before + BLOCK) * KP)
         per_head = width * VP + VP + (before + BLOCK) * VP + KP + LANES
 
-        channel_q, channel_k = i_k * K, (x.HK + i_k) * K
+        channel_q, channel_k, channel_v = i_k * K, (x.HK + i_k) * K, 2 * x.HK * K + i_k * R * V
+        x_q, x_k = x.q + n * x.q_b + i_k * x.q_h, x.k + n * x.k_b + i_k * x.k_h
+        x_v = x.v + n * x.v_b + i_k * x.v_h
         read_weights(x, channel_q, K, weights_q, bias_q, room)
         read_weights(x, channel_k, K, weights_k, bias_k, room)
-        read_context(x, n, channel_q, channels, K, rows_q)
-        read_context(x, n, channel_k, channels, K, rows_k)
+        read_context(x, n, channel_q, channels, K, x_q, x.q_dtype, x.q_t, 0, True, rows_q)
+        read_context(x, n, channel_k, channels, K, x_k, x.k_dtype, x.k_t, 0, True, rows_k)
         read_row(x.norm, x.norm_dtype, V, norm)
         for r in range(R):
-            head = at(heads, r * per_head)
-            channel = 2 * x.HK * K + (i_k * R + r) * V
+            head, channel = at(heads, r * per_head), channel_v + r * V
             read_weights(x, channel, V, head, at(head, width * VP), room)
-            read_context(x, n, channel, channels, V, at(head, (width + 1) * VP))
+            read_context(
+                x, n, channel, channels, V, x_v + r * x.v_r, x.v_dtype, x.v_t, 0, True, at(head, (width + 1) * VP)
+            )
             tail = at(head, (width + 1 + before + BLOCK) * VP)
             tail[0] = decay_bias(x, i_k * R + r, at(tail, LANES))
 
         size = size_of(x.y_dtype)
         for start in range(0, T, BLOCK):
             count = min(BLOCK, T - start)
-            address_q = x.q + n * x.q_b + start * x.q_t + i_k * x.q_h
-            convolve_tokens(address_q, x.q_dtype, x.q_t, count, width, width, K, weights_q, bias_q, rows_q, q)
-            address_k = x.k + n * x.k_b + start * x.k_t + i_k * x.k_h
-            convolve_tokens(address_k, x.k_dtype, x.k_t, count, width, width, K, weights_k, bias_k, rows_k, k)
+            convolve_tokens(
+                x_q + start * x.q_t, x.q_dtype, x.q_t, count, width, width, K, weights_q, bias_q, rows_q, q
+            )
+            convolve_tokens(
+                x_k + start * x.k_t, x.k_dtype, x.k_t, count, width, width, K, weights_k, bias_k, rows_k, k
+            )
             _round_rows(q, count * KP, x.q_dtype)
             _round_rows(k, count * KP, x.k_dtype)
             for t in range(count):
@@ -96,11 +101,9 @@ def step(block):
                 h = i_k * R + r
                 head = at(heads, r * per_head)
                 tail = at(head, (width + 1 + before + BLOCK) * VP)
-                address = x.v + n * x.v_b + start * x.v_t + i_k * x.v_h + r * x.v_r
-                convolve_tokens(
-                    address, x.v_dtype, x.v_t, count, width, width, V, head, at(head, width * VP),
-                    at(head, (width + 1) * VP), v,
-                )
+                x_r = x_v + start * x.v_t + r * x.v_r
+                bias, rows = at(head, width * VP), at(head, (width + 1) * VP)
+                convolve_tokens(x_r, x.v_dtype, x.v_t, count, width, width, V, head, bias, rows, v)
                 _round_rows(v, count * VP, x.v_dtype)
                 for t in range(count):
                     token = start + t
@@ -121,9 +124,8 @@ def step(block):
                     norm_and_gate(y, z, norm, V, x.eps, x.y_dtype, x.norm_in_fp32, x.gate_is_silu)
                     write_row(y, x.y + (((n * T + token) * HV + h) * V) * size, x.y_dtype, V, room)
 
-        _shift_conv_state(x, n, channel_q, channels, K, x.q + n * x.q_b + i_k * x.q_h, x.q_t)
-        _shift_conv_state(x, n, channel_k, channels, K, x.k + n * x.k_b + i_k * x.k_h, x.k_t)
+        _shift_conv_state(x, n, channel_q, channels, K, x_q, x.q_t)
+        _shift_conv_state(x, n, channel_k, channels, K, x_k, x.k_t)
         for r in range(R):
-            channel = 2 * x.HK * K + (i_k * R + r) * V
-            _shift_conv_state(x, n, channel, channels, V, x.v + n * x.v_b + i_k * x.v_h + r * x.v_r, x.v_t)
+            _shift_conv_state(x, n, channel_v + r * V, channels, V, x_v + r * x.v_r, x.v_t)
         task = next_task(block)
