@@ -85,6 +85,7 @@ class Kernel:
         traceable: whether `fn` is plain PyTorch that torch.compile may trace. If not, compiled code calls it as an
             opaque operator.
         max_tokens: for recurrent kernels, the largest number of tokens for which it is preferred to the chunk kernel.
+        fast_on: device types on which no other backend is expected to be faster: "auto" does not warn there.
     """
 
     op: str
@@ -94,6 +95,7 @@ class Kernel:
     differentiable: bool = False
     traceable: bool = False
     max_tokens: int = 16
+    fast_on: tuple[str, ...] = ()
 
 
 _ops: dict[str, Op] = {}
@@ -246,7 +248,7 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
     Args:
         request: the call to serve.
         backend: ``"auto"`` takes the first kernel that serves the request, in the order of `kernels`, and warns once
-            if an earlier one refused. A named backend serves the request or raises an error.
+            if an earlier one refused, unless the device is one on which it is fast. A named backend serves the request or raises an error.
         needs_grad: whether gradients are needed. If the chosen kernel has no backward, the eager one is returned.
 
     Raises:
@@ -263,7 +265,7 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
             refusals.append(f"{kernel.backend} {sentence}")
         else:
             raise BackendError(f"no backend serves {request.op}: " + "; ".join(refusals))
-        if refusals:
+        if refusals and request.device_type not in kernel.fast_on:
             warn_once(f"hf_gdn runs on the {kernel.backend} backend: {'; '.join(refusals)}")
     else:
         kernel = get(request.op, backend)

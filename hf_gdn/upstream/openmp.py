@@ -47,11 +47,11 @@ def threads_for(tasks: int) -> int:
     return 1 if tasks < 2 or _forked else torch.get_num_threads()
 
 
-def run(function: Any, argument: Any, threads: int) -> None:
+def run(function: Any, address: int, argument: Any, threads: int) -> None:
     """Run a compiled ``void (*)(void *)`` on so many threads at once, and wait for all of them.
 
     Args:
-        function: as a ctypes function.
+        function, address: as a ctypes function, and where it is.
         argument: a ctypes array.
         threads: number of threads; with one, this thread runs it.
     """
@@ -60,7 +60,7 @@ def run(function: Any, argument: Any, threads: int) -> None:
         return
     parallel = _openmp()
     if parallel is not None:
-        parallel(ctypes.cast(function, ctypes.c_void_p), argument, threads, 0)
+        parallel(address, argument, threads, 0)
         return
     others = [threading.Thread(target=function, args=(argument,)) for _ in range(threads - 1)]
     for thread in others:

@@ -45,4 +45,4 @@ def gated_norm(o: Tensor, z: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
     return y
 
 
-register(Kernel("gated_norm", "numba", gated_norm, why_not))
+register(Kernel("gated_norm", "numba", gated_norm, why_not, fast_on=("cpu",)))

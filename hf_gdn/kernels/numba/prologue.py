@@ -88,5 +88,5 @@ def prologue(
     return made
 
 
-register(Kernel("prologue_gdn", "numba", prologue, why_not))
-register(Kernel("prologue_kda", "numba", prologue, why_not))
+register(Kernel("prologue_gdn", "numba", prologue, why_not, fast_on=("cpu",)))
+register(Kernel("prologue_kda", "numba", prologue, why_not, fast_on=("cpu",)))

@@ -103,5 +103,7 @@ def _layout(x: Tensor) -> str:
     return f"{_name(x.dtype)} of shape {tuple(x.shape)} with strides {x.stride()}"
 
 
-register(Kernel("recurrent_gdn", "numba", recurrent, why_not))
-register(Kernel("recurrent_kda", "numba", recurrent, why_not))
+# No chunk kernel is faster (`chunk`).
+ANY_LENGTH = 2**63 - 1
+register(Kernel("recurrent_gdn", "numba", recurrent, why_not, fast_on=("cpu",), max_tokens=ANY_LENGTH))
+register(Kernel("recurrent_kda", "numba", recurrent, why_not, fast_on=("cpu",), max_tokens=ANY_LENGTH))

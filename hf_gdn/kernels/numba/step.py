@@ -74,5 +74,5 @@ def step(projected: Projections, weights: Weights, spec: LayerSpec, conv_state: 
     return y
 
 
-register(Kernel("step_gdn", "numba", step, why_not))
-register(Kernel("step_kda", "numba", step, why_not))
+register(Kernel("step_gdn", "numba", step, why_not, fast_on=("cpu",)))
+register(Kernel("step_kda", "numba", step, why_not, fast_on=("cpu",)))

@@ -66,8 +66,8 @@ def next_task(block):
     return take_ticket(_place(block, _TASK))
 
 
-def compile_entry(function: Callable[..., None], layout: Layout, dtype: str):
-    """Compile ``function(block)`` for fp32 or float64 arithmetic, or load it from numba's cache.
+def compile_entry(function: Callable[..., None], layout: Layout, dtype: str, folder: str):
+    """Compile ``function(block)`` for fp32 or float64 arithmetic, or load it from numba's cache in a folder.
 
     Returns:
         numba's object, which must outlive its `address`: a ``void (*)(void *)``.
@@ -75,4 +75,9 @@ def compile_entry(function: Callable[..., None], layout: Layout, dtype: str):
     fields = [(name, "i8") for name in layout.integers] + [(name, "f8") for name in layout.floats]
     record = numba.from_dtype(numpy.dtype([*fields, (_ARITHMETIC, dtype)]))
     signature = types.void(types.CPointer(record))
-    return numba.cfunc(signature, cache=True, error_model="numpy")(function)
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = folder  # read when a function is made; other users of numba keep theirs
+    try:
+        return numba.cfunc(signature, cache=True, error_model="numpy")(function)
+    finally:
+        numba.config.CACHE_DIR = before
