@@ -15,7 +15,7 @@ import torch
 
 import hf_gdn
 from hf_gdn import log, operators, registry
-from hf_gdn.kernels.numba import library
+from hf_gdn.kernels.numba import library, runtime
 from hf_gdn.testing import assert_same
 from hf_gdn.testing.calls import run
 from hf_gdn.upstream import openmp
@@ -103,24 +103,26 @@ def test_threads_of_python_may_call_at_once(op, threads):
 
 
 def _in_a_fork(queue, call):
-    torch.set_num_threads(2)
-    queue.put(run(kernel("recurrent_gdn"), call)["o"].tolist())
+    queue.put(kernel("recurrent_gdn").fn(**call)[0].tolist())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_process_can_call(threads):
-    """OpenMP's threads do not exist in it: libgomp would wait for them forever."""
+def test_a_forked_process_can_call(threads, monkeypatch):
+    """OpenMP's threads do not exist in it: libgomp would wait for them forever. So would torch's own operators, which
+    is why the tensors are too small for those."""
+    monkeypatch.setattr(runtime, "SMALL", 0)
     threads(2)
-    call = large_call("recurrent_gdn", torch.float32)
-    wanted = run(kernel("recurrent_gdn"), call)["o"].tolist()
+    call = registry.ops()["recurrent_gdn"].make_inputs(T=3, K=16, V=16)
+    wanted = kernel("recurrent_gdn").fn(**call)[0].tolist()
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     process = context.Process(target=_in_a_fork, args=(queue, call))
     process.start()
-    got = queue.get()
-    process.join(60)
-    assert process.exitcode == 0 and got == wanted
+    process.join(30)
+    hangs = process.is_alive()
+    process.kill()
+    assert not hangs and queue.get() == wanted
 
 
 # ------------------------------------------------------------------------------------------------------ dtypes as bits
@@ -147,8 +149,9 @@ def test_numbers_are_rounded_as_torch_rounds_them(dtype, columns):
     half = (exact.double() + torch.nextafter(exact.to(dtype), torch.tensor(torch.inf, dtype=dtype)).double()) / 2
     half = half.float()
     up, down = (torch.tensor(x) for x in (torch.inf, -torch.inf))
-    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 65519.9, 65520.0, -65520.0, 1e-8, 3e38, -3e38])
+    special = torch.tensor([torch.nan, 65519.9, 65520.0, -65520.0, 1e-8, 3e38, -3e38])
     found = torch.cat((exact, half, torch.nextafter(half, up), torch.nextafter(half, down), special))
+    found = found[~found.isinf()]  # times k = 0 they are NaN
     found = torch.cat((found, found.new_zeros(-len(found) % columns))).view(1, -1, 1, columns)
     heads = found.shape[1]
     q = torch.ones(1, 1, heads, 1, dtype=dtype)
@@ -253,7 +256,7 @@ def test_a_broken_cache_file(tmp_path):
     code = """
 import torch
 from hf_gdn import registry
-from hf_gdn.kernels.numba import library
+from hf_gdn.kernels.numba import library, runtime
 library.LAYOUTS = {"gated_norm": library.LAYOUTS["gated_norm"]}  # one function is enough, and quick to compile
 print(registry.resolve(registry.Request("gated_norm", "cpu", torch.float32, 2, 4, 64, 64)).backend)
 """
