@@ -248,7 +248,8 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
     Args:
         request: the call to serve.
         backend: ``"auto"`` takes the first kernel that serves the request, in the order of `kernels`, and warns once
-            if an earlier one refused, unless the device is one on which it is fast. A named backend serves the request or raises an error.
+            if an earlier one refused, unless the device is one on which this kernel is fast. A named backend serves
+            the request or raises an error.
         needs_grad: whether gradients are needed. If the chosen kernel has no backward, the eager one is returned.
 
     Raises:

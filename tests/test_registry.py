@@ -120,14 +120,19 @@ def test_a_backend_asked_for_by_name_never_falls_back():
 
 
 def test_when_no_backend_serves_each_says_why():
-    with pytest.raises(BackendError, match=r"no backend serves chunk_gdn: triton .*; fla .*; numba .*; eager serves floating"):
+    with pytest.raises(
+        BackendError, match=r"no backend serves chunk_gdn: triton .*; fla .*; numba .*; eager serves floating"
+    ):
         registry.resolve(dataclasses.replace(REQUEST, dtype=torch.int8))
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: registry.resolve(REQUEST, "cuda"), "unknown backend 'cuda'; valid backends: auto, triton, fla, numba, eager"),
+        (
+            lambda: registry.resolve(REQUEST, "cuda"),
+            "unknown backend 'cuda'; valid backends: auto, triton, fla, numba, eager",
+        ),
         (lambda: registry.kernels("conv"), "unknown op 'conv'; registered ops: chunk_gdn"),
         (lambda: registry.register_op(registry.ops()["chunk_gdn"]), "op 'chunk_gdn' is registered already"),
         (lambda: registry.register(registry.get("chunk_gdn", "eager")), "has a kernel of backend 'eager' already"),

@@ -270,7 +270,7 @@ print(registry.resolve(registry.Request("gated_norm", "cpu", torch.float32, 2, 4
     assert str(tmp_path) in first.stderr
     second = process()
     assert (second.stdout, second.stderr) == ("numba\n", "")
-    files = [path for path in tmp_path.rglob("*.nb[ic]")]
+    files = list(tmp_path.rglob("*.nb[ic]"))
     assert len(files) == 2
     for path in files:
         path.write_bytes(path.read_bytes()[:100])

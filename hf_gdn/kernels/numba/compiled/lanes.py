@@ -229,9 +229,7 @@ def where_less(typingctx, x, y, yes, no):
     result = _lanes_among(x, y, yes, no)
 
     def codegen(context, builder, signature, args):
-        a, b, c, d = (
-            _as_lanes(context, builder, v, t, result.dtype) for v, t in zip(args, (x, y, yes, no))
-        )
+        a, b, c, d = (_as_lanes(context, builder, v, t, result.dtype) for v, t in zip(args, (x, y, yes, no)))
         return builder.select(builder.fcmp_ordered("<", a, b), c, d)
 
     return result(x, y, yes, no), codegen

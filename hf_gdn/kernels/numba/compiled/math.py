@@ -136,10 +136,11 @@ def norm_and_gate(o, z, weight, n, eps, dtype, norm_in_fp32, gate_is_silu):
     factor = first(1.0 / sqrt(splat(o, dot(o, o, n) / n + eps)))
     for i in range(0, n, LANES):
         x = load(o, i) * factor
-        if norm_in_fp32:
-            x = x * load(weight, i)
-        else:  # round before and after applying the weight
-            x = rounded_to(dtype, rounded_to(dtype, x) * load(weight, i))
+        if not norm_in_fp32:  # round before and after applying the weight
+            x = rounded_to(dtype, x)
+        x = x * load(weight, i)
+        if not norm_in_fp32:
+            x = rounded_to(dtype, x)
         gate = sigmoid(load(z, i))
         if gate_is_silu:
             gate = gate * load(z, i)

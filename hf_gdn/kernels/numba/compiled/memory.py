@@ -118,7 +118,7 @@ def _reader(name, whole):
 
 def _writer(name):
     """Intrinsic that writes lanes to an address in a dtype."""
-    element, _, encode = _FORMATS[name]
+    _element, _, encode = _FORMATS[name]
 
     @intrinsic
     def write(typingctx, address, x):
@@ -160,7 +160,7 @@ _round_to_bfloat16, _round_to_float16 = _rounder("bfloat16"), _rounder("float16"
 @jit
 def size_of(dtype):
     """Bytes of a number; `dtype` is a code of `hf_gdn.kernels.numba.arguments`."""
-    return 4 if dtype == FLOAT32 else 2 if dtype == BFLOAT16 or dtype == FLOAT16 else 8
+    return 4 if dtype == FLOAT32 else 2 if dtype in (BFLOAT16, FLOAT16) else 8
 
 
 @jit
@@ -255,4 +255,3 @@ def copy_row(source, target, n):
     """Copy n numbers, rounded up to a multiple of `LANES`."""
     for i in range(0, n, LANES):
         store(target, i, load(source, i))
-

@@ -6,7 +6,7 @@ from numba import types
 
 from ..arguments import BLOCK, PROLOGUE_BLOCK
 from .entry import arguments, next_task, scratch_of_thread
-from .lanes import LANES, at, pointer, store
+from .lanes import LANES, at, pointer
 from .math import l2norm, writing_strength
 from .memory import copy_bytes, jit, size_of, write_row, zero_row
 from .projections import convolve_tokens, decay_bias, read_context, read_decay, read_weights

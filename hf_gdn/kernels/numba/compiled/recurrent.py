@@ -8,7 +8,7 @@ from ..arguments import BLOCK
 from .entry import arguments, next_task, scratch_of_thread
 from .lanes import LANES, at, is_single, pointer, pointer_like
 from .math import dot, l2norm, multiply_by_decay
-from .memory import jit, read_one, read_row, size_of, write_row
+from .memory import read_one, read_row, size_of, write_row
 from .tokens import delta_rule
 
 
@@ -60,7 +60,25 @@ def recurrent(block):
             states = pointer_like(x.states + row * x.states_b + start * x.states_t + h * x.states_h, P)
             stride = x.states_t // (4 if is_single(P) else 8)
             delta_rule(
-                S, final, has_state, states, x.states != 0, stride, count, K, V, k, dk, dq, d, kq, beta, v, o, x.scale, P
+                S,
+                final,
+                has_state,
+                states,
+                x.states != 0,
+                stride,
+                count,
+                K,
+                V,
+                k,
+                dk,
+                dq,
+                d,
+                kq,
+                beta,
+                v,
+                o,
+                x.scale,
+                P,
             )
             S = final
             for t in range(count):

@@ -29,7 +29,7 @@ def _shift_conv_state(x, n, channel, channels, D, address, stride):
     size, keep, T = size_of(x.conv_state_dtype), x.keep, x.T
     row = x.conv_state + (n * channels + channel) * keep * size
     for i in range(D):
-        if T < keep:
+        if keep > T:
             copy_bytes(row + T * size, row, (keep - T) * size)
         for j in range(max(keep - T, 0), keep):
             copy_bytes(address + (T - keep + j) * stride + i * size, row + j * size, size)
@@ -85,12 +85,8 @@ def step(block):
         size = size_of(x.y_dtype)
         for start in range(0, T, BLOCK):
             count = min(BLOCK, T - start)
-            convolve_tokens(
-                x_q + start * x.q_t, x.q_dtype, x.q_t, count, width, width, K, weights_q, bias_q, rows_q, q
-            )
-            convolve_tokens(
-                x_k + start * x.k_t, x.k_dtype, x.k_t, count, width, width, K, weights_k, bias_k, rows_k, k
-            )
+            convolve_tokens(x_q + start * x.q_t, x.q_dtype, x.q_t, count, width, width, K, weights_q, bias_q, rows_q, q)
+            convolve_tokens(x_k + start * x.k_t, x.k_dtype, x.k_t, count, width, width, K, weights_k, bias_k, rows_k, k)
             _round_rows(q, count * KP, x.q_dtype)
             _round_rows(k, count * KP, x.k_dtype)
             for t in range(count):
