@@ -1,8 +1,9 @@
-"""The folder in which hf_gdn keeps what it may lose: verdicts about kernels, compiled code."""
+"""The folder in which hf_gdn keeps what it may lose: verdicts about kernels, compiled CPU kernels."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -19,3 +20,10 @@ def cache_folder() -> Path:
     """
     named = os.environ.get("HF_GDN_CACHE")
     return Path(named).expanduser() if named else user_cache_path("hf_gdn", appauthor=False)
+
+
+def make_writable(folder: Path) -> None:
+    """Create a folder unless it exists. Raises OSError if files cannot be written to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass

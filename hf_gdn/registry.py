@@ -26,7 +26,7 @@ ENTRY_POINT_GROUP = "hf_gdn.kernels"
 DEFAULT_BACKEND = os.environ.get("HF_GDN_BACKEND") or "auto"
 # The order in which "auto" tries backends; import order does not matter. Other backends are appended unless registered
 # with `before`.
-_ORDER = ("triton", "fla", "eager")
+_ORDER = ("triton", "fla", "numba", "eager")
 _BUILTIN = "hf_gdn.kernels"  # has one folder per backend; all modules in these folders are imported
 
 Dims = tuple[int, int, int, int]  # HK, HV, K and V
@@ -91,6 +91,7 @@ class Kernel:
         checked: whether the results of `fn` are compared with the oracle before the first use, once for every model of
             device (`hf_gdn.verification`): for kernels that a compiler makes for the device.
         max_tokens: for recurrent kernels, the largest number of tokens for which it is preferred to the chunk kernel.
+        fast_on: device types on which no other backend is expected to be faster: "auto" does not warn there.
     """
 
     op: str
@@ -101,6 +102,7 @@ class Kernel:
     traceable: bool = False
     checked: bool = False
     max_tokens: int = 16
+    fast_on: tuple[str, ...] = ()
 
 
 _ops: dict[str, Op] = {}
@@ -263,7 +265,8 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
     Args:
         request: the call to serve.
         backend: ``"auto"`` takes the first kernel that serves the request, in the order of `kernels`, and warns once
-            if an earlier one refused. A named backend serves the request or raises an error.
+            if an earlier one refused, unless the device is one on which this kernel is fast. A named backend serves
+            the request or raises an error.
         needs_grad: whether gradients are needed. ``"auto"`` then takes the first kernel that has a backward; for a
             named backend that has none, the eager kernel is returned.
 
@@ -284,7 +287,7 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
             refusals.append(f"{kernel.backend} {sentence}")
         else:
             raise BackendError(f"no backend serves {request.op}: " + "; ".join(refusals))
-        if refusals:
+        if refusals and request.device_type not in kernel.fast_on:
             warn_once(f"hf_gdn runs on the {kernel.backend} backend: {'; '.join(refusals)}")
     else:
         kernel = get(request.op, backend)

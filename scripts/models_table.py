@@ -90,9 +90,10 @@ stays original and is named with the reason by a warning and by `hf_gdn.status()
 ## Backends
 
 In the order in which `"auto"` tries them, for bf16. `triton` and `fla` serve fp16, bf16 and fp32, head dimensions up to
-{MAX_HEAD_DIM}; `fla` needs `pip install hf-gdn[fla]`; `eager` serves any device and float dtype. With `"auto"`, calls
-that need gradients go to `eager`; the last column has the backends that have them when asked for by name. Around the
-delta rule `triton` and `eager` have kernels of their own: a prologue before it and a gated norm behind it in prefill, a
+{MAX_HEAD_DIM}; `fla` needs `pip install hf-gdn[fla]`; `numba` serves CPUs with the same head dimensions and needs
+`pip install hf-gdn[cpu]`; `eager` serves any device and float dtype. With `"auto"`, calls that need gradients go to
+`eager`; the last column has the backends that have them when asked for by name. Around the delta rule `triton`, `numba`
+and `eager` have kernels of their own: a prologue before it and a gated norm behind it in prefill, a
 step that is all of a layer between its projections in decoding. `fla` has the delta rule alone and takes prologue and
 norm from `eager`.
 

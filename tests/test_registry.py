@@ -13,6 +13,7 @@ import torch
 
 from hf_gdn import log, registry
 from hf_gdn.errors import BackendError
+from hf_gdn.kernels.numba import library
 from hf_gdn.kernels.triton import runtime
 from hf_gdn.registry import Kernel, Request
 from tests import tiny_models as tiny
@@ -47,22 +48,42 @@ def test_every_op_has_an_oracle_inputs_and_an_eager_kernel():
 
 def test_declared_order():
     for op in registry.ops():
-        order = ["triton", "fla", "eager"] if op in tiny.DELTA_RULES else ["triton", "eager"]
+        fla = ["fla"] if op in tiny.DELTA_RULES else []
+        order = ["triton", *fla, "numba", "eager"]
         assert [kernel.backend for kernel in registry.kernels(op)] == order
 
 
-def test_auto_takes_the_first_that_serves_and_warns_once(caplog, monkeypatch):
+@pytest.fixture
+def no_numba(monkeypatch):
+    """As if numba were not installed."""
+    sentence = "needs the numba package, which makes CPUs faster and is not installed: pip install 'hf-gdn[cpu]'"
+    monkeypatch.setattr(library, "_verdicts", dict.fromkeys((torch.float32, torch.float64), sentence))
+    monkeypatch.setattr(registry, "_chosen", {})
+
+
+def test_auto_takes_the_first_that_serves_and_warns_once(caplog, monkeypatch, no_numba):
     monkeypatch.setattr(log, "warned", set())
     with caplog.at_level(logging.WARNING, "hf_gdn"):
         assert registry.resolve(REQUEST).backend == "eager"
         assert registry.resolve(REQUEST).backend == "eager"
     assert len(caplog.messages) == 1
-    assert "eager" in caplog.text and "needs" in caplog.text
+    assert "eager" in caplog.text and "pip install 'hf-gdn[cpu]'" in caplog.text
+
+
+def test_auto_does_not_warn_where_the_kernel_is_a_fast_one(caplog, monkeypatch, extra):
+    monkeypatch.setattr(log, "warned", set())
+    registry.register(dataclasses.replace(extra, fast_on=("cpu",)), before="numba")
+    try:
+        with caplog.at_level(logging.WARNING, "hf_gdn"):
+            assert registry.resolve(REQUEST).backend == "extra"
+    finally:
+        registry.unregister("chunk_gdn", "extra")
+    assert caplog.messages == []
 
 
 def test_refusals_are_one_sentence_each():
     for kernel in registry.kernels():
-        if kernel.backend != "eager":
+        if kernel.backend not in ("numba", "eager"):
             sentence = kernel.why_not(dataclasses.replace(REQUEST, op=kernel.op))
             assert sentence.startswith("needs") and "\n" not in sentence
 
@@ -99,14 +120,19 @@ def test_a_backend_asked_for_by_name_never_falls_back():
 
 
 def test_when_no_backend_serves_each_says_why():
-    with pytest.raises(BackendError, match=r"no backend serves chunk_gdn: triton .*; fla .*; eager serves floating"):
+    with pytest.raises(
+        BackendError, match=r"no backend serves chunk_gdn: triton .*; fla .*; numba .*; eager serves floating"
+    ):
         registry.resolve(dataclasses.replace(REQUEST, dtype=torch.int8))
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: registry.resolve(REQUEST, "cuda"), "unknown backend 'cuda'; valid backends: auto, triton, fla, eager"),
+        (
+            lambda: registry.resolve(REQUEST, "cuda"),
+            "unknown backend 'cuda'; valid backends: auto, triton, fla, numba, eager",
+        ),
         (lambda: registry.kernels("conv"), "unknown op 'conv'; registered ops: chunk_gdn"),
         (lambda: registry.register_op(registry.ops()["chunk_gdn"]), "op 'chunk_gdn' is registered already"),
         (lambda: registry.register(registry.get("chunk_gdn", "eager")), "has a kernel of backend 'eager' already"),
@@ -128,7 +154,7 @@ def test_a_kernel_can_go_ahead_of_others(extra):
     dims = (2, 4, 64, 64)
     assert registry.resolve_cached("chunk_gdn", "cpu", torch.float32, dims, "auto", False) is extra
     registry.unregister("chunk_gdn", "extra")
-    assert registry.resolve_cached("chunk_gdn", "cpu", torch.float32, dims, "auto", False).backend == "eager"
+    assert registry.resolve_cached("chunk_gdn", "cpu", torch.float32, dims, "auto", False) is not extra
 
 
 def test_gradients_go_to_the_eager_backend(extra):
@@ -156,7 +182,7 @@ def test_packages_add_kernels_through_an_entry_point(tmp_path):
     code = "from hf_gdn import registry; print([k.backend for k in registry.kernels('chunk_gdn')])"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "['plugin', 'triton', 'fla', 'eager']"
+    assert out.stdout.strip() == "['plugin', 'triton', 'fla', 'numba', 'eager']"
 
 
 def test_environment_names_the_default_backend():
@@ -196,7 +222,7 @@ register("chunk_gdn", "first", before="mine")
 import hf_gdn.kernels.eager.chunk_gdn  # whose kernel then waits as well
 print([kernel.backend for kernel in registry.kernels("chunk_gdn")])
 """)
-    assert out.stdout.strip() == "['triton', 'fla', 'first', 'mine', 'eager', 'last']", out.stderr
+    assert out.stdout.strip() == "['triton', 'fla', 'numba', 'first', 'mine', 'eager', 'last']", out.stderr
 
 
 def test_kernels_registered_before_the_built_in_ones_are_checked_at_the_first_question():

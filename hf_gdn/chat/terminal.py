@@ -103,7 +103,7 @@ def main(name: str | None, options: ChatOptions, where: DeviceOptions) -> None:
         raise UserError(f"--backend: {error}") from error
     source = models.Source(name if name is not None else models.embedded()[-1])
     place = models.pick_device(where.device)
-    number = models.pick_dtype(where.dtype, source.name, place)
+    number = models.pick_dtype(where.dtype, source, place)
     try:
         SinkCache(models.read_config(source), options.sinks, window(source.name, options))
     except ValueError as error:

@@ -37,11 +37,11 @@ def doctor(
     from ..doctor.rows import rows
     from ..eval import terminal
     from ..eval.progress import bars
-    from ..loading.models import DTYPES, pick_device, pick_dtype
+    from ..loading.models import DTYPES, Source, pick_device, pick_dtype
 
     start, where = time.perf_counter(), pick_device(device.device)
     torch.set_num_threads(device.threads or torch.get_num_threads())
-    dtypes = [pick_dtype(device.dtype, "", where)] if device.dtype else DTYPES.values()
+    dtypes = [pick_dtype(device.dtype, Source(""), where)] if device.dtype else DTYPES.values()
     wanted = rows(model or (), [str(dtype).removeprefix("torch.") for dtype in dtypes], str(where))
     about = report.head(shlex.join(["hf-gdn", *sys.argv[1:]]), where)
     with bars(not as_json) as progress:

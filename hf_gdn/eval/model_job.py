@@ -125,7 +125,7 @@ def _tokens(job: EvalJob, loaded: Loaded, text: texts.Text) -> tuple[Tensor, str
 
 def evaluate(job: EvalJob, source: Source, text: texts.Text, device: torch.device, work: Work) -> ModelResult | None:
     """Evaluate one model: its entry in the report, in the main process; None in the others."""
-    dtype = models.pick_dtype(job.device.dtype, source.name, device)
+    dtype = models.pick_dtype(job.device.dtype, source, device)
     processes, backend = work.processes, job.models.backend
     with work.bars.busy(f"loading {source.label}"):
         loaded = processes.each(lambda: models.load(source, device, dtype))

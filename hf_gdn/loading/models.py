@@ -98,13 +98,25 @@ def pick_device(name: str | None, given: torch.device | None = None) -> torch.de
     return device
 
 
-def pick_dtype(name: str | None, model: str, device: torch.device) -> torch.dtype:
-    """The dtype asked for; else float32, or bfloat16 for other models than the embedded ones on an accelerator."""
-    if name is None:
-        return torch.float32 if device.type == "cpu" or model in embedded() else torch.bfloat16
-    if name not in DTYPES:
-        raise UserError(f"--dtype {name} is not known; dtypes: {', '.join(DTYPES)}")
-    return DTYPES[name]
+def pick_dtype(name: str | None, source: Source, device: torch.device) -> torch.dtype:
+    """The dtype asked for, else a checkpoint's own.
+
+    The embedded models are float32. Random weights, and checkpoints whose config names no dtype, are float32 on a CPU
+    and bfloat16 on an accelerator.
+    """
+    if name is not None:
+        if name not in DTYPES:
+            raise UserError(f"--dtype {name} is not known; dtypes: {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if source.name in embedded():
+        return torch.float32
+    if not source.random:
+        config = read_config(source)
+        for part in (config, config.get_text_config()):
+            found = str(getattr(part, "dtype", None)).removeprefix("torch.")
+            if found in DTYPES:
+                return DTYPES[found]
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 # --------------------------------------------------------------------------------------------------------------- models

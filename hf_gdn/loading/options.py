@@ -53,6 +53,8 @@ class DeviceOptions:
     PANEL: ClassVar[str] = "Device"
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; the first GPU if there is one by default.")
     dtype: str | None = option(
-        None, "float32, bfloat16 or float16; float32 on a CPU and for the embedded models by default."
+        None,
+        "float32, bfloat16 or float16; a checkpoint's own by default, float32 for the embedded models and for random "
+        "weights on a CPU.",
     )
     threads: int | None = option(None, "Number of CPU threads; torch's choice by default.", minimum=1)
