@@ -286,8 +286,11 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
                 break
             refusals.append(f"{kernel.backend} {sentence}")
         else:
+            if needs_grad:  # of an op that has no backward on any backend
+                return get(request.op, "eager")
             raise BackendError(f"no backend serves {request.op}: " + "; ".join(refusals))
-        if refusals and request.device_type not in kernel.fast_on:
+        fast = request.device_type in kernel.fast_on or (needs_grad and request.device_type == "cpu")
+        if refusals and not fast:
             warn_once(f"hf_gdn runs on the {kernel.backend} backend: {'; '.join(refusals)}")
     else:
         kernel = get(request.op, backend)

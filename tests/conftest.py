@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import hf_gdn
+from hf_gdn import registry
 from hf_gdn.kernels.triton.runtime import INTERPRET
 from tests import tiny_models as tiny
 from tests.access_checker import AccessChecker
@@ -96,6 +97,17 @@ def _bf16_is_rounded(request, monkeypatch):
 def _unpatched_afterwards():
     yield
     hf_gdn.unpatch()
+
+
+@pytest.fixture
+def without_numba():
+    """No numba backend, which comes before eager on a CPU where the package is installed."""
+    taken = [kernel for kernel in registry.kernels() if kernel.backend == "numba"]
+    for kernel in taken:
+        registry.unregister(kernel.op, kernel.backend)
+    yield
+    for kernel in taken:
+        registry.register(kernel)
 
 
 @pytest.fixture(params=sorted(tiny.ALL))

@@ -31,7 +31,7 @@ def request(op: str, dtype: torch.dtype = torch.float32) -> Request:
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, without_numba):
     """Verdicts of this test alone, on disk and in memory, and warnings anew."""
     monkeypatch.setenv("HF_GDN_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_GDN_VERIFY", "1")
@@ -190,6 +190,9 @@ _PROCESS = """
 import dataclasses, torch
 from hf_gdn import registry
 from hf_gdn.registry import Request
+for kernel in registry.kernels():
+    if kernel.backend == "numba":
+        registry.unregister(kernel.op, kernel.backend)
 eager = registry.get("chunk_gdn", "eager")
 def fn(**call):
     o, state = eager.fn(**call)

@@ -19,6 +19,9 @@ NAME = "qwen3_next"
 REQUEST = Request("chunk_gdn", "cpu", torch.float32, 2, 4, 8, 8)
 
 
+pytestmark = pytest.mark.usefixtures("without_numba")
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """The CPU passes for a GPU, and the original's delta rule for a kernel of the hub."""
