@@ -1,5 +1,6 @@
 """Prefill of patched layers on the Triton kernels, in the interpreter: what runs, and that it is the original."""
 
+import functools
 from itertools import pairwise
 
 import pytest
@@ -145,7 +146,7 @@ def test_prefill_is_the_projections_and_few_launches(family, layer, monkeypatch)
 
 
 @some
-def test_kernels_of_a_backend_go_together(family, layer, monkeypatch):
+def test_kernels_of_a_backend_go_together(family, layer, monkeypatch, request):
     """Prologue and norm are those of the delta rule's backend where it has them, the eager ones where it has not."""
     seen, op = [], hf_gdn.patches.all_families()[family].variant
     for name in ("call_prologue", "call_norm"):
@@ -161,9 +162,8 @@ def test_kernels_of_a_backend_go_together(family, layer, monkeypatch):
         run(layer, x)
     assert seen == [(f"prologue_{op}", "triton"), ("gated_norm", "triton")]
     for name in (f"prologue_{op}", "gated_norm"):
-        kernel = registry.get(name, "triton")
-        monkeypatch.delitem(registry._table, (name, "triton"))
-        assert kernel
+        request.addfinalizer(functools.partial(registry.register, registry.get(name, "triton")))
+        registry.unregister(name, "triton")
     with on_triton(family):
         run(layer, x)
     assert seen[2:] == [(f"prologue_{op}", "eager"), ("gated_norm", "eager")]
