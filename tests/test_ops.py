@@ -9,6 +9,7 @@ from hf_gdn import operators, ops, registry
 from hf_gdn.registry import BackendError
 from hf_gdn.testing import assert_close, error
 from hf_gdn.testing.tolerances import DELTA_RULE, SAME_SUMS
+from tests import tiny_models as tiny
 
 FUNCTIONS = {
     "chunk_gdn": ops.chunk_gated_delta_rule,
