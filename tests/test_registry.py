@@ -11,7 +11,7 @@ import sysconfig
 import pytest
 import torch
 
-from hf_gdn import log, registry
+from hf_gdn import log, patches, registry
 from hf_gdn.errors import BackendError
 from hf_gdn.kernels.numba import library
 from hf_gdn.kernels.triton import runtime
@@ -165,7 +165,7 @@ def test_gradients_go_to_the_eager_backend(extra):
 
 PLUGIN = """
 import dataclasses
-from hf_gdn import log, registry
+from hf_gdn import log, patches, registry
 
 def load():
     eager = registry.get("chunk_gdn", "eager")
@@ -196,7 +196,7 @@ def test_environment_names_the_default_backend():
 
 EARLY = """
 import sys
-from hf_gdn import log, registry
+from hf_gdn import registry
 
 def register(op, backend, before=None):
     kernel = registry.Kernel(op, backend, lambda **kwargs: None, lambda request: None)
@@ -230,3 +230,32 @@ def test_kernels_registered_before_the_built_in_ones_are_checked_at_the_first_qu
     assert "kernel 'mine' is for op 'conv'; registered ops: chunk_gdn" in out.stderr
     out = run("register('chunk_gdn', 'eager'); registry.backends()")
     assert "op 'chunk_gdn' has a kernel of backend 'eager' already" in out.stderr
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "beta_max", "hip", "refused"),
+    [
+        ("chunk_gdn", torch.bfloat16, 2.0, None, "is inaccurate in 16 bits for beta up to 2"),
+        ("chunk_kda", torch.float16, 2.0, "6.0", "is inaccurate in 16 bits for beta up to 2"),
+        ("chunk_gdn", torch.float32, 1.0, None, "serves prompts in fp32 on AMD cards only"),
+        ("chunk_kda", torch.float32, 2.0, "6.0", None),
+        ("chunk_gdn", torch.bfloat16, 1.0, None, None),
+        ("recurrent_gdn", torch.bfloat16, 2.0, None, None),
+        ("recurrent_gdn", torch.float32, 1.0, None, None),
+    ],
+)
+def test_what_tritons_chunk_kernels_refuse(op, dtype, beta_max, hip, refused, monkeypatch):
+    monkeypatch.setattr(runtime, "HAS_TRITON", True)
+    monkeypatch.setattr(runtime, "missing_build_tool", lambda: None)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    found = registry.get(op, "triton").why_not(Request(op, "cuda", dtype, 2, 4, 64, 64, beta_max))
+    assert (found or "").startswith(refused or "") and (found is None) == (refused is None)
+
+
+def test_models_whose_beta_exceeds_one_say_so():
+    """OLMo-Hybrid doubles beta, which its layers' requests have to tell."""
+    found = {}
+    for name in ("olmo_hybrid", "qwen3_next"):
+        if name in tiny.CONFIGS:
+            found[name] = patches.all_families()[name].spec(tiny.mixer(tiny.model(name))).beta_scale
+    assert found == {"olmo_hybrid": 2.0, "qwen3_next": 1.0}
