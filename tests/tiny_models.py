@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 import transformers
@@ -15,6 +17,8 @@ from hf_gdn.upstream.cache_names import of_outputs as cache_of
 
 __all__ = ["cache_of", "given", "layer_given"]
 ABSENT = object()  # in a config's values: leave the field out
+# Backends that serve inference on this machine's CPU, in the order in which "auto" tries them.
+ON_A_CPU = ("numba", "eager") if importlib.util.find_spec("numba") else ("eager",)
 # Ops with the delta rule's own signature; step ops are all of a layer between its projections.
 DELTA_RULES = ("chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda")
 _COMMON = dict(

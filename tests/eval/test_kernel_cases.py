@@ -13,6 +13,7 @@ from hf_gdn.eval.options import KernelBenchOptions
 from hf_gdn.loading import models
 from hf_gdn.loading.options import DeviceOptions
 from hf_gdn.loading.shapes import SHAPES
+from tests import tiny_models as tiny
 from tests.eval.planted import TINY, backend
 
 WHERE = DeviceOptions(device="cpu")
@@ -38,7 +39,9 @@ def test_default_plan_of_a_cpu():
         ("recurrent_kda", kimi, 1, 1),
         ("recurrent_kda", kimi, 4, 1),
     ]
-    assert {c.backend for c in found} == {"transformers", "eager"} and all(c.direction == "forward" for c in found)
+    assert {c.backend for c in found} == {"transformers", *tiny.ON_A_CPU} and all(
+        c.direction == "forward" for c in found
+    )
 
 
 def test_default_plan_of_cuda(cuda):
@@ -84,7 +87,10 @@ def test_sizes_asked_for():
     [
         (dict(shapes=("gpt2",)), "--shape gpt2 is not known; shapes: qwen3_next-80b, kimi_linear-48b, "),
         (dict(ops=("conv",)), "--op conv is not known; ops: chunk_gdn, recurrent_gdn, chunk_kda, recurrent_kda"),
-        (dict(backends=("auto",)), "--backend auto is not known; backends: transformers, triton, fla, eager, flash_"),
+        (
+            dict(backends=("auto",)),
+            "--backend auto is not known; backends: transformers, triton, fla, numba, eager, flash_",
+        ),
         (dict(directions=("up",)), "--direction up is not known; directions: forward, backward"),
         (dict(directions=()), "no direction is given; directions: forward, backward"),
         (dict(dtype="int8"), "--dtype int8 is not known; dtypes: float32, bfloat16, float16"),

@@ -12,6 +12,7 @@ from hf_gdn.errors import UserError
 from hf_gdn.eval import accuracy, layer_bench, layer_cases
 from hf_gdn.eval.options import KernelBenchOptions
 from hf_gdn.loading import layers, models
+from tests import tiny_models as tiny
 
 CPU = torch.device("cpu")
 TINY = ("qwen3_next-tiny", "kimi_linear-tiny")
@@ -60,9 +61,9 @@ def test_the_projections_are_the_linear_modules_of_a_call(shape):
 def test_plan():
     cases, left_out = layer_cases.plan(KernelBenchOptions(), CPU, torch.float32)
     assert [(c.phase, c.batch, c.tokens, c.backends) for c in cases if c.shape == "qwen3_next-80b"] == [
-        ("prefill", 1, 512, ("eager",)),
-        ("decode", 1, 1, ("eager",)),
-        ("decode", 4, 1, ("eager",)),
+        ("prefill", 1, 512, tiny.ON_A_CPU),
+        ("decode", 1, 1, tiny.ON_A_CPU),
+        ("decode", 4, 1, tiny.ON_A_CPU),
     ]
     assert any(line.startswith("triton is left out of chunk_gdn: it needs a CUDA device") for line in left_out)
     options = KernelBenchOptions(shapes=TINY[:1], batch=(1, 8), tokens=(7,), phases=("decode", "prefill"))
@@ -91,7 +92,7 @@ def test_plan_of_a_gpu():
         (dict(phases=("decode",), tokens=(5,)), "--tokens are of --phase prefill; a decode step takes one token"),
         (dict(ops=("chunk_gdn",)), "--op, --direction and --normalized are of --level op"),
         (dict(normalized=True), "--op, --direction and --normalized are of --level op"),
-        (dict(backends=("transformers",)), "--backend transformers is not known; backends: triton, fla, eager"),
+        (dict(backends=("transformers",)), "--backend transformers is not known; backends: triton, fla, numba, eager"),
         (dict(backends=("triton",)), "backend 'triton' cannot serve chunk_gdn at qwen3_next-80b: needs a CUDA device"),
         (dict(batch=(0,)), "--batch must be at least 1, got 0"),
         (dict(seconds=0.0), "--seconds must be above 0, got 0.0"),
