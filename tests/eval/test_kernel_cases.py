@@ -89,7 +89,7 @@ def test_sizes_asked_for():
         (dict(ops=("conv",)), "--op conv is not known; ops: chunk_gdn, recurrent_gdn, chunk_kda, recurrent_kda"),
         (
             dict(backends=("auto",)),
-            "--backend auto is not known; backends: transformers, triton, fla, numba, eager",
+            "--backend auto is not known; backends: transformers, triton, fla, numba, eager, flash_",
         ),
         (dict(directions=("up",)), "--direction up is not known; directions: forward, backward"),
         (dict(directions=()), "no direction is given; directions: forward, backward"),
