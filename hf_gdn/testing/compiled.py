@@ -53,6 +53,7 @@ class Compiled:
         kind: ``"cubin"`` or ``"hsaco"``.
         warps: warps per block.
         binary: the cubin; empty for other targets.
+        ir: Triton's GPU representation, before it becomes instructions.
     """
 
     target: str
@@ -62,6 +63,7 @@ class Compiled:
     kind: str
     warps: int
     binary: bytes = field(default=b"", repr=False)
+    ir: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class Launch:
         shared, warps = binary.metadata.shared, binary.metadata.num_warps
         if self.target.startswith("sm_"):
             registers, spills = _cuda_usage(binary.asm["cubin"])
-            return Compiled(self.target, shared, registers, spills, "cubin", warps, binary.asm["cubin"])
+            cubin, ir = binary.asm["cubin"], binary.asm["ttgir"]
+            return Compiled(self.target, shared, registers, spills, "cubin", warps, cubin, ir)
         registers, spills = _amd_usage(binary.asm["amdgcn"])
         return Compiled(self.target, shared, registers, spills, "hsaco", warps)
 
@@ -140,6 +143,44 @@ def check(result: Compiled, spills: int = 0) -> Compiled:
     assert result.shared <= SHARED_LIMIT[result.target], result
     assert result.spills <= spills, result
     return result
+
+
+# Operations that hand a value on in another place, layout or precision.
+_HANDED_ON = re.compile(
+    r"(ttg\.(local_alloc|local_load|convert_layout|memdesc_\w+)|arith\.\w+|math\.\w+|tt\.(trans|reshape))$"
+)
+
+
+def transposed_products(ir: str) -> list[str]:
+    """Products on Hopper's wgmma of which an operand is the transposed result of another product.
+
+    Triton 3.4 to 3.7.0 makes wrong code of these for sm_90 (flash-linear-attention, issues 640 and 984).
+
+    Args:
+        ir: of a kernel that was compiled for sm_90.
+
+    Returns:
+        Names of the products in `ir`.
+    """
+    made: dict[str, tuple[str, list[str]]] = {}
+    for line in ir.splitlines():
+        found = re.match(r"\s*%([\w.$-]+)(?::\d+)? = \"?([\w.]+)\"?(.*)", line)
+        if found:
+            operands = re.findall(r"%([\w.$-]+)", found[3].partition(" : ")[0])
+            made[found[1]] = found[2], operands
+
+    def is_product(name: str) -> bool:
+        return made.get(name, ("",))[0] in ("ttng.warp_group_dot", "ttng.warp_group_dot_wait", "tt.dot")
+
+    def reaches(name: str, transposed: bool) -> bool:
+        if is_product(name):
+            return transposed
+        operation, operands = made.get(name, ("", []))
+        turned = transposed or operation in ("tt.trans", "ttg.memdesc_trans")
+        return bool(_HANDED_ON.match(operation)) and any(reaches(operand, turned) for operand in operands)
+
+    products = [name for name, (operation, _) in made.items() if operation == "ttng.warp_group_dot"]
+    return [name for name in products if any(reaches(operand, False) for operand in made[name][1][:2])]
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:

@@ -16,11 +16,14 @@ from hf_gdn.kernels.triton.runtime import HAS_TRITON, INTERPRET
 if INTERPRET or not HAS_TRITON:
     pytest.skip("needs Triton's compiler: the package, and no TRITON_INTERPRET", allow_module_level=True)
 
+import triton
+import triton.language as tl
+
 from hf_gdn.kernels.triton.tokens import TOKEN_CONFIGS
 from hf_gdn.testing.call_changes import packed, padded
 from hf_gdn.testing.calls import tensors
 from hf_gdn.testing.case import FAMILIES
-from hf_gdn.testing.compiled import TARGETS, check, launches
+from hf_gdn.testing.compiled import TARGETS, Launch, check, launches, transposed_products
 
 # Bytes per thread that may be spilled, by kernel, target, K and V; V is None where it does not matter.
 SPILLS: dict[tuple, int] = {
@@ -86,6 +89,26 @@ def check_chunks(name, target, K=128, V=128, B=1, change=None, **sizes):
 @pytest.mark.parametrize("name", [name for name in KERNELS if name != "kda prepare normalised"])
 def test_chunks_of_head_128(name, target):
     check_chunks(name, target)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_transposed_product_goes_into_another_on_hopper(name):
+    assert not transposed_products(check_chunks(name, "sm_90").ir)
+
+
+@triton.jit
+def _transposed_product(p_x, p_y):
+    o = tl.arange(0, 64)
+    b_x = tl.load(p_x + o[:, None] * 64 + o[None, :])
+    b_p = tl.dot(b_x, b_x).to(tl.bfloat16)
+    b_y = tl.dot(tl.trans(b_p), b_x)
+    tl.store(p_y + o[:, None] * 64 + o[None, :], b_y.to(tl.bfloat16))
+
+
+def test_such_a_product_is_found():
+    x = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
+    found = Launch(_transposed_product, "sm_90", {"p_x": x, "p_y": x}, {"num_warps": 4}).compile()
+    assert len(transposed_products(found.ir)) == 1
 
 
 @targets
