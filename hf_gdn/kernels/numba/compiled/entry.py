@@ -6,6 +6,7 @@ Threads take tasks until none is left. Which thread runs a task, and how many th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy
@@ -75,9 +76,10 @@ def compile_entry(function: Callable[..., None], layout: Layout, dtype: str, fol
     fields = [(name, "i8") for name in layout.integers] + [(name, "f8") for name in layout.floats]
     record = numba.from_dtype(numpy.dtype([*fields, (_ARITHMETIC, dtype)]))
     signature = types.void(types.CPointer(record))
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = folder  # read when a function is made; other users of numba keep theirs
+    config: Any = numba.config  # its attributes are made at run time
+    before = config.CACHE_DIR
+    config.CACHE_DIR = folder  # read when a function is made; other users of numba keep theirs
     try:
         return numba.cfunc(signature, cache=True, error_model="numpy")(function)
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR = before
