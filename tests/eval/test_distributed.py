@@ -11,6 +11,7 @@ import pytest
 
 from hf_gdn.errors import UserError
 from hf_gdn.eval.distributed import Processes
+from tests import tiny_models as tiny
 
 PPL = ["ppl", "--mode", "prefill,mixed", "--context", "64", "--windows", "7", "--batch-size", "2", "--device", "cpu"]
 
@@ -54,7 +55,9 @@ def parity(folder):
 def test_two_processes_equal_one(tmp_path):
     code, out, err = launch(tmp_path, *PPL, "--output", str(tmp_path / "two"))
     assert code == 0, err
-    assert out.count("PASSED") == 1 and out.count("wrote") == 1 and err.count("hf_gdn runs on") == 1
+    assert out.count("PASSED") == 1 and out.count("wrote") == 1
+    warns = tiny.ON_A_CPU[0] == "eager"  # which is said once, not by every process
+    assert err.count("hf_gdn runs on") == int(warns)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "hf_gdn", *PPL, "--quiet", "--output", str(tmp_path / "one")]
     subprocess.run(command, check=True, env=environment)
