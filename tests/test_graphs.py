@@ -25,6 +25,9 @@ from hf_gdn.upstream import cache_names
 from tests import tiny_models as tiny
 from tests.fake_cuda_graph import Tape
 
+# The stand-in replays torch's operators, which numba's kernels are not.
+pytestmark = pytest.mark.usefixtures("without_numba")
+
 NEW = 10  # tokens; the first is the prefill's, the second runs as ever, the others are replays
 
 

@@ -253,7 +253,7 @@ def folder(tmp_path_factory):
         (["--dtype", "int8"], "--dtype int8 is not known; dtypes: float32, bfloat16, float16"),
         (["--output", "{}/file"], "output folder '{}/file' cannot be written"),
         (["--backend", "triton"], "backend 'triton' cannot serve"),
-        (["--backend", "gpu"], "unknown backend 'gpu'; valid backends: auto, triton, fla, eager"),
+        (["--backend", "gpu"], "unknown backend 'gpu'; valid backends: auto, triton, fla, numba, eager"),
     ],
     ids=lambda value: "_".join(part.strip("-").split("/")[-1] for part in value) if isinstance(value, list) else None,
 )

@@ -135,7 +135,7 @@ def test_compiled_runs_both_sides(tmp_path, monkeypatch):
     assert found.passed and len(seen) == 2  # one graph for the original, one for the patched model
 
 
-def test_graph_captures_once_in_all_turns(tmp_path, monkeypatch):
+def test_graph_captures_once_in_all_turns(tmp_path, monkeypatch, without_numba):
     monkeypatch.setitem(cuda_graphs.CAPTURES, "cpu", Tape)
     monkeypatch.setattr(Tape, "recorded", 0)
     monkeypatch.setattr(Tape, "replayed", 0)
