@@ -216,7 +216,7 @@ STEPS = {
 @calls
 @errors
 @pytest.mark.parametrize("step", STEPS)
-def test_a_step_that_raises_moves_both_states_or_none(rule, call, error, step, monkeypatch):
+def test_a_step_that_raises_moves_both_states_or_none(rule, call, error, step, monkeypatch, without_numba):
     length, tokens = CALLS[call]
     layer, x = tiny.mixer(model_of(rule)), hidden(2, tokens)
     with hf_gdn.patched(rule):
@@ -283,7 +283,7 @@ def test_memory_that_runs_out_anywhere_moves_both_states_or_none(rule, call):
         before, done = held(full), copy.deepcopy(full)
         with FullMemory() as memory:
             run(layer, x, done)
-        assert memory.count > 20
+        assert memory.count > 5  # compiled kernels are few operators
         torn = []
         for n in range(memory.count):
             cache = copy.deepcopy(full)
