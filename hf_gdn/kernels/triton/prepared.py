@@ -42,14 +42,15 @@ def prepare(kernel: Any, grid: int, varying: tuple[str, ...], arguments: dict[st
         options: Triton's launch options.
 
     Returns:
-        A function that takes the values of `varying` and launches the kernel.
+        A function that takes the values of `varying` and launches the kernel; the device has to be the current one.
 
     Raises:
         Errors of Triton and its compilers, if the kernel cannot be compiled or does not fit on the device.
     """
     if INTERPRET:
         constant = {name: x for name, x in arguments.items() if name not in varying} | options
-        return lambda *values: kernel[(grid,)](**dict(zip(varying, values)), **constant)
+        interpreted = kernel[(grid,)]
+        return lambda *values: interpreted(**dict(zip(varying, values)), **constant)
     names = kernel.arg_names
     positions = [names.index(name) for name in varying]
     compiled = kernel.warmup(**arguments, **options, grid=(grid,))
