@@ -14,8 +14,9 @@ def cache_folder() -> Path:
 
     Example:
         >>> import os
-        >>> os.environ["HF_GDN_CACHE"] = "/tmp/elsewhere"
-        >>> str(cache_folder())
+        >>> from unittest import mock
+        >>> with mock.patch.dict(os.environ, HF_GDN_CACHE="/tmp/elsewhere"):
+        ...     str(cache_folder())
         '/tmp/elsewhere'
     """
     named = os.environ.get("HF_GDN_CACHE")

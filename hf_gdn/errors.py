@@ -27,6 +27,11 @@ class UserError(HfGdnError):
     """An input of the user cannot be used; the text says what was expected and what was given."""
 
 
+def named(error: Exception) -> str:
+    """The type of an error and the `reason` for it, on one line."""
+    return f"{type(error).__name__}: {reason(error)}"
+
+
 def reason(error: Exception) -> str:
     """The reason for an error, on one line: the system's message for an OSError, else the first line of its text."""
     if isinstance(error, OSError) and error.strerror:

@@ -54,6 +54,16 @@ class Request:
     head_v_dim: int
     beta_max: float = 1.0
 
+    @property
+    def dims(self) -> Dims:
+        """HK, HV, K and V."""
+        return self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The same as arguments of an op's `make_inputs`."""
+        return dict(zip(("HK", "HV", "K", "V"), self.dims))
+
     @classmethod
     def of(cls, op: str, q: torch.Tensor, v: torch.Tensor) -> Request:
         """Build the request for q ``[B, T, HK, K]`` and v ``[B, T, HV, V]``."""

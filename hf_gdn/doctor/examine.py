@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .. import registry, verification
-from ..errors import reason
+from ..errors import named, reason
+from ..eval.timing import captured
 from ..registry import Kernel, Request
 from ..testing import calls, tolerances
 from ..testing.calls import Call, Results
@@ -94,7 +95,7 @@ def _sweep(kernel: Kernel, found: Finding, device: torch.device) -> Finding:
     """
     row, eager, few = found.row, registry.get(kernel.op, "eager"), 5
     lengths = _LENGTHS.get(row.op.partition("_")[0], (1, 300))
-    sizes = dict(zip(("HK", "HV", "K", "V"), row.dims), B=few, T=lengths[-1], dtype=row.request.dtype)
+    sizes = dict(row.request.sizes, B=few, T=lengths[-1], dtype=row.request.dtype)
     longest = registry.ops()[row.op].make_inputs(**sizes, device=device)
     for length in lengths:
         small = calls.tokens(row.op, longest, slice(length))
@@ -105,7 +106,7 @@ def _sweep(kernel: Kernel, found: Finding, device: torch.device) -> Finding:
             try:
                 sentence = _compare(kernel, calls.rows(row.op, small, rows), wanted, rows)
             except Exception as raised:
-                sentence = f"raised {type(raised).__name__}: {reason(raised)}"
+                sentence = f"raised {named(raised)}"
             if sentence is not None:
                 return replace(found, state=REFUSED, reason=f"{batch} × {length}: {sentence}")
             found = replace(found, launches=found.launches + 1, captured=found.captured + 1)
@@ -114,7 +115,7 @@ def _sweep(kernel: Kernel, found: Finding, device: torch.device) -> Finding:
 
 def _compare(kernel: Kernel, call: Call, wanted: Results, rows: torch.Tensor) -> str | None:
     """How a call differs from `wanted`, or from its own replay; None if it does not."""
-    again, dtype = replayed(kernel, call), calls.dtype_of(kernel.op, call)
+    again, dtype = captured(lambda: calls.run(kernel, call), rows.device)(), calls.dtype_of(kernel.op, call)
     for name, x in calls.run(kernel, call).items():
         off, bar = error(x, wanted[name][rows]), tolerances.budget(kernel.op, dtype, name) + 1e-7
         if not off <= bar:
@@ -122,18 +123,6 @@ def _compare(kernel: Kernel, call: Call, wanted: Results, rows: torch.Tensor) ->
         if not torch.equal(x, again[name]):
             return f"{name} differs when replayed from a CUDA graph"
     return None
-
-
-def replayed(kernel: Kernel, call: Call) -> Results:
-    """The results of a call that was captured in a CUDA graph and replayed once."""
-    calls.run(kernel, call)  # compiles
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        results = calls.run(kernel, call)
-    graph.replay()
-    torch.cuda.synchronize()
-    return results
 
 
 def main() -> None:

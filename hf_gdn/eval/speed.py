@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda_graphs
-from ..errors import UserError, reason
+from ..errors import UserError, named
 from ..loading.models import Loaded, check_length
 from ..patches import patched, unpatched
 from ..upstream import configs, modules, tensors
@@ -198,7 +198,7 @@ def _measure(
             runs = {side: runner(side) for side in SIDES}
             calls = in_turns(runs, variant.warmups, options.rounds, on_progress)
     except (torch.OutOfMemoryError, tensors.compiler_error()) as error:
-        return SpeedCell(**vars(cell), counts=False, failed=f"{type(error).__name__}: {reason(error)}")
+        return SpeedCell(**vars(cell), counts=False, failed=f"{named(error)}")
     made = {side: calls[side][-1].tokens for side in SIDES}
     tokens = compare_tokens(loaded.model, prompt, made["original"], made["patched"], loaded.dtype)
     return SpeedCell(

@@ -48,6 +48,27 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _layout(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)} with strides {x.stride()}"
+
+
+def check_inplace(state: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The initial state that ``inplace=True`` writes to. Raises ValueError unless it is contiguous and of `dtype`."""
+    if state is None:
+        raise ValueError("inplace=True needs an initial_state to write to; it is None")
+    if not state.is_contiguous() or state.dtype != dtype:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"inplace=True needs a contiguous {name} initial_state; it is {_layout(state)}")
+    return state
+
+
+def check_token_states(states: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless `states` ``[B, T, HV, K, V]`` is of `dtype`, every ``[K, V]`` contiguous."""
+    if states.stride()[3:] != (states.shape[4], 1) or states.dtype != dtype:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"token_states needs contiguous {name} [K, V] matrices; it is {_layout(states)}")
+
+
 class Projections(NamedTuple):
     """Outputs of a layer's input projections for ``[B, T]`` tokens. R = HV / HK value heads share a key head.
 
@@ -62,6 +83,12 @@ class Projections(NamedTuple):
     z: Tensor  # [B, T, HK, R, V], gate of the output norm
     qkv: Tensor | None = None  # [B, T, C], q | k | v, if one projection returns all three
     g: Tensor | None = None  # [B, T, HV, K], decay from a forget-gate module that had to be called
+
+    def decay_by_head(self) -> Tensor:
+        """a of every value head: ``[B, T, HK, R]`` (GDN) or ``[B, T, HK, R, K]`` (KDA), a view."""
+        assert self.a is not None
+        HK, K = self.q.shape[2:]
+        return self.a.unflatten(2, (HK, self.v.shape[3], K)) if self.a.dim() == 3 else self.a
 
     def joined(self) -> Tensor:
         """q | k | v concatenated, ``[B, T, C]``."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Handover:
 
     def __init__(self, family: Family, settings: Settings, original: Callable[..., Any]) -> None:
         self.family, self.settings, self.original = family, settings, original
+        self._known: WeakKeyDictionary[Any, tuple[registry.Dims, float]] = WeakKeyDictionary()
 
     @functools.cached_property
     def theirs(self) -> str:
@@ -48,8 +50,10 @@ class Handover:
         if self.theirs == "torch":
             return None
         grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters()))
-        dims, beta_max = (*self.family.dims(layer),), self.family.spec(layer).beta_scale
-        kind = x.device.type, x.dtype, dims, "auto", grad, beta_max
+        known = self._known.get(layer)
+        if known is None:  # a layer keeps both
+            known = self._known[layer] = (*self.family.dims(layer),), self.family.spec(layer).beta_scale
+        kind = x.device.type, x.dtype, known[0], "auto", grad, known[1]
         few = registry.resolve_cached(f"recurrent_{self.family.variant}", *kind)
         chunk = few.max_tokens < x.shape[1]
         kernel = registry.resolve_cached(f"chunk_{self.family.variant}", *kind) if chunk else few

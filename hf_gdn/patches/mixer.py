@@ -90,8 +90,6 @@ def mix(
         lengths=None if real is None else real.sum(1),
         asked=plan.asked,
     )
-    if prologue.backend != kernel.backend:  # the eager prologue keeps to the contract's values, not to its strides
-        inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in inputs]
     inplace = kernel is plan.few.delta_rule and state is not None and not plan.needs_grad and state.is_contiguous()
     o, final = call_delta_rule(
         kernel,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..errors import PatchError, reason
+from ..errors import PatchError, named
 from ..testing.compare import error as relative_error
 from ..upstream import versions
 from .families.base import Family
@@ -78,10 +78,7 @@ def difference(family: Family, swap: Swap, config: Any, device: torch.device) ->
         x = _random((2, _TOKENS, layer.hidden_size), 1.0).to(device)
         wanted, got = (_run(forward, layer, x, config) for forward in (swap.original, swap.replacement))
     except Exception as error:  # a new version may raise anything
-        return (
-            f"a layer of {versions.installed()} could not be compared with the original: "
-            f"{type(error).__name__}: {reason(error)}"
-        )
+        return f"a layer of {versions.installed()} could not be compared with the original: {named(error)}"
     for name, theirs in wanted.items():
         off = relative_error(got[name], theirs)
         if not off <= BUDGET:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BackendError, reason
+from ..errors import BackendError, named, reason
 from ..log import logger
 from ..registry import Kernel, Request
 from . import verdicts
@@ -42,8 +42,7 @@ def _mode() -> str:
 
 
 def _kind(kernel: Kernel, request: Request) -> tuple[Any, ...]:
-    heads = request.num_k_heads, request.num_v_heads, request.head_k_dim, request.head_v_dim
-    return kernel.fn, request.device_type, request.dtype, heads
+    return kernel.fn, request.device_type, request.dtype, request.dims
 
 
 def why_not(kernel: Kernel, request: Request) -> str | None:
@@ -125,7 +124,7 @@ def _devices(device_type: str) -> list[torch.device]:
 def refuse(kernel: Kernel, request: Request, error: Exception) -> None:
     """Refuse a kernel for such calls in this process, because a launch failed after the check had passed."""
     with _lock:
-        _known[_kind(kernel, request)] = f"could not be launched: {type(error).__name__}: {reason(error)}"
+        _known[_kind(kernel, request)] = f"could not be launched: {named(error)}"
 
 
 def forget() -> None:

@@ -46,8 +46,7 @@ def _harder(call: Call) -> Call:
 def proofs(request: Request) -> list[Case]:
     """The calls for a kernel of the request's op, in the request's dtype and with its heads and dimensions."""
     kind, _, variant = request.op.partition("_")
-    heads = (request.num_k_heads, request.num_v_heads, request.head_k_dim, request.head_v_dim)
-    sizes: dict[str, Any] = dict(zip(("HK", "HV", "K", "V"), heads), dtype=request.dtype)
+    sizes: dict[str, Any] = {**request.sizes, "dtype": request.dtype}
     if kind in ("chunk", "recurrent"):
         # Chunk kernels refuse such a beta in 16 bits.
         change = _hard if kind == "chunk" and request.dtype.itemsize == 2 else _harder

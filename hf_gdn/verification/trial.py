@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import registry
-from ..errors import reason
+from ..errors import named
 from ..registry import Kernel, Request
 from ..testing import calls, tolerances
 from ..testing.compare import error
@@ -52,7 +52,7 @@ def check(kernel: Kernel, request: Request, device: torch.device) -> Verdict:
         except Exception as raised:
             if is_sticky(raised, device):
                 raise
-            refused = f"{proof.name} raised {type(raised).__name__}: {reason(raised)}"
+            refused = f"{proof.name} raised {named(raised)}"
             break
         plain = calls.run(eager, call)
         for name, wanted in exact.items():

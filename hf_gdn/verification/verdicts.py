@@ -36,7 +36,7 @@ def key(kernel: Kernel, request: Request, device: torch.device) -> dict[str, Any
         "op": kernel.op,
         "backend": kernel.backend,
         "dtype": str(request.dtype).removeprefix("torch."),
-        "heads": [request.num_k_heads, request.num_v_heads, request.head_k_dim, request.head_v_dim],
+        "heads": list(request.dims),
         "device": model_of(device),
         "source": _source(kernel.fn),
         **_machine(),

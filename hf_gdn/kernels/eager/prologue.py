@@ -60,7 +60,9 @@ def prologue(
         sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(length, device=qkv.device), right=True)
     out = causal_conv(x.transpose(1, 2), weights.conv, weights.conv_bias, length, sequence)
     sizes = (k_heads * k_dim, k_heads * k_dim, k_heads * group * v_dim)
-    q, k, v = activation(spec.activation)(out).split_with_sizes(sizes, -1)
+    out = activation(spec.activation)(out)
+    out = out if out.stride(-1) == 1 else out.contiguous()  # as the contract has it; not every activation keeps it so
+    q, k, v = out.split_with_sizes(sizes, -1)
     q, k = (l2norm(x.unflatten(2, (k_heads, k_dim))).to(qkv.dtype) for x in (q, k))
     return DeltaRuleInputs(q, k, v.to(qkv.dtype).unflatten(2, (k_heads * group, v_dim)), g, beta, recent)
 

@@ -53,8 +53,7 @@ def prologue(
     R, V = v.shape[3:]
     HV, width, dtype = HK * R, weights.conv.shape[1], state_dtype(q.dtype)
     is_kda = a.dim() == 3
-    if is_kda:
-        a = a.unflatten(2, (HK, R, K))
+    a = projected.decay_by_head()
     made = DeltaRuleInputs(
         q=torch.empty(B, T, HK, K, dtype=q.dtype),
         k=torch.empty(B, T, HK, K, dtype=q.dtype),

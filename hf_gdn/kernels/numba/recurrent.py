@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
-from ..contract import state_dtype
+from ..contract import check_inplace, check_token_states, state_dtype
 from .arguments import BLOCK, LANES, padded
 from .runtime import launch, why_not
 
@@ -66,12 +66,12 @@ def recurrent(
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     dtype = state_dtype(v.dtype)
     if inplace:
-        final_state = _check_inplace(initial_state, dtype)
+        final_state = check_inplace(initial_state, dtype)
     else:
         final_state = torch.empty(N, HV, K, V, dtype=dtype)
         initial_state = None if initial_state is None else initial_state.to(dtype).contiguous()
-    if token_states is not None and (token_states.stride()[3:] != (V, 1) or token_states.dtype != dtype):
-        raise ValueError(f"token_states needs contiguous {_name(dtype)} [K, V] matrices; it is {_layout(token_states)}")
+    if token_states is not None:
+        check_token_states(token_states, dtype)
     o = torch.empty(B, T, HV, V, dtype=v.dtype)
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     KP, VP = padded(K), padded(V)
@@ -85,22 +85,6 @@ def recurrent(
         N, T, HK, HV, K, V, g.dim() == 4, qk_l2norm, scale,
     )  # fmt: skip
     return o, final_state
-
-
-def _check_inplace(state: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if state is None:
-        raise ValueError("inplace=True needs an initial_state to write to; it is None")
-    if not state.is_contiguous() or state.dtype != dtype:
-        raise ValueError(f"inplace=True needs a contiguous {_name(dtype)} initial_state; it is {_layout(state)}")
-    return state
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _layout(x: Tensor) -> str:
-    return f"{_name(x.dtype)} of shape {tuple(x.shape)} with strides {x.stride()}"
 
 
 # No chunk kernel is faster (`chunk`).

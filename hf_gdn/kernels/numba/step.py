@@ -45,8 +45,7 @@ def step(projected: Projections, weights: Weights, spec: LayerSpec, conv_state: 
     R, V = v.shape[3:]
     HV, width = HK * R, weights.conv.shape[1]
     is_kda = a.dim() == 3
-    if is_kda:
-        a = a.unflatten(2, (HK, R, K))
+    a = projected.decay_by_head()
     y = torch.empty(B, T, HV, V, dtype=v.dtype)
     KP, VP = padded(K), padded(V)
     shared = KP * LANES + max(KP, VP) * (width + 1) + BLOCK * VP + KP + 2 * VP + 5 * BLOCK * KP + BLOCK * VP + 3 * BLOCK

@@ -297,8 +297,7 @@ def prologue(
     R, V = v.shape[3:]
     HV, C = HK * R, 2 * HK * K + HK * R * V
     is_kda = a.dim() == 3
-    if is_kda:
-        a = a.unflatten(2, (HK, R, K))
+    a = projected.decay_by_head()
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device=q.device)

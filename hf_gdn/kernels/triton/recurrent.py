@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
+from ..contract import check_inplace, check_token_states
 from .math import l2norm
 from .runtime import on_device, strides, tl, triton, why_not
 from .tokens import FP_FUSION, delta_rule_token, tile_config
@@ -169,16 +170,15 @@ def recurrent(
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     if inplace:
-        final_state = _check_inplace(initial_state)
+        final_state = check_inplace(initial_state, torch.float32)
     else:
         final_state = torch.empty(N, HV, K, V, dtype=torch.float32, device=q.device)
         initial_state = None if initial_state is None else initial_state.contiguous()
     if token_states is None:
         stride_sb = stride_st = stride_sh = 0
-    elif token_states.stride()[3:] == (V, 1) and token_states.dtype == torch.float32:
-        stride_sb, stride_st, stride_sh = token_states.stride()[:3]
     else:
-        raise ValueError(f"token_states needs contiguous float32 [K, V] matrices; it is {_layout(token_states)}")
+        check_token_states(token_states, torch.float32)
+        stride_sb, stride_st, stride_sh = token_states.stride()[:3]
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=q.device)
     BV, num_warps = tile_config(N * HV, K, V)
     with on_device(q):
@@ -211,18 +211,6 @@ def recurrent(
             enable_fp_fusion=FP_FUSION,
         )
     return o, final_state
-
-
-def _check_inplace(state: Tensor | None) -> Tensor:
-    if state is None:
-        raise ValueError("inplace=True needs an initial_state to write to; it is None")
-    if not state.is_contiguous() or state.dtype != torch.float32:
-        raise ValueError(f"inplace=True needs a contiguous float32 initial_state; it is {_layout(state)}")
-    return state
-
-
-def _layout(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)} with strides {x.stride()}"
 
 
 register(Kernel("recurrent_gdn", "triton", recurrent, why_not, checked=True))

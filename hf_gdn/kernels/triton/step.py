@@ -281,7 +281,6 @@ def _prepare(
     R, V = v.shape[3:]
     HV, is_kda = HK * R, a.dim() == 3
     BV, num_warps = tile_config(B * HV, K, V)
-    heads = a.unflatten(2, (HK, R, K)) if is_kda else a
     sizes = dict(HK=HK, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), WIDTH=weights.conv.shape[1])
     rule = dict(
         p_q=q,
@@ -300,7 +299,7 @@ def _prepare(
         beta_scale=spec.beta_scale,
         T=T,
         **strides(q=q, k=k),
-        **strides("bthr", v=v, a=heads, b=b),
+        **strides("bthr", v=v, a=projected.decay_by_head(), b=b),
         **sizes,
         BV=BV,
         LOWER_BOUND=spec.lower_bound,
