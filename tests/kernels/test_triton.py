@@ -30,7 +30,7 @@ from hf_gdn.testing import assert_close, assert_no_worse, assert_same, calls
 from hf_gdn.testing import call_changes as change
 from hf_gdn.testing import invariants as holds
 from hf_gdn.testing.case import DTYPES, FAMILIES
-from hf_gdn.testing.tolerances import budget
+from hf_gdn.testing.tolerances import HARD_CALLS, budget
 
 from .plain import rounded_chunks
 
@@ -367,7 +367,8 @@ def test_error_in_segments_is_at_most_twice_the_uncut(op, altered, dtype, cut):
     cut(1)
     uncut, exact = calls.run(kernel(op), call), calls.reference(op, call)
     cut(4)
-    for name, x in holds.matches_reference(kernel(op), call).items():
+    factor = HARD_CALLS if altered is change.beta_two_without_decay else 1
+    for name, x in holds.matches_reference(kernel(op), call, factor=factor).items():
         assert_no_worse(name, x, uncut[name], exact[name])
 
 
