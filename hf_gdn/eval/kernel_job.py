@@ -77,6 +77,15 @@ class KernelJob(Job):
 
             done = work.fill([*cases, *first], compute, spread=False)
             rows = [read(LayerRow, row) for case in done for row in case["rows"]]
-            return Report(left_out=left_out, layers=rows, passed=all(row.passed is not False for row in rows))
+            if not work.processes.main:
+                return Report()
+            with work.bars.busy("this machine's ceilings"):
+                limits = roofline.ceilings(device, dtype)
+            return Report(
+                ceilings=limits,
+                left_out=left_out,
+                layers=layer_bench.with_floors(rows, limits),
+                passed=all(row.passed is not False for row in rows),
+            )
 
         return Plan(device, identity, measure)

@@ -74,6 +74,10 @@ class LayerRow:
     first_ms: float | None = None
     speedup: float | None = None
     share_projections: float | None = None
+    beside_ms: float | None = None
+    moved_bytes: int | None = None
+    flops: int | None = None
+    floor_ms: float | None = None
     goal_ms: float | None = None
     error: float | None = None
     budget: float | None = None

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,7 +30,7 @@ from ..patches import patched, unpatched
 from ..upstream import cache_names
 from . import candidates, goals, kernel_oracle
 from .accuracy import LAYER_ERROR
-from .kernel_results import LayerRow
+from .kernel_results import Ceilings, LayerRow
 from .layer_cases import Case
 from .options import KernelBenchOptions
 from .timing import clock, synchronize, times
@@ -128,6 +128,8 @@ def _measured(
     tokens = _BEFORE if case.phase == "decode" else case.tokens
     random = torch.Generator().manual_seed(0)
     x = torch.randn(case.batch, tokens, config.hidden_size, generator=random).to(device, dtype)
+    moved_bytes, flops = _work(layer, x, case)
+    base = replace(base, moved_bytes=moved_bytes, flops=flops)
     sides = {ORIGINAL: _Side(unpatched, *_calls(layer, config, x, case))}
     for backend in case.backends:
         patch = functools.partial(patched, family, backend=backend, strict=True)
@@ -150,8 +152,23 @@ def _measured(
                 continue
             side.turns.append(statistics.median(took))
             side.runs += len(took)
-    goal = goals.of_layer(case.phase, case.shape, case.batch, case.tokens, options.gpu_graph, device)
-    return _with_times(rows, sides, goal)
+    return _with_times(rows, sides, device)
+
+
+def _work(layer: nn.Module, x: Tensor, case: Case) -> tuple[int, int]:
+    """Bytes that a call has to move at least, and floating-point operations of its projections.
+
+    Every weight is read once, the layer's input read and its output written, and in a decode step the convolution's
+    window and the fp32 state are read and written.
+    """
+    shape = SHAPES[case.shape]
+    rows = case.batch * case.tokens
+    moved = sum(weight.nbytes for weight in layer.parameters()) + 2 * rows * x.shape[-1] * x.itemsize
+    if case.phase == "decode":
+        window = sum(m.in_channels * m.kernel_size[0] for m in layer.modules() if isinstance(m, nn.Conv1d))
+        state = shape.v_heads * shape.k_dim * shape.v_dim
+        moved += 2 * case.batch * (window * x.itemsize + 4 * state)
+    return moved, 2 * rows * sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))
 
 
 def _checked(row: LayerRow, side: _Side, wanted: Tensor | None) -> tuple[LayerRow, Tensor | None]:
@@ -177,7 +194,7 @@ def _checked(row: LayerRow, side: _Side, wanted: Tensor | None) -> tuple[LayerRo
     ), out
 
 
-def _with_times(rows: dict[str, LayerRow], sides: dict[str, _Side], goal: float | None) -> list[LayerRow]:
+def _with_times(rows: dict[str, LayerRow], sides: dict[str, _Side], device: torch.device) -> list[LayerRow]:
     medians = {
         name: statistics.median(side.turns) for name, side in sides.items() if side.turns and rows[name].note is None
     }
@@ -185,7 +202,8 @@ def _with_times(rows: dict[str, LayerRow], sides: dict[str, _Side], goal: float 
     for name, row in rows.items():
         if name in medians:
             ms, turns = medians[name], sides[name].turns
-            original, floor = medians.get(ORIGINAL), medians.get(PROJECTIONS)
+            original, alone = medians.get(ORIGINAL), medians.get(PROJECTIONS)
+            beside = [a - b for a, b in zip(turns, sides[PROJECTIONS].turns)]  # of the same turn: machines are noisy
             row = replace(
                 row,
                 ms=ms,
@@ -193,11 +211,26 @@ def _with_times(rows: dict[str, LayerRow], sides: dict[str, _Side], goal: float 
                 high=max(turns),
                 runs=sides[name].runs,
                 speedup=None if original is None else original / ms,
-                share_projections=None if floor is None else floor / ms,
-                goal_ms=goal if name not in (ORIGINAL, PROJECTIONS) else None,
+                share_projections=None if alone is None else alone / ms,
+                beside_ms=None if alone is None or name == PROJECTIONS else statistics.median(beside),
             )
+            if name not in (ORIGINAL, PROJECTIONS):
+                row = replace(row, goal_ms=goals.of_layer(row, device, original=original, projections=alone))
         found.append(row)
     return found
+
+
+def with_floors(rows: Iterable[LayerRow], ceilings: Ceilings) -> list[LayerRow]:
+    """Rows with ``floor_ms``: what has to be moved at the rate of a copy, or the projections' products, if longer."""
+    return [
+        row
+        if row.moved_bytes is None or row.flops is None
+        else replace(
+            row,
+            floor_ms=max(row.moved_bytes / ceilings.copy_gb_s / 1e6, row.flops / ceilings.matmul_tflop_s / 1e9),
+        )
+        for row in rows
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------- first calls

@@ -255,13 +255,14 @@ def _goal(value: float | None, shown: bool) -> tuple[str, ...]:
 def _layer_tables(report: Report) -> list[TextTable]:
     """A table for every shape and phase."""
     goals = _with_goals(report)
-    header = ("B × T", "layer", "ms", "lowest to highest turn", "speed-up", "projections", "first call, ms", "error")
+    columns = ("ms", "lowest to highest turn", "speed-up", "projections", "beside them, ms", "floor, ms")
+    header = ("B × T", "layer", *columns, "first call, ms", "error")
     found = []
     for row in report.layers or []:
         title = f"layer of {row.shape}, {row.phase}, {row.dtype}{', CUDA graph' if row.gpu_graph else ''}"
         name, error = (f"{row.batch} × {row.tokens}", row.side), _error(row.error, row.budget is not None)
         if row.ms is None:
-            cells: tuple[str, ...] = (*name, row.note or "", *[""] * 4, error)
+            cells: tuple[str, ...] = (*name, row.note or "", *[""] * 6, error)
         else:
             spread = "" if row.low is None else f"{number(row.low, 3)} – {number(row.high, 3)}"
             cells = (
@@ -270,6 +271,8 @@ def _layer_tables(report: Report) -> list[TextTable]:
                 spread,
                 "" if row.speedup is None else f"{row.speedup:.2f}×",
                 "" if row.share_projections is None else f"{row.share_projections:.0%}",
+                "" if row.beside_ms is None else number(row.beside_ms, 3),
+                "" if row.floor_ms is None else number(row.floor_ms, 3),
                 "" if row.first_ms is None else number(row.first_ms, 3),
                 error,
             )

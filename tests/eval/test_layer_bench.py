@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 from hf_gdn.cli.app import app
 from hf_gdn.errors import UserError
-from hf_gdn.eval import accuracy, layer_bench, layer_cases
+from hf_gdn.eval import accuracy, goals, layer_bench, layer_cases
+from hf_gdn.eval.kernel_results import Ceilings, LayerRow
 from hf_gdn.eval.options import KernelBenchOptions
-from hf_gdn.loading import layers, models
+from hf_gdn.loading import layers, models, shapes
 from tests import tiny_models as tiny
 
 CPU = torch.device("cpu")
@@ -37,6 +38,36 @@ def test_rows(shape, phase, dtype):
     assert ours.speedup == pytest.approx(original.ms / ours.ms)
     assert ours.share_projections == pytest.approx(floor.ms / ours.ms)
     assert original.first_ms > 0 and ours.first_ms > 0 and floor.first_ms is None
+    assert floor.beside_ms is None and ours.beside_ms <= ours.high and original.beside_ms <= original.high
+
+
+def test_work_and_floor():
+    """Counted by hand: hidden 160, 2 key and 4 value heads of 32, 4 taps (the embedded Qwen3-Next)."""
+    config = json.loads((shapes.ASSETS / "qwen3_next-tiny" / "config.json").read_text())
+    width, shape = config["hidden_size"], shapes.SHAPES["qwen3_next-tiny"]
+    keys, values = shape.k_heads * shape.k_dim, shape.v_heads * shape.v_dim
+    projections = width * (2 * keys + 2 * values + 2 * shape.v_heads) + values * width
+    small = 4 * (2 * keys + values) + 2 * shape.v_heads + shape.v_dim
+    states = 2 * 3 * (2 * 4 * (2 * keys + values) + 4 * shape.v_heads * shape.k_dim * shape.v_dim)
+    row = measure("qwen3_next-tiny", "decode", batch=3, dtype="bfloat16")["eager"]
+    assert row.moved_bytes == 2 * (projections + small) + 2 * 2 * 3 * width + states
+    assert row.flops == 2 * 3 * projections
+    slow_copy, slow_products = Ceilings(1e-3, 1e3), Ceilings(1e3, 1e-6)
+    assert layer_bench.with_floors([row], slow_copy)[0].floor_ms == pytest.approx(row.moved_bytes / 1e3)
+    assert layer_bench.with_floors([row], slow_products)[0].floor_ms == pytest.approx(row.flops / 1e3)
+    assert layer_bench.with_floors([LayerRow("x", "first call", 1, 1, "")], slow_copy)[0].floor_ms is None
+
+
+def test_goals_of_a_cpu():
+    def goal(shape, phase, batch, tokens, dtype="bfloat16"):
+        row = LayerRow(shape, phase, batch, tokens, "eager", dtype)
+        return goals.of_layer(row, CPU, original=80.0, projections=6.0)
+
+    assert goal("qwen3_next-80b", "decode", 4, 1) == pytest.approx(6 + 4 * 0.8)
+    assert goal("kimi_linear-48b", "decode", 1, 1, "float32") == pytest.approx(6.6)
+    assert goal("qwen3_next-80b", "prefill", 1, 512) == 50 and goal("kimi_linear-48b", "prefill", 1, 512) == 10
+    assert goal("qwen3_next-80b", "prefill", 2, 512) is goal("qwen3_next-80b", "decode", 1, 1, "float16") is None
+    assert goal("olmo_hybrid", "decode", 1, 1) is None
 
 
 def test_a_wrong_layer_has_no_time(broken):
