@@ -139,6 +139,8 @@ def _calls(options: KernelBenchOptions) -> list[tuple[str, str, str]]:
         raise UserError(f"no direction is given; directions: {', '.join(DIRECTIONS)}")
     if options.first_call:
         raise UserError("--first-call is of --level layer, got --level op")
+    if options.quantize is not None:
+        raise UserError("--quantize is of --level layer, got --level op")
     shapes = options.shapes or LARGE
     had = dict.fromkeys(op for name in shapes for op in ops_of(name))
     ops = options.ops or tuple(op for name in shapes for op in SHAPES[name].ops)

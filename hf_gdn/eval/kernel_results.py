@@ -66,6 +66,7 @@ class LayerRow:
     tokens: int
     side: str
     dtype: str = ""
+    quantize: str | None = None
     gpu_graph: bool = False
     ms: float | None = None
     low: float | None = None

@@ -25,9 +25,10 @@ from transformers import DynamicCache
 
 from ..errors import BackendError, PatchError, reason
 from ..loading.layers import make_layer
+from ..loading.quantization import quantize
 from ..loading.shapes import SHAPES
 from ..patches import patched, unpatched
-from ..upstream import cache_names
+from ..upstream import cache_names, tensors
 from . import candidates, goals, kernel_oracle
 from .accuracy import LAYER_ERROR
 from .kernel_results import Ceilings, LayerRow
@@ -110,6 +111,7 @@ def measure(case: Case, options: KernelBenchOptions, device: torch.device, dtype
         tokens=case.tokens,
         side=ORIGINAL,
         dtype=str(dtype).removeprefix("torch."),
+        quantize=options.quantize,
         gpu_graph=options.gpu_graph,
     )
     sides = (ORIGINAL, *case.backends, PROJECTIONS)
@@ -125,6 +127,7 @@ def _measured(
 ) -> list[LayerRow]:
     family = SHAPES[case.shape].model_type
     layer, config = make_layer(case.shape, device, dtype)
+    quantize(layer, options.quantize)
     tokens = _BEFORE if case.phase == "decode" else case.tokens
     random = torch.Generator().manual_seed(0)
     x = torch.randn(case.batch, tokens, config.hidden_size, generator=random).to(device, dtype)
@@ -163,7 +166,8 @@ def _work(layer: nn.Module, x: Tensor, case: Case) -> tuple[int, int]:
     """
     shape = SHAPES[case.shape]
     rows = case.batch * case.tokens
-    moved = sum(weight.nbytes for weight in layer.parameters()) + 2 * rows * x.shape[-1] * x.itemsize
+    weights = [part for weight in layer.parameters() for part in tensors.parts(weight) or [weight]]
+    moved = sum(part.nbytes for part in weights) + 2 * rows * x.shape[-1] * x.itemsize
     if case.phase == "decode":
         window = sum(m.in_channels * m.kernel_size[0] for m in layer.modules() if isinstance(m, nn.Conv1d))
         state = shape.v_heads * shape.k_dim * shape.v_dim

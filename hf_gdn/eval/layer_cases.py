@@ -56,6 +56,8 @@ def plan(options: KernelBenchOptions, device: torch.device, dtype: torch.dtype) 
     kernel_cases.known("backend", options.backends, registry.backends())
     if options.ops or options.directions != ("forward",) or options.normalized:
         raise UserError("--op, --direction and --normalized are of --level op")
+    if options.first_call and options.quantize is not None:
+        raise UserError("--first-call measures layers that are not quantized; give it or --quantize")
     if not options.phases:
         raise UserError(f"no phase is given; phases: {', '.join(PHASES)}")
     if options.tokens and "prefill" not in options.phases:

@@ -78,6 +78,7 @@ def sources_of(options: ModelOptions) -> tuple[Source, ...]:
         "revision": options.revision,
         "attention": options.attention,
         "device_map": options.device_map,
+        "quantize": options.quantize,
         "tensor_parallel": options.tensor_parallel,
     }
     if options.config is not None:
@@ -173,6 +174,7 @@ def describe(loaded: Loaded) -> ModelResult:
         settings=list(source.settings),
         parameters=sum(p.numel() for p in loaded.model.parameters()),
         dtype=loaded.dtype,
+        quantize=source.quantize,
         attention=configs.attention_implementation(loaded.config),
         device_map={name: str(place) for name, place in places},
         tensor_parallel=source.tensor_parallel,

@@ -103,6 +103,7 @@ class KernelBenchOptions:
     normalized: bool = option(
         False, "Chunked and recurrent ops get q and k normalized, as a patched model's layers call them."
     )
+    quantize: str | None = option(None, "Of layers: quantize the projections' weights: int8 (weight-only, by torchao).")
     gpu_graph: bool = option(False, "Time calls in a CUDA graph: the device's time without Python and launches.")
     first_call: bool = option(
         False, "Of layers: also a new process's first prefill and token, with Triton's cache empty and filled."

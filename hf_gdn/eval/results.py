@@ -167,6 +167,7 @@ class ModelResult:
     settings: list[str]
     parameters: int
     dtype: str
+    quantize: str | None
     attention: str | None
     device_map: dict[str, str]
     tensor_parallel: bool

@@ -107,7 +107,7 @@ def _about(result: ModelResult) -> str:
     words = [
         result.model_type,
         f"{result.parameters:,} parameters" + (" at random" if result.random_weights else ""),
-        result.dtype,
+        f"{result.dtype}, {result.quantize} weights" if result.quantize else result.dtype,
         f"attention {result.attention}",
     ]
     words += [f"revision {result.revision}"] if result.revision else []

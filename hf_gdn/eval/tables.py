@@ -259,7 +259,8 @@ def _layer_tables(report: Report) -> list[TextTable]:
     header = ("B × T", "layer", *columns, "first call, ms", "error")
     found = []
     for row in report.layers or []:
-        title = f"layer of {row.shape}, {row.phase}, {row.dtype}{', CUDA graph' if row.gpu_graph else ''}"
+        dtype = f"{row.dtype}, {row.quantize} weights" if row.quantize else row.dtype
+        title = f"layer of {row.shape}, {row.phase}, {dtype}{', CUDA graph' if row.gpu_graph else ''}"
         name, error = (f"{row.batch} × {row.tokens}", row.side), _error(row.error, row.budget is not None)
         if row.ms is None:
             cells: tuple[str, ...] = (*name, row.note or "", *[""] * 6, error)

@@ -13,6 +13,7 @@ import torch
 from ..errors import UserError, reason
 from ..patches import all_families, families_in
 from ..upstream.configs import has_causal_model
+from .quantization import quantize
 from .shapes import ASSETS, CONFIGS, embedded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,6 +33,7 @@ class Source:
         revision: of a hub model.
         attention: attention implementation, transformers' choice by default.
         device_map: accelerate's, e.g. ``"auto"``.
+        quantize: what the weights are quantized to, of `quantization.KINDS`; None leaves them.
         tensor_parallel: split over the processes after transformers' own plan.
     """
 
@@ -42,6 +44,7 @@ class Source:
     revision: str | None = None
     attention: str | None = None
     device_map: str | None = None
+    quantize: str | None = None
     tensor_parallel: bool = False
 
     @property
@@ -49,7 +52,8 @@ class Source:
         """Short name for tables: the folder's last part for a path."""
         label = Path(self.name).name if Path(self.name).exists() else self.name
         layers = f", {self.layers} layers" if self.layers else ""
-        return f"{label} (random{layers})" if self.random else label
+        label = f"{label} (random{layers})" if self.random else label
+        return f"{label}, {self.quantize}" if self.quantize else label
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,8 @@ def load(source: Source, device: torch.device, dtype: torch.dtype) -> Loaded:
         )
     if source.random and (source.tensor_parallel or source.device_map is not None):
         raise UserError("--tp and --device-map load a checkpoint; a --config has none")
+    if source.quantize is not None and (source.tensor_parallel or source.device_map is not None):
+        raise UserError("--quantize works on a model on one device; --tp and --device-map spread it over several")
     if source.tensor_parallel and source.device_map is not None:
         raise UserError("--tp and --device-map were both given; expected one of them")
     name = str(dtype).removeprefix("torch.")
@@ -149,7 +155,9 @@ def load(source: Source, device: torch.device, dtype: torch.dtype) -> Loaded:
             with torch.device(device):
                 return auto.from_config(config, dtype=dtype, **options)
 
-        return Loaded(source, _tried(source, "made", make).eval(), None, name)
+        made = _tried(source, "made", make).eval()
+        quantize(made, source.quantize)
+        return Loaded(source, made, None, name)
     if source.device_map is not None:
         options["device_map"] = source.device_map
     if source.tensor_parallel:
@@ -164,6 +172,7 @@ def load(source: Source, device: torch.device, dtype: torch.dtype) -> Loaded:
     model = _tried(source, "loaded", lambda: auto.from_pretrained(where, dtype=dtype, **hub, **options))
     if source.device_map is None and not source.tensor_parallel:
         model.to(device)
+    quantize(model, source.quantize)
     return Loaded(source, model.eval(), tokenizer, name)
 
 

@@ -26,6 +26,7 @@ class ModelOptions:
     revision: str | None = option(None, "Revision of a hub model.")
     attention: str | None = option(None, "Attention implementation; transformers' choice by default.", name="attn")
     device_map: str | None = option(None, "Spread a model over devices: auto, balanced, ...")
+    quantize: str | None = option(None, "Quantize the weights of Linear layers: int8 (weight-only, by torchao).")
     tensor_parallel: bool = option(False, "Split a model over the processes by its tensor-parallel plan.", name="tp")
     backend: str = option("auto", "Backend: auto, or a name; a named backend serves every call or raises.")
 

@@ -4,11 +4,18 @@ Both runs have the same quantized weights. torchao's int8 and bitsandbytes' nf4 
 the usual budget holds; bitsandbytes' int8 rounds activations too, the same way unless one lies within 1e-7 of a tie.
 """
 
+import json
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TorchAoConfig
+from typer.testing import CliRunner
 
 import hf_gdn
+from hf_gdn.cli.app import app
+from hf_gdn.errors import UserError
+from hf_gdn.loading.quantization import quantize
 from hf_gdn.testing import assert_close, error
 from hf_gdn.testing.tolerances import LAYER
 from tests import tiny_models as tiny
@@ -52,6 +59,34 @@ def test_torchao_through_from_pretrained(family, quantization, tmp_path):
     )
     hf_gdn.unpatch()
     compare(model.eval(), logits(original, IDS))
+
+
+def test_commands_quantize_both_sides(quantization, tmp_path):
+    sizes = ["--batch", "1", "--quantize", "int8", "--rounds", "1"]
+    speed = ["speed", "--model", "qwen3_next-tiny", "--prompt", "20", "--new-tokens", "4", *sizes]
+    layer = ["kernels", "--level", "layer", "--shape", "qwen3_next-tiny", "--seconds", "0.001", "--tokens", "5", *sizes]
+    for name, arguments in (("speed", speed), ("layer", layer)):
+        result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "speed" / "report.json").read_text())["results"][0]
+    assert found["quantize"] == "int8" and found["passed"] and "int8" in found["model"]
+    rows = json.loads((tmp_path / "layer" / "report.json").read_text())["layers"]
+    assert all(row["quantize"] == "int8" and row["ms"] > 0 for row in rows)
+
+
+def test_the_output_embeddings_are_not_quantized(quantization):
+    model = tiny.model("qwen3_next")
+    quantize(model, "int8")
+    assert type(model.lm_head.weight) is torch.nn.Parameter
+    assert type(tiny.mixer(model).out_proj.weight).__name__ == "Int8Tensor"
+
+
+def test_quantizing_that_is_impossible(monkeypatch):
+    with pytest.raises(UserError, match="--quantize int3 is not known; kinds: int8"):
+        quantize(torch.nn.Linear(2, 2), "int3")
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(UserError, match="--quantize int8 needs torchao: pip install torchao"):
+        quantize(torch.nn.Linear(2, 2), "int8")
 
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])

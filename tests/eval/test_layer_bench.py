@@ -125,6 +125,7 @@ def test_plan_of_a_gpu():
         (dict(normalized=True), "--op, --direction and --normalized are of --level op"),
         (dict(backends=("transformers",)), "--backend transformers is not known; backends: triton, fla, numba, eager"),
         (dict(backends=("triton",)), "backend 'triton' cannot serve chunk_gdn at qwen3_next-80b: needs a CUDA device"),
+        (dict(first_call=True, quantize="int8"), "--first-call measures layers that are not quantized"),
         (dict(batch=(0,)), "--batch must be at least 1, got 0"),
         (dict(seconds=0.0), "--seconds must be above 0, got 0.0"),
     ],
