@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import registry
+from .dispatch import check, check_bounds, dims_of, run_or_fall_back, shape_of
+from .gradients import call_with_backward, has_backward
 from .kernels.contract import state_dtype
-from .operators import OPERATORS, check, check_bounds, dims_of, run_or_fall_back, shape_of
+from .operators import OPERATORS
 
 __all__ = ["chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_gated_delta_rule", "fused_recurrent_kda"]
 
@@ -119,10 +121,15 @@ def _call(
         if cu_seqlens is not None:
             check_bounds(cu_seqlens, q.shape[1])
         kernel = registry.resolve_cached(op, q.device.type, q.dtype, dims_of(q, v), backend, True, beta_max)
-        options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm)
-        o, state = run_or_fall_back(
-            kernel, backend, q, v.shape[2:], lambda kernel: kernel.fn(q, k, v, g, beta, **options)
-        )
+        if has_backward(kernel):
+            o, state = call_with_backward(
+                kernel, q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, beta_max, backend
+            )
+        else:
+            options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm)
+            o, state = run_or_fall_back(
+                kernel, backend, q, v.shape[2:], lambda kernel: kernel.fn(q, k, v, g, beta, **options)
+            )
     else:
         o, state = OPERATORS[op](q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, beta_max, backend)
     return o, state if output_final_state else None

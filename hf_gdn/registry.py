@@ -12,7 +12,7 @@ import os
 import pkgutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -95,7 +95,11 @@ class Kernel:
         backend: name by which users select it.
         fn: the function; it has the signature of the op (see `hf_gdn.kernels.contract`).
         why_not: returns None if the kernel serves the request, else a sentence with the reason.
-        differentiable: whether gradients flow through `fn`. If not, calls that need gradients run on the eager backend.
+        differentiable: whether autograd can go through `fn`. Calls that need gradients take kernels for which it can,
+            or whose backend has a kernel for the op's gradients (`backward_of`).
+        save: for chunk kernels, `fn` in calls that need gradients, if more is to be kept for them than the inputs: it
+            also returns states of the sequence.
+        keep: `save` keeps a state after so many tokens.
         traceable: whether `fn` is plain PyTorch that torch.compile may trace. If not, compiled code calls it as an
             opaque operator.
         checked: whether the results of `fn` are compared with the oracle before the first use, once for every model of
@@ -109,6 +113,8 @@ class Kernel:
     fn: Callable[..., Any]
     why_not: Callable[[Request], str | None]
     differentiable: bool = False
+    save: Callable[..., Any] | None = None
+    keep: int = 0
     traceable: bool = False
     checked: bool = False
     max_tokens: int = 16
@@ -269,6 +275,20 @@ def why_not(kernel: Kernel, request: Request) -> str | None:
     return sentence
 
 
+def backward_of(op: str) -> str | None:
+    """The op that computes an op's gradients, None if there is none."""
+    kind, _, variant = op.partition("_")
+    return f"backward_{variant}" if kind == "chunk" else None
+
+
+def _has_gradients(kernel: Kernel, request: Request) -> bool:
+    op = backward_of(kernel.op)
+    backward = None if op is None else get_or_none(op, kernel.backend)
+    if backward is None:
+        return kernel.differentiable
+    return why_not(backward, replace(request, op=backward.op)) is None
+
+
 def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False) -> Kernel:
     """Choose the kernel that serves a request.
 
@@ -288,10 +308,10 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
     if backend == "auto":
         refusals = []
         for kernel in kernels(request.op):
-            if needs_grad and not kernel.differentiable:
+            sentence = why_not(kernel, request)
+            if sentence is None and needs_grad and not _has_gradients(kernel, request):
                 logger.info("%s: %s has no backward, gradients go through another backend", kernel.op, kernel.backend)
                 continue
-            sentence = why_not(kernel, request)
             if sentence is None:
                 break
             refusals.append(f"{kernel.backend} {sentence}")
@@ -307,7 +327,7 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
         sentence = why_not(kernel, request)
         if sentence is not None:
             raise BackendError(f"backend {backend!r} cannot serve {request.op}: {sentence}")
-    if needs_grad and not kernel.differentiable:
+    if needs_grad and not _has_gradients(kernel, request):
         logger.info("%s: %s has no backward, gradients go through the eager backend", request.op, kernel.backend)
         return get(request.op, "eager")
     return kernel

@@ -38,6 +38,7 @@ def test_every_op_has_an_oracle_inputs_and_an_eager_kernel():
         **dict.fromkeys(("prologue_gdn", "prologue_kda"), (output, conv_state)),
         "gated_norm": (output, output),
     }
+    shapes |= dict.fromkeys(("backward_gdn", "backward_kda"), ((1, 3, 2, 4), state))
     assert set(registry.ops()) == set(shapes)
     for name, op in registry.ops().items():
         assert registry.get(name, "eager").why_not(dataclasses.replace(REQUEST, op=name)) is None
@@ -49,7 +50,7 @@ def test_every_op_has_an_oracle_inputs_and_an_eager_kernel():
 def test_declared_order():
     for op in registry.ops():
         fla = ["fla"] if op in tiny.DELTA_RULES else []
-        order = ["triton", *fla, "numba", "eager"]
+        order = ["eager"] if op.startswith("backward") else ["triton", *fla, "numba", "eager"]
         assert [kernel.backend for kernel in registry.kernels(op)] == order
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hf_gdn import log, operators, registry, verification
+from hf_gdn.dispatch import dims_of
 from hf_gdn.errors import BackendError
 from hf_gdn.kernels.triton.runtime import INTERPRET
 from hf_gdn.registry import Request
@@ -250,7 +251,7 @@ def test_compiled_code_is_checked_before_it_is_traced(plant):
 
     @torch.compile(fullgraph=True, backend="eager")
     def run(*tensors):
-        dims = operators.dims_of(tensors[0], tensors[2])
+        dims = dims_of(tensors[0], tensors[2])
         chosen = registry.resolve_cached("chunk_gdn", "cpu", tensors[0].dtype, dims, "auto")
         return operators.call_delta_rule(chosen, *tensors, **inputs)[0]
 

@@ -16,7 +16,7 @@ from ..patches import all_families
 from ..registry import Dims, Request
 from ..upstream import seams
 
-_KINDS = ("chunk", "recurrent", "step", "prologue")
+_KINDS = ("chunk", "backward", "recurrent", "step", "prologue")
 
 
 @dataclass(frozen=True)

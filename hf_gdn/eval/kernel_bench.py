@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .. import gradients
 from ..errors import reason
 from ..loading.shapes import SHAPES
 from . import candidates, goals, kernel_oracle
@@ -88,23 +89,24 @@ def _filled(
     found = candidates.candidates(row.op, SHAPES[row.shape].model_type)
     kernel = next(kernel for kernel in found if kernel.backend == row.backend)
     decode, backward = is_decode(row.op), row.direction == "backward"
+    function = gradients.with_backward(kernel) if backward and gradients.has_backward(kernel) else kernel.fn
     try:
         with torch.enable_grad() if backward else torch.inference_mode():
-            run = prepared.call(kernel.fn)
+            run = prepared.call(function)
             first, got = clock(run, device)
             row = _judged(row, got, prepared.wanted)
             if not row.passed:
                 return row
             del got
             if options.gpu_graph:
-                fresh = prepared.call(kernel.fn)
+                fresh = prepared.call(function)
                 replay = captured(fresh, device)
                 if decode:  # the warm-ups went on from step to step
                     _put_back(replay(), prepared)
                 row = _judged(row, replay(), prepared.wanted)
                 if not row.passed:
                     return row
-            timed = prepared.call(kernel.fn, FADING) if decode else run
+            timed = prepared.call(function, FADING) if decode else run
             took = sorted(times(timed, options.seconds, device, options.gpu_graph))
             peak = peak_bytes(run, device)
     except torch.OutOfMemoryError:

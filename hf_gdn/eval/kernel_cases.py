@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import torch
 
-from .. import registry
+from .. import gradients, registry
 from ..errors import UserError
 from ..loading import models
 from ..loading.options import DeviceOptions
@@ -183,6 +183,7 @@ def _refusals(
     found = {}
     for kernel in candidates.candidates(op, SHAPES[shape].model_type):
         if not wanted or kernel.backend in wanted:
-            lacks = "has no backward" if direction == "backward" and not kernel.differentiable else None
+            trains = kernel.differentiable or gradients.has_backward(kernel)
+            lacks = "has no backward" if direction == "backward" and not trains else None
             found[kernel.backend] = kernel.why_not(request) or lacks
     return found

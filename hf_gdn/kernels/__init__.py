@@ -12,6 +12,8 @@ CHUNK_GDN = register_op(Op("chunk_gdn", reference.delta_rule, inputs.for_delta_r
 RECURRENT_GDN = register_op(Op("recurrent_gdn", reference.delta_rule, inputs.for_delta_rule(per_channel=False)))
 CHUNK_KDA = register_op(Op("chunk_kda", reference.delta_rule, inputs.for_delta_rule(per_channel=True)))
 RECURRENT_KDA = register_op(Op("recurrent_kda", reference.delta_rule, inputs.for_delta_rule(per_channel=True)))
+BACKWARD_GDN = register_op(Op("backward_gdn", reference.delta_rule_backward, inputs.for_backward(per_channel=False)))
+BACKWARD_KDA = register_op(Op("backward_kda", reference.delta_rule_backward, inputs.for_backward(per_channel=True)))
 STEP_GDN = register_op(Op("step_gdn", reference.step, inputs.for_layer(per_channel=False, state=True)))
 STEP_KDA = register_op(Op("step_kda", reference.step, inputs.for_layer(per_channel=True, state=True)))
 PROLOGUE_GDN = register_op(Op("prologue_gdn", reference.prologue, inputs.for_layer(per_channel=False, state=False)))

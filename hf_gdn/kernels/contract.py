@@ -15,6 +15,15 @@ The recurrent ops take two more arguments, for decoding:
     inplace=False       write the final state to `initial_state` and return this tensor
     token_states=None   a tensor ``[B, T, HV, K, V]`` in fp32 to which the state after every token is written
 
+The gradients of the chunk ops are ops of their own, ``backward_gdn`` and ``backward_kda``:
+
+    fn(q, k, v, g, beta, d_o, d_final_state, *, scale, initial_state=None, cu_seqlens=None, qk_l2norm=False, saved=None)
+                ->  Gradients, contiguous, in the dtypes of the inputs
+
+They compute all they need again from the inputs. Where that costs more than it saves, a chunk kernel has a second
+function ``save(...)  ->  (o, final_state, saved)`` for calls that need gradients, which returns `saved_rows` states
+``[rows, HV, K, V]`` between blocks of tokens; `saved` is None where the forward ran on another backend.
+
 The other ops compute the rest of what is between a layer's projections:
 
     prologue    fn(projected, weights, spec, *, conv_state=None, keep=0, cu_seqlens=None, lengths=None)
@@ -139,3 +148,24 @@ class DeltaRuleInputs(NamedTuple):
     g: Tensor  # [B, T, HV] (GDN) or [B, T, HV, K] (KDA), natural-log decay in fp32
     beta: Tensor  # [B, T, HV], in fp32
     conv_state: Tensor | None  # [B, C, keep], contiguous: the last `keep` inputs of the convolution; None if keep is 0
+
+
+def saved_rows(B: int, T: int, packed: bool, keep: int) -> int:
+    """The number of states saved for a backward, one between two blocks of `keep` tokens; none if keep is 0.
+
+    For packed sequences it is an upper bound. B and T may be symbolic.
+    """
+    if keep == 0:
+        return 0
+    return T // keep if packed else B * (torch.sym_max(T - 1, 0) // keep)
+
+
+class Gradients(NamedTuple):
+    """Gradients of a chunk op's inputs."""
+
+    q: Tensor  # [B, T, HK, K]
+    k: Tensor  # [B, T, HK, K]
+    v: Tensor  # [B, T, HV, V]
+    g: Tensor  # [B, T, HV] or [B, T, HV, K]
+    beta: Tensor  # [B, T, HV]
+    initial_state: Tensor | None  # [N, HV, K, V], None if none was given

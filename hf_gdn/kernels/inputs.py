@@ -38,6 +38,26 @@ def for_delta_rule(per_channel: bool) -> Callable[..., dict[str, Any]]:
     return make_inputs
 
 
+def for_backward(per_channel: bool) -> Callable[..., dict[str, Any]]:
+    """Return the `make_inputs` of a delta rule's gradients."""
+
+    def make_inputs(*, seed=0, **sizes) -> dict[str, Any]:
+        """Random arguments of a call, those of the delta rule with the same seed and the gradients of its results."""
+        inputs = for_delta_rule(per_channel)(seed=seed, **sizes)
+        q, v = inputs["q"], inputs["v"]
+        random = torch.Generator().manual_seed(seed + 1)
+
+        def normal(*shape, dtype):
+            return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype).to(v.device)
+
+        state = len(v), v.shape[2], q.shape[3], v.shape[3]
+        return dict(
+            inputs, d_o=normal(*v.shape, dtype=v.dtype), d_final_state=normal(*state, dtype=state_dtype(v.dtype))
+        )
+
+    return make_inputs
+
+
 def for_layer(per_channel: bool, state: bool) -> Callable[..., dict[str, Any]]:
     """Return the `make_inputs` of a step (with a state) or of a prologue (without)."""
 

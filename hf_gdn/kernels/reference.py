@@ -70,6 +70,29 @@ def delta_rule(q, k, v, g, beta, *, scale, initial_state=None, cu_seqlens=None, 
     return (torch.stack(outputs, 1) if outputs else torch.zeros_like(v)), state
 
 
+def delta_rule_backward(q, k, v, g, beta, d_o, d_final_state, *, initial_state=None, **options):
+    """Gradients of `delta_rule`, by autograd.
+
+    Args:
+        d_o, d_final_state: gradients of its results.
+
+    Returns:
+        Gradients of q, k, v, g, beta and the initial state (None if there is none).
+    """
+    given = [x.detach().requires_grad_() for x in (q, k, v, g, beta)]
+    if initial_state is not None:
+        given.append(initial_state.detach().requires_grad_())
+    with torch.enable_grad():
+        o, state = delta_rule(*given[:5], initial_state=given[5] if len(given) > 5 else None, **options)
+        # Of sequences without tokens, results do not depend on all inputs.
+        results = [(x, d) for x, d in ((o, d_o), (state, d_final_state)) if x.requires_grad]
+        if not results:
+            return (*map(torch.zeros_like, given), None)
+        outputs, gradients = zip(*results)
+        found = torch.autograd.grad(outputs, given, gradients, allow_unused=True, materialize_grads=True)
+    return (*found, *[None] * (6 - len(found)))
+
+
 def prologue(projected, weights, spec, *, conv_state=None, keep=0, cu_seqlens=None, lengths=None):
     """Everything between a layer's input projections and the delta rule. Call it with float64 inputs.
 

@@ -99,6 +99,8 @@ def mix(
         cu_seqlens=cu_seqlens,
         qk_l2norm=False,
         inplace=inplace,
+        needs_grad=plan.needs_grad,
+        beta_max=plan.spec.beta_scale,
         asked=plan.asked,
     )
     if recent is not None:

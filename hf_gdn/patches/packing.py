@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import check_bounds
 from ..once import read_once
-from ..operators import check_bounds
 
 
 def bounds(x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:

@@ -86,6 +86,18 @@ def equal_keys(call: Call) -> Call:
     return {**call, "k": k, "g": 0.01 * call["g"], "beta": torch.ones_like(call["beta"])}
 
 
+def equal_keys_beta_two(call: Call) -> Call:
+    return {**equal_keys(call), "beta": torch.full_like(call["beta"], 2.0)}
+
+
+def some_zero(call: Call) -> Call:
+    """Keys of zero, as of padded tokens, and others with a beta of zero."""
+    k, beta = call["k"].clone(), call["beta"].clone()
+    k[:, ::5] = 0
+    beta[:, 1::3] = 0
+    return {**call, "k": k, "beta": beta}
+
+
 def keys_of_size(size: float, beta: float) -> Callable[[Call], Call]:
     return lambda call: {**call, "k": size * call["k"], "beta": beta * call["beta"]}
 
@@ -119,6 +131,8 @@ def packed(*bounds: int, state: bool = True, index: torch.dtype = torch.int64) -
             x, random = call["initial_state"], torch.Generator().manual_seed(3)
             states = 0.1 * torch.randn(len(bounds) - 1, *x.shape[1:], generator=random, dtype=x.dtype)
             call["initial_state"] = states.to(x.device) if state else None
+            if "d_final_state" in call:
+                call["d_final_state"] = states.flip(0).to(x.device)
         elif not state:
             call["conv_state"] = None
         return call

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import registry
-from ..kernels.contract import DeltaRuleInputs, state_dtype
+from ..kernels.contract import DeltaRuleInputs, Gradients, state_dtype
 from ..registry import Kernel
 from ..upstream.tensors import tree_map_only
 
@@ -40,10 +40,17 @@ class Signature:
 
 
 _DELTA_RULE = Signature(("q", "k", "v", "g", "beta"), ("o", "final_state"), {"initial_state": "final_state"})
+_BACKWARD = Signature(
+    (*_DELTA_RULE.per_token, "d_o"),
+    tuple(f"d_{name}" for name in Gradients._fields),
+    # Both are of sequences, as the one result is; no next call takes it.
+    {"initial_state": "d_initial_state", "d_final_state": "d_initial_state"},
+)
 _PROLOGUE = Signature(("projected",), DeltaRuleInputs._fields, {"conv_state": "conv_state"})
 _STEP = Signature(("projected",), ("y", "conv_state", "state"), {"conv_state": "conv_state", "state": "state"}, True)
 SIGNATURES = {
     **dict.fromkeys(("chunk_gdn", "chunk_kda", "recurrent_gdn", "recurrent_kda"), _DELTA_RULE),
+    **dict.fromkeys(("backward_gdn", "backward_kda"), _BACKWARD),
     **dict.fromkeys(("prologue_gdn", "prologue_kda"), _PROLOGUE),
     **dict.fromkeys(("step_gdn", "step_kda"), _STEP),
     "gated_norm": Signature(("o", "z"), ("y",)),
@@ -100,6 +107,8 @@ def reference(op: str, call: Call) -> Results:
 
 def result_dtype(op: str, call: Call, result: str) -> torch.dtype:
     """Dtype that the contract prescribes for a result."""
+    if op.startswith("backward"):
+        return call[result.removeprefix("d_")].dtype
     kept = result in ("final_state", "state") or (result in ("g", "beta") and "prologue" in op)
     return state_dtype(dtype_of(op, call)) if kept else dtype_of(op, call)
 

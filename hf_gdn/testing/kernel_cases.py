@@ -18,6 +18,7 @@ _TABLES: dict[tuple[str, str], Callable[[str], Iterator[Case]]] = {
     (f"{kind}_{variant}", device): table
     for kind, tables in {
         "chunk": (small_cases.chunk, real_cases.chunk),
+        "backward": (small_cases.backward, real_cases.backward),
         "recurrent": (small_cases.recurrent, real_cases.recurrent),
         "step": (small_cases.step, real_cases.step),
         "prologue": (small_cases.prologue, real_cases.prologue),

@@ -29,7 +29,7 @@ LAYERS = {
 
 def _real(op: str, layer: str = "qwen3_next") -> dict[str, Any]:
     HK, HV, K, V = LAYERS.get(layer, LAYERS["equal_heads"])
-    return dict(HK=HV if "chunk_kda" in op else HK, HV=HV, K=K, V=V)
+    return dict(HK=HV if op in ("chunk_kda", "backward_kda") else HK, HV=HV, K=K, V=V)
 
 
 def chunk(op: str) -> Iterator[Case]:
@@ -50,6 +50,24 @@ def chunk(op: str) -> Iterator[Case]:
     yield Case(op, "wide_scan", sizes=dict(real, B=8, T=1000, dtype=bf16, state=False))
     for at in (1, 64, 100, 511):
         yield Case(op, f"at_{at}", split_equals_whole, dict(real, T=512), options=dict(sizes=[at, 512 - at]))
+    yield Case(op, "larger_tensors", strided_inputs, dict(real, B=2, T=200, dtype=bf16))
+
+
+def backward(op: str) -> Iterator[Case]:
+    real, bf16 = _real(op), torch.bfloat16
+    for dtype, name in named_dtypes(DTYPES):
+        for B, T in ((1, 1), (1, 63), (1, 512), (1, 1000), (8, 512)):
+            yield Case(op, f"{B}x{T}_{name}", sizes=dict(real, B=B, T=T, dtype=dtype))
+        for K, V in ((64, 64), (96, 192), (256, 256), (20, 36)):
+            yield Case(op, f"{K}x{V}_{name}", sizes=dict(T=200, HK=2, HV=4, K=K, V=V, dtype=dtype))
+        yield Case(op, f"l2norm_{name}", sizes=dict(real, T=200, dtype=dtype), change=l2norm)
+        for decay in (0.0, 4.0, 60.0):  # from none to everything
+            yield Case(op, f"decay_{decay}_{name}", sizes=dict(real, T=512, dtype=dtype, decay=decay))
+        for gate in (gate_some, gate_mixed, gate_all):
+            yield Case(op, f"{gate.__name__}_{name}", sizes=dict(real, T=512, dtype=dtype), change=gated(gate))
+        yield Case(op, name, same_bits, dict(real, T=1000, dtype=dtype), options=dict(runs=6))
+    yield Case(op, "200", packed_equals_separate, dict(real, T=200), packed(0, 1, 70, 70, 200))
+    yield Case(op, "200", batched_equals_single, dict(real, B=3, T=200, dtype=bf16))
     yield Case(op, "larger_tensors", strided_inputs, dict(real, B=2, T=200, dtype=bf16))
 
 

@@ -13,6 +13,7 @@ from .call_changes import (
     beta_up_to_two,
     conv_state_of,
     equal_keys,
+    equal_keys_beta_two,
     extreme_gates,
     gate_all,
     gate_average,
@@ -29,6 +30,7 @@ from .call_changes import (
     packed,
     padded,
     small_decay_after_large_sum,
+    some_zero,
     without_conv_state,
 )
 from .case import DTYPES, FAMILIES, Case, families_of, named_dtypes, named_sizes, norm_spec
@@ -53,6 +55,14 @@ _LONGER = {  # B, T, HK, HV, K, V
     "more_odd_dims": (1, 100, 2, 4, 24, 40),
     "more_of_olmo": (1, 70, 1, 1, 96, 192),
     "longer_than_a_slab": (1, 1000, 1, 2, 8, 8),
+}
+
+
+_LONGER_BACKWARD: dict[str, dict[str, Any]] = {
+    "float64": dict(T=100, HK=2, HV=4, K=24, V=40, dtype=torch.float64),
+    "two_blocks": dict(T=257, HV=2, K=8, V=8),
+    "four_blocks_float16": dict(T=1000, HV=2, K=8, V=8, dtype=torch.float16),
+    "largest_dims": dict(T=5, K=256, V=256, dtype=torch.bfloat16),
 }
 
 
@@ -132,6 +142,51 @@ def chunk(op: str) -> Iterator[Case]:
         sizes = dict(T=4096, HK=1, HV=1, K=8, V=8, decay=0.0)
         yield Case(op, "no_decay_for_thousands_of_tokens", sizes=sizes, interpret=False)
     yield from _delta_rule(op)
+
+
+def backward(op: str) -> Iterator[Case]:
+    one = dict(HK=1, HV=1, K=16, V=16)
+    two = dict(one, T=130, HV=2, K=32, V=32)
+    shapes: dict[str, dict[str, Any]] = {
+        "no_tokens": dict(T=0),
+        "one_token": dict(T=1),
+        "63": dict(T=63, state=False),
+        "64": dict(T=64),
+        "65": dict(T=65, B=2),
+        "66": dict(T=66, HK=2, HV=4),
+        "130": dict(T=130),
+        "olmo_dims": dict(T=70, K=96, V=192),
+        "odd_dims": dict(T=66, K=20, V=36, HV=2),
+        "130_float16": dict(two, dtype=torch.float16),
+        "130_bfloat16": dict(two, dtype=torch.bfloat16),
+        "wide_keys_bfloat16": dict(T=65, K=128, dtype=torch.bfloat16, state=False),
+    }
+    for name, sizes in shapes.items():
+        yield Case(op, name, sizes={**one, **sizes})
+    for name, sizes in _LONGER_BACKWARD.items():
+        yield Case(op, name, sizes={**one, **sizes}, interpret=False)
+    for dtype, name in named_dtypes(DTYPES):
+        for gate in (gate_none, gate_some, gate_mixed, gate_all, gate_average(2.0)):
+            yield Case(op, f"{gate.__name__}_{name}", sizes=dict(one, T=80, HV=2, dtype=dtype), change=gated(gate))
+        yield Case(op, f"l2norm_{name}", sizes=dict(one, T=66, HK=2, HV=4, K=20, dtype=dtype), change=l2norm)
+    yield Case(op, "beta_up_to_two", sizes=dict(one, T=130, K=32), change=beta_up_to_two)
+    yield Case(op, "equal_keys", sizes=dict(one, T=128), change=equal_keys)
+    yield Case(op, "equal_keys_beta_two", sizes=dict(one, T=128), change=equal_keys_beta_two)
+    yield Case(op, "keys_and_betas_of_zero", sizes=dict(one, T=70, HV=2), change=some_zero)
+    yield Case(op, "small_decay", sizes=dict(one, T=192), change=small_decay_after_large_sum)
+    for bounds in ((0, 0, 1, 1, 65, 66, 130, 130), (0, 64, 128), (0, 0)):
+        for index, name in named_dtypes((torch.int32, torch.int64)):
+            state = index == torch.int32
+            change = packed(*bounds, state=state, index=index)
+            sizes = dict(one, T=bounds[-1], HV=2)
+            yield Case(op, f"{len(bounds) - 1}_{name}", packed_equals_separate, sizes, change)
+            yield Case(op, f"packed_{len(bounds) - 1}_{name}", sizes=sizes, change=change)
+    yield Case(op, "packed", host_never_asked, dict(one, T=70), packed(0, 1, 70, state=False))
+    yield Case(op, "66", batched_equals_single, dict(one, B=2, T=66, HV=2))
+    sizes, options = dict(one, B=2, T=66, HK=2, HV=2), dict(layout=calls.of_one_projection)
+    yield Case(op, "of_one_projection", strided_inputs, sizes, options=options)
+    yield Case(op, "66", same_bits, dict(one, T=66, HV=2, K=32))
+    yield Case(op, "66", inputs_untouched, dict(one, T=66, HV=2, K=32))
 
 
 def recurrent(op: str) -> Iterator[Case]:

@@ -34,6 +34,10 @@ DELTA_RULE = {_F64: 1e-12, _F32: 1e-5, _F16: 1e-3, _BF16: 6e-3}
 # 6.9e-3 at most, over 1000 tokens.
 HARD_CALLS = 2
 
+# Gradients of the chunk ops. Each is a sum of products of two values that carry the error of a forward's: a state, u or
+# A computed again, and a gradient on its way back, which the transposed products treat as the forward treats values.
+BACKWARD = {dtype: 2 * bar for dtype, bar in DELTA_RULE.items()}
+
 # Everything before the delta rule, and the gated norm after it. A value is rounded once to the dtype on its way out, z
 # and the norm's weight before that where the family does so; the bars leave four times that and more. In fp32 some
 # thirty roundings of 2^-24 each, those of 8 taps, a sum of squares and two exponentials, make 2e-6.
@@ -64,6 +68,7 @@ HALF_LAYER = 5e-3
 
 _BY_OP = {
     **dict.fromkeys(("chunk_gdn", "chunk_kda", "recurrent_gdn", "recurrent_kda"), DELTA_RULE),
+    **dict.fromkeys(("backward_gdn", "backward_kda"), BACKWARD),
     **dict.fromkeys(("prologue_gdn", "prologue_kda", "gated_norm"), PROLOGUE),
     **dict.fromkeys(("step_gdn", "step_kda"), STEP),
 }

@@ -47,11 +47,11 @@ def proofs(request: Request) -> list[Case]:
     """The calls for a kernel of the request's op, in the request's dtype and with its heads and dimensions."""
     kind, _, variant = request.op.partition("_")
     sizes: dict[str, Any] = {**request.sizes, "dtype": request.dtype}
-    if kind in ("chunk", "recurrent"):
+    if kind in ("chunk", "backward", "recurrent"):
         # Chunk kernels refuse such a beta in 16 bits.
-        change = _hard if kind == "chunk" and request.dtype.itemsize == 2 else _harder
+        change = _hard if kind != "recurrent" and request.dtype.itemsize == 2 else _harder
         hard = Case(request.op, HARD, sizes={**sizes, "T": _BOUNDS[-1]}, change=change)
-        if kind == "chunk":
+        if kind != "recurrent":
             return [hard, Case(request.op, "2 × 67, no state", sizes={**sizes, "B": 2, "T": 67, "state": False})]
         step = Case(request.op, "2 × 1, in place", sizes={**sizes, "B": 2, "T": 1}, change=call_changes.in_place)
         return [hard, step]

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
-from .chunks import Products, by_chunks
+from .chunks import TOKENS_PER_BLOCK, Products, by_chunks, save
 from .runtime import why_not, without_autocast
 
 
-def _products(q: Tensor, k: Tensor, g: Tensor) -> Products:
-    """Products of q, k ``[B, HK, 1, N, C, K]`` and g ``[B, HK, R, N, C, 1]``. All R heads share the dot products."""
+def sums(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Running sums of g ``[.., C, 1]``, and e^(G_i - G_j) ``[.., C, C]``, zero above the diagonal."""
     # Sums are float64: in a difference of fp32 sums, a small decay is lost next to a large one. MPS has no float64.
     # Clamped, because -inf or -1e30 in a sum would absorb all other terms; exp(-1e3) is 0 in every dtype.
     total = g.squeeze(-1).clamp(min=-1e3).cumsum(-1, dtype=g.dtype if g.device.type == "mps" else torch.float64)
     difference = (total[..., :, None] - total[..., None, :]).to(g.dtype)
     above = torch.ones(difference.shape[-2:], dtype=torch.bool, device=g.device).triu(1)
-    pairwise = difference.masked_fill(above, float("-inf")).exp()
+    return total, difference.masked_fill(above, float("-inf")).exp()
+
+
+def products(q: Tensor, k: Tensor, g: Tensor) -> Products:
+    """Products of q, k ``[B, HK, 1, N, C, K]`` and g ``[B, HK, R, N, C, 1]``. All R heads share the dot products."""
+    total, pairwise = sums(g)
     keys = k.transpose(-1, -2)
     last = total[..., -1:]
     from_start, to_end, whole = ((x.to(g.dtype).exp())[..., None] for x in (total, last - total, last))
@@ -39,7 +46,7 @@ def chunk_gdn(
 ) -> tuple[Tensor, Tensor]:
     """Chunked gated delta rule, one decay per head. Contract: `hf_gdn.kernels.contract`."""
     return by_chunks(
-        _products,
+        products,
         q,
         k,
         v,
@@ -52,4 +59,15 @@ def chunk_gdn(
     )
 
 
-register(Kernel("chunk_gdn", "eager", chunk_gdn, why_not, differentiable=True, traceable=True))
+register(
+    Kernel(
+        "chunk_gdn",
+        "eager",
+        chunk_gdn,
+        why_not,
+        differentiable=True,
+        traceable=True,
+        save=without_autocast(functools.partial(save, products)),
+        keep=TOKENS_PER_BLOCK,
+    )
+)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
-from .chunks import Products, by_chunks
+from .chunks import TOKENS_PER_BLOCK, Products, by_chunks, save
 from .runtime import why_not, without_autocast
 
 
-def _products(q: Tensor, k: Tensor, g: Tensor) -> Products:
+def products(q: Tensor, k: Tensor, g: Tensor) -> Products:
     """Products of q, k ``[B, HK, 1, N, C, K]``, g ``[B, HK, R, N, C, K]``, C a power of two.
 
     In a block of 2s rows, the decays of the square below the diagonal are split at the middle of the block: the decay
@@ -65,7 +67,7 @@ def chunk_kda(
 ) -> tuple[Tensor, Tensor]:
     """Chunked gated delta rule, one decay per channel. Contract: `hf_gdn.kernels.contract`."""
     return by_chunks(
-        _products,
+        products,
         q,
         k,
         v,
@@ -78,4 +80,15 @@ def chunk_kda(
     )
 
 
-register(Kernel("chunk_kda", "eager", chunk_kda, why_not, differentiable=True, traceable=True))
+register(
+    Kernel(
+        "chunk_kda",
+        "eager",
+        chunk_kda,
+        why_not,
+        differentiable=True,
+        traceable=True,
+        save=without_autocast(functools.partial(save, products)),
+        keep=TOKENS_PER_BLOCK,
+    )
+)
