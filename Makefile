@@ -13,7 +13,7 @@ VERSIONS     = $(BIN)/python --version && $(BIN)/python -m pip list --disable-pi
                | grep -E '^(transformers|accelerate|torch|triton|kernels) '
 export HF_HUB_OFFLINE = 1
 
-.PHONY: report versions test test-oldest test-with test-newest test-install lint docs clean
+.PHONY: report versions test test-all test-oldest test-with test-newest test-install lint docs clean
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -28,32 +28,36 @@ report: $(VENV)/.installed
 versions: $(VENV)/.installed
 	@$(VERSIONS)
 
-## All tests. Triton decides at import whether it interprets, hence two processes.
+## The tests. Triton decides at import whether it interprets, hence two processes.
 test: versions
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not interpret" $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m interpret $(ARGS)
 
-## The same tests on the oldest transformers we support: constraints.txt, but for what constraints-oldest.txt names.
+## Every family and every target in every test: half as long again. So do the targets below.
+test-all:
+	$(MAKE) test ARGS="--all $(ARGS)"
+
+## All tests on the oldest transformers we support: constraints.txt, but for what constraints-oldest.txt names.
 test-oldest: .venv-oldest/constraints.txt
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=$<
+	$(MAKE) test-all VENV=.venv-oldest CONSTRAINTS=$<
 
 .venv-oldest/constraints.txt: constraints-oldest.txt constraints.txt
 	mkdir -p $(@D)
 	awk -F== '!/^#/ && !named[$$1]++' $^ >$@
 
-## The same tests on any other transformers 5.x: make test-with TRANSFORMERS=5.23.0
+## All tests on any other transformers 5.x: make test-with TRANSFORMERS=5.23.0
 test-with: .venv-$(TRANSFORMERS)/constraints.txt
-	$(MAKE) test VENV=.venv-$(TRANSFORMERS) CONSTRAINTS=$<
+	$(MAKE) test-all VENV=.venv-$(TRANSFORMERS) CONSTRAINTS=$<
 
 .venv-5.%/constraints.txt: constraints.txt
 	mkdir -p $(@D)
 	sed 's/^transformers==.*/transformers==5.$*/' $< >$@
 
-## The same tests on the newest 5.x of today, hence a new venv each time; `make test-newest PINNED=` pins nothing at all.
+## All tests on the newest 5.x of today, hence a new venv each time; `make test-newest PINNED=` pins nothing at all.
 test-newest:
 	rm -rf .venv-newest && mkdir .venv-newest
 	awk -F== 'index(" $(PINNED) ", " " $$1 " ")' constraints.txt >.venv-newest/constraints.txt
-	$(MAKE) test VENV=.venv-newest CONSTRAINTS=.venv-newest/constraints.txt
+	$(MAKE) test-all VENV=.venv-newest CONSTRAINTS=.venv-newest/constraints.txt
 
 ## As a user installs it: into an empty venv, from a copy of the sources, nothing pinned but torch (whose newest build for
 ## CUDA is gigabytes). First the core alone, which has to patch; then with hf-gdn[eval], and a short report, from a folder

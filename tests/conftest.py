@@ -19,7 +19,33 @@ from tests import tiny_models as tiny
 from tests.access_checker import AccessChecker
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="every family in every test, and tests marked `extended`")
+
+
+# Tests of the layers themselves take every family.
+_OF_ALL_FAMILIES = (
+    "test_full_forward",
+    "test_prefill_then_decode_is_the_full_forward",
+    "test_generate",
+    "test_gradients",
+    "test_padding_is_as_if_it_were_not_there",
+    "test_prefill_is_the_originals_and_the_original_goes_on",
+    "test_decoding_is_the_originals",
+)
+
+
+def _extended(item) -> bool:
+    named = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    other = any(isinstance(x, str) and x in tiny.EXTENDED for x in named)
+    return "extended" in item.keywords or (other and item.originalname not in _OF_ALL_FAMILIES)
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all"):
+        left_out = [item for item in items if _extended(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not _extended(item)]
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:

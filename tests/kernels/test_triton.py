@@ -169,9 +169,14 @@ def test_the_inverse_rounds_no_more_than_pytorch(op, noise, beta, dtype):
 
 
 @both_chunks
-def test_every_length(op):
+@pytest.mark.parametrize(
+    "lengths",
+    [[*range(1, 131, 16), 63, 64, 66, 127, 128, 130], pytest.param(range(1, 131), marks=pytest.mark.extended)],
+    ids=["some", "every"],
+)
+def test_every_length(op, lengths):
     """From 1 to 130 tokens, packed in one call, since packed is separate to the bit."""
-    lengths = torch.arange(1, 131)
+    lengths = torch.tensor(lengths)
     bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     call = make(op, T=int(bounds[-1]), state=False)
     states = make(op, T=1, B=len(lengths))["initial_state"]
