@@ -14,13 +14,15 @@ The oracle is `hf_gdn.kernels.reference.delta_rule`; docs/delta_rule.md derives 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
 from .chunk_kda_prepare import PREPARE_CONFIG, WIDEST, prepare_kernel
 from .chunk_kda_strong_decay import INVERSE_CONFIG, SCORES_CONFIG, inverse_kernel, scores_kernel
-from .chunks import CHUNK, chunks_of, padded
+from .chunks import CHUNK, Chunks, chunks_of, padded
 from .math import dot, input_precision
 from .runtime import on_device, strides, tl, triton, why_not_chunk
 from .segmented_scan import load_state, locate_segment, scan, store_state
@@ -105,41 +107,34 @@ def _scan_kernel(
     store_state(b_s, p_states, p_final, i_n, i_slot, i_h, o_k, o_v, is_last, HV, K, V, STATE_ONLY)
 
 
-def chunk_kda(
+class Prepared(NamedTuple):
+    """What `chunk_kda_prepare` and `chunk_kda_strong_decay` compute of a call's chunks."""
+
+    a: Tensor  # [B, T, HV, 64]
+    p: Tensor  # [B, T, HV, 64]
+    n: Tensor  # [B, T, HV, 64] fp32, of all chunks if asked for, else of those that decay too much for one product
+    qin: Tensor  # [B, T, HV, K]
+    kin: Tensor  # [B, T, HV, K]
+    kout: Tensor  # [B, T, HV, K]
+    decay: Tensor  # [chunks, HV, K]
+
+
+def prepare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor,
     beta: Tensor,
-    *,
+    chunks: Chunks,
     scale: float,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    qk_l2norm: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Chunked gated delta rule, one decay per channel; the decay may be of any size.
-
-    Args:
-        q, k: ``[B, T, HK, K]`` in float16, bfloat16 or float32; K up to 256. In bfloat16, |k|^2 is limited to the range
-            of float16, 65,504; with qk_l2norm it is at most 1.
-        v: ``[B, T, HV, V]`` in the same dtype, HV a multiple of HK; V up to 256.
-        g: ``[B, T, HV, K]`` fp32, natural-log decay, at most 0.
-        beta: ``[B, T, HV]``.
-        scale: factor on the output.
-        initial_state: ``[N, HV, K, V]``; zeros when None.
-        cu_seqlens: ``[N + 1]`` boundaries of N sequences packed along T (then B is 1), on the tensors' device.
-        qk_l2norm: L2-normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
-
-    Returns:
-        ``(o, final_state)``: ``[B, T, HV, V]`` in v's dtype and ``[N, HV, K, V]`` in fp32.
-    """
+    qk_l2norm: bool,
+    all_n: bool = False,
+) -> Prepared:
+    """Prepare all chunks of a call, in parallel."""
     B, T, HK, K = q.shape
-    HV, V = v.shape[2:]
-    N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    BK = padded(K)
+    HV, BK = v.shape[2], padded(K)
     wide = tl.bfloat16 if v.dtype == torch.bfloat16 else tl.float32  # the factors exceed the range of fp16
     precision = input_precision(v.dtype)
-    chunks = chunks_of(B, T, cu_seqlens)
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device=v.device)
@@ -150,8 +145,6 @@ def chunk_kda(
     decay = empty(chunks.programs, HV, K)
     ranges = empty(chunks.programs, HV)
     norms = empty(B, T, HV, 2) if qk_l2norm else None
-    o = empty(B, T, HV, V, dtype=v.dtype)
-    final_state = empty(N, HV, K, V)
     shape = dict(T=T, HV=HV, BT=CHUNK)
     with on_device(v):
         if B * T > 0:
@@ -168,6 +161,7 @@ def chunk_kda(
                 p_norms=norms,
                 p_a=a,
                 p_p=p,
+                p_n=n if all_n else None,
                 scale=scale,
                 **strides(q=q, k=k, g=g, b=beta),
                 HK=HK,
@@ -222,11 +216,55 @@ def chunk_kda(
                 **chunks.arguments(),
                 **shape,
             )
+    return Prepared(a, p, n, qin, kin, kout, decay)
+
+
+def chunk_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    qk_l2norm: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Chunked gated delta rule, one decay per channel; the decay may be of any size.
+
+    Args:
+        q, k: ``[B, T, HK, K]`` in float16, bfloat16 or float32; K up to 256. In bfloat16, |k|^2 is limited to the range
+            of float16, 65,504; with qk_l2norm it is at most 1.
+        v: ``[B, T, HV, V]`` in the same dtype, HV a multiple of HK; V up to 256.
+        g: ``[B, T, HV, K]`` fp32, natural-log decay, at most 0.
+        beta: ``[B, T, HV]``.
+        scale: factor on the output.
+        initial_state: ``[N, HV, K, V]``; zeros when None.
+        cu_seqlens: ``[N + 1]`` boundaries of N sequences packed along T (then B is 1), on the tensors' device.
+        qk_l2norm: L2-normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
+
+    Returns:
+        ``(o, final_state)``: ``[B, T, HV, V]`` in v's dtype and ``[N, HV, K, V]`` in fp32.
+    """
+    (B, T, HV, V), K = v.shape, q.shape[3]
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    chunks = chunks_of(B, T, cu_seqlens)
+    prepared = prepare(q, k, v, g, beta, chunks, scale, qk_l2norm)
+    o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
+    final_state = torch.empty(N, HV, K, V, dtype=torch.float32, device=v.device)
     if N > 0:
         scan(
             _scan_kernel,
-            inputs=dict(p_v=v, p_a=a, p_kin=kin, p_kout=kout, p_decay=decay, **strides(v=v)),
-            outputs=dict(p_p=p, p_qin=qin, p_o=o),
+            inputs=dict(
+                p_v=v,
+                p_a=prepared.a,
+                p_kin=prepared.kin,
+                p_kout=prepared.kout,
+                p_decay=prepared.decay,
+                **strides(v=v),
+            ),
+            outputs=dict(p_p=prepared.p, p_qin=prepared.qin, p_o=o),
             v=v,
             initial_state=initial_state,
             final_state=final_state,

@@ -103,6 +103,7 @@ def prepare_kernel(
     p_norms,  # [B, T, HV, 2]  1 / |q|, 1 / |k|; None if q and k are not normalised
     p_a,  # [B, T, HV, 64]
     p_p,  # [B, T, HV, 64]
+    p_n,  # [B, T, HV, 64] fp32, or None: only a backward needs N
     p_bounds,  # [N + 1], or None
     p_first,  # [N], or None
     p_sequence,  # [chunks], or None
@@ -211,7 +212,10 @@ def prepare_kernel(
         tl.store(p_p + o_tile, b_p.to(dtype), mask=m_s[:, None])
         p_beta += i_b * stride_bb + i_t * stride_bt + i_h * stride_bh
         b_beta = tl.load(p_beta + o_s * stride_bt, mask=m_s, other=0.0).to(tl.float32)
-        b_m = tl.where(o_s[:, None] > o_s[None, :], -_in_order(b_kk, BT), 0.0).to(OPERANDS)
+        b_m = tl.where(o_s[:, None] > o_s[None, :], -_in_order(b_kk, BT), 0.0)
+        if p_n is not None:
+            tl.store(p_n + o_tile, -b_m, mask=m_s[:, None])
+        b_m = b_m.to(OPERANDS)
         b_m0, b_m1, b_m10 = halves(b_m)
         b_a0, b_a1, b_a10 = invert_halves(b_m0, b_m1, b_m10, b_beta, OPERANDS)
         store_halves(p_a + first * BT, HV * BT, b_a0, b_a1, b_a10, rows)
