@@ -82,7 +82,9 @@ class KernelPlan:
         device_type, dtype, dims = self._kind
         if op == "gated_norm":
             dims = (dims[1], dims[1], dims[3], dims[3])  # a norm does not depend on the keys
-        return registry.companion(op, device_type, dtype, dims, kernel.backend)
+        found = registry.companion(op, device_type, dtype, dims, kernel.backend)
+        # Backends may have gradients for their delta rule alone.
+        return None if found is not None and self.needs_grad and not found.differentiable else found
 
     def _companion_or_eager(self, op: str, kernel: Kernel, serves: bool) -> Kernel:
         found = (self._companion(op, kernel) if serves else None) or registry.get_or_none(op, "eager")
