@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from hf_gdn import patches, registry
+from hf_gdn.gradients import has_backward
 from hf_gdn.kernels.triton.runtime import MAX_HEAD_DIM
 from hf_gdn.loading.shapes import LARGE, SHAPES
 from hf_gdn.patches.families.base import FEATURES
@@ -35,7 +36,8 @@ def backends(op: str, device: str, gradients: bool = False) -> str:
     served = []
     for kernel in registry.kernels(op):
         refusal = kernel.why_not(SHAPE.request(op, torch.device(device), torch.bfloat16))
-        if (refusal is None or "not installed" in refusal) and (kernel.differentiable or not gradients):
+        trains = kernel.differentiable or has_backward(kernel)
+        if (refusal is None or "not installed" in refusal) and (trains or not gradients):
             served.append(kernel.backend)
     return ", ".join(served) or "none"
 
@@ -91,9 +93,9 @@ stays original and is named with the reason by a warning and by `hf_gdn.status()
 
 In the order in which `"auto"` tries them, for bf16. `triton` and `fla` serve fp16, bf16 and fp32, head dimensions up to
 {MAX_HEAD_DIM}; `fla` needs `pip install hf-gdn[fla]`; `numba` serves CPUs with the same head dimensions and needs
-`pip install hf-gdn[cpu]`; `eager` serves any device and float dtype. With `"auto"`, calls that need gradients go to
-`eager`; the last column has the backends that have them when asked for by name. Around the delta rule `triton`, `numba`
-and `eager` have kernels of their own: a prologue before it and a gated norm behind it in prefill, a
+`pip install hf-gdn[cpu]`; `eager` serves any device and float dtype. Calls that need gradients
+go to the first backend of the last column that serves them ([training.md](training.md)). Around the delta rule `triton`,
+`numba` and `eager` have kernels of their own: a prologue before it and a gated norm behind it in prefill, a
 step that is all of a layer between its projections in decoding. `fla` has the delta rule alone and takes prologue and
 norm from `eager`.
 
