@@ -94,8 +94,8 @@ stays original and is named with the reason by a warning and by `hf_gdn.status()
 In the order in which `"auto"` tries them, for bf16. `triton` and `fla` serve fp16, bf16 and fp32, head dimensions up to
 {MAX_HEAD_DIM}; `fla` needs `pip install hf-gdn[fla]`; `numba` serves CPUs with the same head dimensions and needs
 `pip install hf-gdn[cpu]`; `eager` serves any device and float dtype. Calls that need gradients
-go to the first backend of the last column that serves them ([training.md](training.md)). Around the delta rule `triton`,
-`numba` and `eager` have kernels of their own: a prologue before it and a gated norm behind it in prefill, a
+go to the first backend of the last column that serves them ([training.md](training.md)). Around the delta rule
+`triton`, `numba` and `eager` have kernels of their own: a prologue before it and a gated norm behind it in prefill, a
 step that is all of a layer between its projections in decoding. `fla` has the delta rule alone and takes prologue and
 norm from `eager`.
 
