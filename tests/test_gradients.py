@@ -6,11 +6,12 @@ The kernels' own results are checked in tests/kernels/test_cases.py, as those of
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import pytest
 import torch
 
-from hf_gdn import gradients, ops, registry
+from hf_gdn import gradients, log, ops, registry
 from hf_gdn.kernels.contract import saved_rows
 from hf_gdn.testing import assert_close, assert_same
 from hf_gdn.testing import invariants as holds
@@ -66,6 +67,15 @@ def test_the_same_without_saved_states(op):
     assert len(saved) == saved_rows(2, 600, False, registry.get(op, "eager").keep) == 4
     for name, got, want in zip(NAMES, kernel.fn(**call, saved=saved), kernel.fn(**call)):
         assert_same(name, got, want)
+
+
+def test_a_cpu_is_no_reason_for_a_warning(op, caplog, monkeypatch):
+    monkeypatch.setattr(log, "warned", set())
+    monkeypatch.setattr(registry, "_chosen", {})
+    with caplog.at_level(logging.WARNING, "hf_gdn"):
+        leaves = make(op)
+        torch.autograd.grad(loss(op, *leaves), leaves)
+    assert caplog.messages == []
 
 
 def test_each_result_alone_and_strided_gradients(op):

@@ -195,7 +195,7 @@ def test_auto_takes_it_on_a_cpu_for_inference_only(caplog, monkeypatch):
     with caplog.at_level(logging.WARNING, "hf_gdn"):
         for op in registry.ops():
             request = registry.Request(op, "cpu", torch.bfloat16, 2, 4, 64, 64)
-            assert registry.resolve(request).backend == "numba"
+            assert registry.resolve(request).backend == ("eager" if op.startswith("backward") else "numba")
             assert registry.resolve(request, needs_grad=True).backend == "eager"
     assert caplog.messages == []
 

@@ -34,4 +34,5 @@ def _products_backward(
 
 
 _rule = Rule(products, _products_backward)
-register(Kernel("backward_gdn", "eager", without_autocast(functools.partial(backward, _rule)), why_not))
+_backward = without_autocast(functools.partial(backward, _rule))
+register(Kernel("backward_gdn", "eager", _backward, why_not, fast_on=("cpu",)))

@@ -61,4 +61,5 @@ def _lower_blocks(x: Tensor, size: int) -> Tensor:
 
 
 _rule = Rule(products, _products_backward)
-register(Kernel("backward_kda", "eager", without_autocast(functools.partial(backward, _rule)), why_not))
+_backward = without_autocast(functools.partial(backward, _rule))
+register(Kernel("backward_kda", "eager", _backward, why_not, fast_on=("cpu",)))
