@@ -18,14 +18,14 @@ from .kernels.contract import DeltaRuleInputs, LayerSpec, Projections, Weights, 
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor{state} initial_state, Tensor? cu_seqlens, "
-    "float scale, bool qk_l2norm, float beta_max, str backend) -> {result}"
+    "float scale, bool qk_l2norm, float beta_max, str backend, str asked) -> {result}"
 )
 
 
 def _define(op: str, inplace: bool) -> Any:
     """Define the operator of `op`. The in-place variant updates initial_state and returns only o."""
 
-    def run(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, beta_max, backend):
+    def run(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, beta_max, backend, asked):
         if cu_seqlens is not None:
             check_bounds(cu_seqlens, q.shape[1])
         options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm)
@@ -33,11 +33,11 @@ def _define(op: str, inplace: bool) -> Any:
             options["inplace"] = True
         kernel = registry.resolve_cached(op, q.device.type, q.dtype, dims_of(q, v), backend, False, beta_max)
         o, state = run_or_fall_back(
-            kernel, backend, q, v.shape[2:], lambda kernel: kernel.fn(q, k, v, g, beta, **options)
+            kernel, asked, q, v.shape[2:], lambda kernel: kernel.fn(q, k, v, g, beta, **options)
         )
         return o if inplace else (o, state)
 
-    def fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, beta_max, backend):
+    def fake(q, k, v, g, beta, initial_state, cu_seqlens, *rest):
         o = v.new_empty(v.shape)
         if inplace:
             return o
@@ -85,7 +85,8 @@ def call_delta_rule(
         )
     if torch.compiler.is_compiling() and (not kernel.traceable or cu_seqlens is not None):
         table = INPLACE_OPERATORS if inplace else OPERATORS
-        result = table[kernel.op](q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, 1.0, kernel.backend)
+        chosen = kernel.backend, asked
+        result = table[kernel.op](q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, beta_max, *chosen)
         return (result, initial_state) if inplace else result  # type: ignore[return-value]
     options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm)
     if inplace:
@@ -96,7 +97,7 @@ def call_delta_rule(
 _STEP_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor z, Tensor conv, Tensor? conv_bias, Tensor A_log, "
     "Tensor dt_bias, Tensor norm, Tensor(a!) conv_state, Tensor(b!) state, float? lower_bound, bool decay_in_dtype, "
-    "float beta_scale, str activation, str gate, bool norm_in_fp32, float eps, str backend) -> Tensor"
+    "float beta_scale, str activation, str gate, bool norm_in_fp32, float eps, str backend, str asked) -> Tensor"
 )
 
 
@@ -104,10 +105,10 @@ def _define_step(op: str) -> Any:
     """Define the operator of a step op. It updates conv_state and state in place."""
 
     def run(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, norm, conv_state, state, *rest):
-        *spec, backend = rest
+        *spec, backend, asked = rest
         projected, weights = Projections(q, k, v, a, b, z), Weights(conv, conv_bias, A_log, dt_bias, norm)
         kernel = registry.get(op, backend)
-        return call_step(kernel, projected, weights, LayerSpec(*spec), conv_state, state)
+        return call_step(kernel, projected, weights, LayerSpec(*spec), conv_state, state, asked)
 
     def fake(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, norm, conv_state, state, *rest):
         return v.new_empty((*v.shape[:2], v.shape[2] * v.shape[3], v.shape[4]))
@@ -131,7 +132,7 @@ def call_step(
 ) -> Tensor:
     """Call a step kernel: directly, or as an operator if torch.compile cannot trace it."""
     if torch.compiler.is_compiling() and not kernel.traceable:
-        return STEP_OPERATORS[kernel.op](*projected[:6], *weights, conv_state, state, *spec, kernel.backend)
+        return STEP_OPERATORS[kernel.op](*projected[:6], *weights, conv_state, state, *spec, kernel.backend, asked)
     return run_or_fall_back(
         kernel,
         asked,
@@ -144,7 +145,7 @@ def call_step(
 _PROLOGUE_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor z, Tensor conv, Tensor? conv_bias, Tensor A_log, "
     "Tensor dt_bias, float? lower_bound, bool decay_in_dtype, float beta_scale, Tensor? conv_state, int keep, "
-    "Tensor? cu_seqlens, Tensor? lengths, str backend) "
+    "Tensor? cu_seqlens, Tensor? lengths, str backend, str asked) "
     "-> (Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor conv_state)"
 )
 
@@ -153,14 +154,14 @@ def _define_prologue(op: str) -> Any:
     """Define the operator of a prologue op. The conv_state it returns is empty if `keep` is 0."""
 
     def run(q, k, v, a, b, z, conv, conv_bias, A_log, dt_bias, *rest):
-        *spec, conv_state, keep, cu_seqlens, lengths, backend = rest
+        *spec, conv_state, keep, cu_seqlens, lengths, backend, asked = rest
         projected, weights = Projections(q, k, v, a, b, z), Weights(conv, conv_bias, A_log, dt_bias, None)
-        options = dict(conv_state=conv_state, keep=keep, cu_seqlens=cu_seqlens, lengths=lengths)
+        options = dict(conv_state=conv_state, keep=keep, cu_seqlens=cu_seqlens, lengths=lengths, asked=asked)
         made = call_prologue(registry.get(op, backend), projected, weights, LayerSpec(*spec), **options)
         return *(x.contiguous() for x in made[:5]), q.new_empty(0) if made.conv_state is None else made.conv_state
 
     def fake(q, k, v, a, b, z, conv, *rest):
-        heads, (*_, keep, _, _, _) = v.shape[2] * v.shape[3], rest
+        heads, (*_, keep, _, _, _, _) = v.shape[2] * v.shape[3], rest
         dtype, channels = state_dtype(q.dtype), (q.shape[3],) if op.endswith("kda") else ()
         return (
             q.new_empty(q.shape),
@@ -194,7 +195,7 @@ def call_prologue(
     """Call a prologue kernel: directly, or as an operator if torch.compile cannot trace it."""
     if torch.compiler.is_compiling() and not kernel.traceable:
         q, k, v, g, beta, recent = PROLOGUE_OPERATORS[kernel.op](
-            *projected[:6], *weights[:4], *spec[:3], conv_state, keep, cu_seqlens, lengths, kernel.backend
+            *projected[:6], *weights[:4], *spec[:3], conv_state, keep, cu_seqlens, lengths, kernel.backend, asked
         )
         return DeltaRuleInputs(q, k, v, g, beta, recent if keep else None)
     options = dict(conv_state=conv_state, keep=keep, cu_seqlens=cu_seqlens, lengths=lengths)
@@ -205,10 +206,10 @@ def call_prologue(
 
 
 def _gated_norm(
-    o: Tensor, z: Tensor, weight: Tensor, gate: str, norm_in_fp32: bool, eps: float, backend: str
+    o: Tensor, z: Tensor, weight: Tensor, gate: str, norm_in_fp32: bool, eps: float, backend: str, asked: str
 ) -> Tensor:
     spec = LayerSpec(gate=gate, norm_in_fp32=norm_in_fp32, eps=eps)
-    return call_norm(registry.get("gated_norm", backend), o, z, weight, spec)
+    return call_norm(registry.get("gated_norm", backend), o, z, weight, spec, asked)
 
 
 NORM_OPERATOR = torch.library.custom_op("hf_gdn::gated_norm", _gated_norm, mutates_args=())
@@ -220,5 +221,5 @@ def call_norm(
 ) -> Tensor:
     """Call a gated-norm kernel: directly, or as an operator if torch.compile cannot trace it."""
     if torch.compiler.is_compiling() and not kernel.traceable:
-        return NORM_OPERATOR(o, z, weight, *spec[4:], kernel.backend)
+        return NORM_OPERATOR(o, z, weight, *spec[4:], kernel.backend, asked)
     return run_or_fall_back(kernel, asked, o, o.shape[2:], lambda kernel: kernel.fn(o, z, weight, spec))

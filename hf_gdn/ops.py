@@ -131,7 +131,8 @@ def _call(
                 kernel, backend, q, v.shape[2:], lambda kernel: kernel.fn(q, k, v, g, beta, **options)
             )
     else:
-        o, state = OPERATORS[op](q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, beta_max, backend)
+        tensors = q, k, v, g, beta, initial_state
+        o, state = OPERATORS[op](*tensors, cu_seqlens, scale, qk_l2norm, beta_max, backend, backend)
     return o, state if output_final_state else None
 
 

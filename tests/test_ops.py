@@ -81,7 +81,16 @@ def test_operators_pass_opcheck(op):
     for cu_seqlens, state in itertools.product((None, bounds), (None, inputs["initial_state"])):
         if state is not None and cu_seqlens is not None:
             state = torch.cat((state, state))
-        arguments = (*(inputs[n] for n in ("q", "k", "v", "g", "beta")), state, cu_seqlens, 0.3, True, 1.0, "eager")
+        arguments = (
+            *(inputs[n] for n in ("q", "k", "v", "g", "beta")),
+            state,
+            cu_seqlens,
+            0.3,
+            True,
+            1.0,
+            "eager",
+            "auto",
+        )
         torch.library.opcheck(operators.OPERATORS[op], arguments)
         if op in operators.INPLACE_OPERATORS and state is not None:
             torch.library.opcheck(operators.INPLACE_OPERATORS[op], arguments)

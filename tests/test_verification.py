@@ -304,6 +304,23 @@ def test_a_backend_asked_for_by_name_raises(failing):
         call_of(failing, "planted")[1]()
 
 
+def test_the_operators_of_compiled_code_know_what_was_asked_for(failing):
+    """A kernel that was chosen by "auto" is named in compiled code, and yet has a next backend."""
+    call = registry.ops()["recurrent_gdn"].make_inputs(T=3, HK=1, HV=2, K=8, V=8)
+    wanted = registry.get("recurrent_gdn", "eager").fn(**call)
+    tensors = *(call[name] for name in ("q", "k", "v", "g", "beta", "initial_state")), None
+
+    def run(asked):
+        return operators.OPERATORS["recurrent_gdn"](*tensors, call["scale"], False, 1.0, "planted", asked)
+
+    for got, expected in zip(run("auto"), wanted):
+        assert_same("result", got, expected)
+    verification.forget()
+    registry._changed()
+    with pytest.raises(BackendError, match="backend 'planted' cannot serve recurrent_gdn"):
+        run("planted")
+
+
 @pytest.mark.parametrize(
     ("error", "launch", "sticky"),
     [

@@ -88,7 +88,7 @@ def test_the_operator_of_a_step_passes_opcheck(family):
     op, call = layer_call("step", family, T=3)
     tensors = *call["projected"][:6], *call["weights"], call["conv_state"], call["state"]
     tensors = [x if x is None else x.contiguous() for x in tensors]
-    torch.library.opcheck(operators.STEP_OPERATORS[op], (*tensors, *call["spec"], "eager"))
+    torch.library.opcheck(operators.STEP_OPERATORS[op], (*tensors, *call["spec"], "eager", "auto"))
 
 
 @every_family
@@ -138,7 +138,17 @@ def test_the_operator_of_a_prologue_passes_opcheck(family, keep):
     op, call = layer_call("prologue", family, T=9, bias=True)
     projected = [x if x is None else x.contiguous() for x in call["projected"][:6]]
     conv_state = call["conv_state"] if keep else None
-    given = (*projected, *call["weights"][:4], *call["spec"][:3], conv_state, keep, None, torch.tensor([9, 4]), "eager")
+    given = (
+        *projected,
+        *call["weights"][:4],
+        *call["spec"][:3],
+        conv_state,
+        keep,
+        None,
+        torch.tensor([9, 4]),
+        "eager",
+        "auto",
+    )
     torch.library.opcheck(operators.PROLOGUE_OPERATORS[op], given)
 
 
@@ -164,4 +174,4 @@ def test_prologue_and_norm_compile_as_operators_without_a_break(family):
 def test_the_operator_of_the_norm_passes_opcheck(family):
     _, call = layer_call("prologue", family, T=9, bias=True)
     z, weight, spec = call["projected"].z.contiguous(), call["weights"].norm, call["spec"]
-    torch.library.opcheck(operators.NORM_OPERATOR, (torch.randn(2, 9, 4, 20), z, weight, *spec[4:], "eager"))
+    torch.library.opcheck(operators.NORM_OPERATOR, (torch.randn(2, 9, 4, 20), z, weight, *spec[4:], "eager", "auto"))

@@ -184,7 +184,7 @@ def test_a_step_is_an_operator(op):
     call = registry.ops()[op].make_inputs(HK=2, HV=2, K=8, V=8)
     weights = call["weights"]
     tensors = (*call["projected"][:6], *weights, call["conv_state"], call["state"])
-    torch.library.opcheck(operators.STEP_OPERATORS[op], (*tensors, *call["spec"], "numba"))
+    torch.library.opcheck(operators.STEP_OPERATORS[op], (*tensors, *call["spec"], "numba", "auto"))
 
 
 # ------------------------------------------------------------------------------------------------------- choosing it
