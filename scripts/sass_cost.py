@@ -1,4 +1,4 @@
-"""What the chunk kernels cost on an H100 or H200, counted in their machine code; no GPU is needed.
+"""What the chunk kernels and their gradients cost on an H100 or H200, counted in their machine code; no GPU is needed.
 
     python scripts/sass_cost.py [--batch 1] [--tokens 8192]
 
@@ -32,7 +32,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from hf_gdn import registry  # noqa: E402
-from hf_gdn.kernels.triton import chunk_gdn_prepare, chunk_kda_prepare, chunk_kda_strong_decay, chunks  # noqa: E402
+from hf_gdn.kernels.triton import (  # noqa: E402
+    backward_gdn,
+    backward_kda,
+    chunk_gdn_prepare,
+    chunk_kda_prepare,
+    chunk_kda_strong_decay,
+    chunks,
+)
 from hf_gdn.testing.compiled import SHARED_LIMIT, Compiled, launches  # noqa: E402
 
 NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
@@ -67,6 +74,7 @@ def work(batch: int, tokens: int) -> dict[str, Work]:
     steps = K // chunk_gdn_prepare.PREPARE_CONFIGS[torch.bfloat16].BK
     columns, _, _ = chunks.scan_config(batch * HV, V, K, 2, SHARED_LIMIT["sm_90"], 2)
     scan = Work(math.ceil(V / columns) * HV * batch, (count,))
+    by_head, keys, channels = HV * batch * count, backward_gdn.KEYS_CONFIG, backward_kda.CHANNELS_CONFIG
     return {
         "gdn prepare": Work(prepare, (steps, HV // HK)),
         "gdn prepare l2norm": Work(prepare, (steps, steps, steps, HV // HK)),
@@ -74,19 +82,39 @@ def work(batch: int, tokens: int) -> dict[str, Work]:
         "kda prepare": Work(HV * batch * count, (K // chunk_kda_prepare.PREPARE_CONFIG.BK,) * 2),
         "kda inverse": Work(HV * batch * count, (K // chunk_kda_strong_decay.INVERSE_CONFIG.BK,)),
         "kda scan": scan,
+        "gdn backward states": scan,
+        "gdn backward reverse": scan,
+        "gdn backward score gradients": Work(by_head, (V // backward_gdn.SCORES_CONFIG.BV,)),
+        "gdn backward key gradients": Work(prepare * (K // keys.BK), (HV // HK, V // keys.BV)),
+        "kda backward states": scan,
+        "kda backward reverse": scan,
+        "kda backward score gradients": Work(by_head, (V // backward_kda.SCORES_CONFIG.BV,)),
+        # The columns of a block; with one value head a key head and few steps over V, other loops are unrolled.
+        "kda backward channel gradients": Work(by_head * (K // channels.BK), (16,)),
     }
 
 
 def compiled(batch: int) -> dict[str, Compiled]:
     """Every launch of the chunk ops with a cache, in sequences too short to be cut into segments, by name."""
     found = {}
-    for variant, l2norm in (("gdn", False), ("gdn", True), ("kda", True)):
-        op = registry.ops()[f"chunk_{variant}"]
-        call = op.make_inputs(B=batch, T=1000, HK=HK, HV=HV, K=K, V=V, dtype=torch.bfloat16, device="meta")
+    for kind, variant, l2norm in (
+        ("chunk", "gdn", False),
+        ("chunk", "gdn", True),
+        ("chunk", "kda", True),
+        ("backward", "gdn", False),
+        ("backward", "kda", False),
+    ):
+        op = registry.ops()[f"{kind}_{variant}"]
+        k_heads = HV if op.name == "backward_kda" else HK
+        call = op.make_inputs(B=batch, T=1000, HK=k_heads, HV=HV, K=K, V=V, dtype=torch.bfloat16, device="meta")
         call["qk_l2norm"] = l2norm
         for launch in launches(registry.get(op.name, "triton").fn, call, "sm_90"):
-            kind = launch.name.removesuffix("_kernel")
-            name = f"{variant} {kind}{' l2norm' if l2norm and (variant, kind) == ('gdn', 'prepare') else ''}"
+            name = launch.name.removesuffix("_kernel").replace("_", " ")
+            if op.name.startswith("backward"):
+                if name in ("prepare", "scores", "inverse"):  # those of the forward
+                    continue
+                name = f"backward {name}"
+            name = f"{variant} {name}{' l2norm' if l2norm and (variant, name) == ('gdn', 'prepare') else ''}"
             if name not in found:
                 found[name] = launch.compile()
     return found
@@ -137,23 +165,23 @@ def main() -> None:
     shape = f"{HK}/{HV} heads, {arguments.batch} x {arguments.tokens} tokens"
     print(f"sm_90, bf16, K = V = 128, {shape}, Triton {triton.__version__}; instructions of a program by kind")
     columns = ["registers", "warps/SM", "programs", "a program", *KINDS, "other", "all, 1e6", "floor, us"]
-    print(f"{'':20}" + "".join(f"{name:>10}" for name in columns))
+    print(f"{'':30}" + "".join(f"{name:>10}" for name in columns))
     works = work(arguments.batch, arguments.tokens)
     for name, result in compiled(arguments.batch).items():
         if name not in works:
-            print(f"{name:20}  not counted: work() does not say how often its loops run")
+            print(f"{name:30}  not counted: work() does not say how often its loops run")
             continue
         programs, trips = works[name]
         codes, loops = instructions(result.binary)
         if len(loops) != len(trips):
-            print(f"{name:20}  not counted: {len(loops)} loops, and work() knows of {len(trips)}")
+            print(f"{name:30}  not counted: {len(loops)} loops, and work() knows of {len(trips)}")
             continue
         kinds = count(codes, loops, trips)
         slots = result.warps * kinds.total()
         cells = [result.registers, resident(result.registers, result.shared, result.warps), programs, slots]
         cells += [result.warps * kinds[kind] for kind in (*KINDS, "other")]
         floor = slots * programs / (PROCESSORS * SCHEDULERS * HERTZ)
-        print(f"{name:20}" + "".join(f"{x:10}" for x in cells) + f"{slots * programs / 1e6:10.1f}{1e6 * floor:10.1f}")
+        print(f"{name:30}" + "".join(f"{x:10}" for x in cells) + f"{slots * programs / 1e6:10.1f}{1e6 * floor:10.1f}")
 
 
 if __name__ == "__main__":
