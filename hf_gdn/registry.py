@@ -281,12 +281,16 @@ def backward_of(op: str) -> str | None:
     return f"backward_{variant}" if kind == "chunk" else None
 
 
-def _has_gradients(kernel: Kernel, request: Request) -> bool:
+_NO_BACKWARD = "has no backward"
+
+
+def _why_no_gradients(kernel: Kernel, request: Request) -> str | None:
+    """Why gradients of a request do not go through a kernel, or None; whether it serves the request is not asked."""
     op = backward_of(kernel.op)
     backward = None if op is None else get_or_none(op, kernel.backend)
     if backward is None:
-        return kernel.differentiable
-    return why_not(backward, replace(request, op=backward.op)) is None
+        return None if kernel.differentiable else _NO_BACKWARD
+    return why_not(backward, replace(request, op=backward.op))
 
 
 def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False) -> Kernel:
@@ -308,10 +312,11 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
     if backend == "auto":
         refusals = []
         for kernel in kernels(request.op):
-            sentence = why_not(kernel, request)
-            if sentence is None and needs_grad and not _has_gradients(kernel, request):
+            sentence = _why_no_gradients(kernel, request) if needs_grad else None
+            if sentence == _NO_BACKWARD:
                 logger.info("%s: %s has no backward, gradients go through another backend", kernel.op, kernel.backend)
                 continue
+            sentence = sentence or why_not(kernel, request)
             if sentence is None:
                 break
             refusals.append(f"{kernel.backend} {sentence}")
@@ -327,8 +332,9 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
         sentence = why_not(kernel, request)
         if sentence is not None:
             raise BackendError(f"backend {backend!r} cannot serve {request.op}: {sentence}")
-    if needs_grad and not _has_gradients(kernel, request):
-        logger.info("%s: %s has no backward, gradients go through the eager backend", request.op, kernel.backend)
+    sentence = _why_no_gradients(kernel, request) if needs_grad else None
+    if sentence is not None:
+        logger.info("%s with gradients runs on the eager backend: %s %s", request.op, kernel.backend, sentence)
         return get(request.op, "eager")
     return kernel
 
