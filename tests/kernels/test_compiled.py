@@ -172,6 +172,7 @@ def test_scan_of_many_heads(name, target):
         ("kda backward channels", "sm_90", 256, 256),
     ],
 )
+@pytest.mark.extended
 def test_chunks_of_other_heads(name, target, K, V):
     check_chunks(name, target, K, V)
 
@@ -212,6 +213,7 @@ def test_merge_of_segments(target, dtype):
 
 @pytest.mark.parametrize(("K", "V"), [(64, 64), (96, 192), (256, 256)])
 @targets
+@pytest.mark.extended
 def test_merge_of_other_heads(target, K, V):
     check_segments("merge", "chunk_gdn", target, K, V)
 
@@ -225,6 +227,7 @@ def test_merge_of_other_heads(target, K, V):
         ("chunk_kda", "gfx942", 96, 192),
     ],
 )
+@pytest.mark.extended
 def test_states_of_other_heads(op, target, K, V):
     check_segments("states", op, target, K, V)
 
@@ -279,6 +282,7 @@ def test_recurrent_rule_packed_with_token_states(target):
 @targets
 @OTHER_DIMS
 @variants
+@pytest.mark.extended
 def test_recurrent_rule_of_other_dims(target, K, V, variant):
     recurrent(variant, target, K=K, V=V)
 
@@ -303,6 +307,7 @@ def test_step_of_several_tokens(target, variant):
 
 @targets
 @OTHER_DIMS
+@pytest.mark.extended
 def test_step_of_other_dims(target, K, V):
     step("kda", target, K=K, V=V)
 
@@ -322,6 +327,7 @@ def test_prologue(target, variant):
     ("target", "variant", "K", "V"),
     [("sm_80", "kda", 256, 256), ("sm_90", "gdn", 96, 192), ("gfx942", "kda", 256, 256), ("sm_100", "kda", 64, 64)],
 )
+@pytest.mark.extended
 def test_prologue_of_other_heads(target, variant, K, V):
     check_all(f"prologue_{variant}", target, T=1000, K=K, V=V, bias=True)
 
