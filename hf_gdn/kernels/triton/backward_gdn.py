@@ -25,13 +25,12 @@ from torch import Tensor
 
 from ...registry import Kernel, register
 from ..contract import Gradients
-from .backward_scans import reverse_kernel, states_kernel
-from .chunk_gdn_prepare import HALF, PREPARE_CONFIGS, prepare_kernel
-from .chunks import CHUNK, chunks_of, locate_chunk, padded, scan_config, shared_memory
-from .l2norm_backward import l2norm_backward, normalized
+from .backward_scans import scans
+from .chunk_gdn import prepare
+from .chunks import CHUNK, chunks_of, locate_chunk, padded
+from .l2norm_backward import outside
 from .math import LOG2E, dot, input_precision
 from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton, why_not_chunk
-from .triangular_inverse import OPERANDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +277,7 @@ def _key_gradients_kernel(
     tl.store(p_dk + o_tk, b_dk.to(dtype), mask=m_tk)
 
 
+@outside
 def backward_gdn(
     q: Tensor,
     k: Tensor,
@@ -290,121 +290,47 @@ def backward_gdn(
     scale: float,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    qk_l2norm: bool = False,
     saved: Tensor | None = None,
 ) -> Gradients:
     """Gradients of the chunked gated delta rule, one decay per head.
 
     Args:
-        q, k, v, g, beta, scale, initial_state, cu_seqlens, qk_l2norm: as in `chunk_gdn`.
+        q, k, v, g, beta, scale, initial_state, cu_seqlens: as in `chunk_gdn`.
         d_o: ``[B, T, HV, V]`` in v's dtype, contiguous.
         d_final_state: ``[N, HV, K, V]`` in fp32, contiguous.
         saved: not used.
+        qk_l2norm: as in the forward; q and k are normalised outside of the kernels.
 
     Returns:
         Gradients of q, k, v, g, beta and the initial state, None where none was given.
     """
-    if qk_l2norm:
-        # Normalised once more, outside of the kernels: models come with normalised q and k.
-        (qn, q_length), (kn, k_length) = normalized(q), normalized(k)
-        found = backward_gdn(
-            qn, kn, v, g, beta, d_o, d_final_state, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
-        )
-        return found._replace(q=l2norm_backward(qn, q_length, found.q), k=l2norm_backward(kn, k_length, found.k))
     B, T, HK, K = q.shape
     HV, V = v.shape[2:]
-    N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    BK, precision, config = padded(K), input_precision(v.dtype), PREPARE_CONFIGS[v.dtype]
+    BK = padded(K)
     chunks = chunks_of(B, T, cu_seqlens)
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def empty(*shape: int, dtype: torch.dtype = v.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=v.device)
 
-    a, p = (empty(B, T, HV, CHUNK, dtype=v.dtype) for _ in range(2))
-    kin, qin, kout = (empty(B, T, HV) for _ in range(3))
-    decay = empty(chunks.programs, HV)
-    u, d_v = (empty(B, T, HV, V, dtype=v.dtype) for _ in range(2))
-    states, d_states = (empty(chunks.programs, HV, K, V, dtype=v.dtype) for _ in range(2))
-    d_qk, d_kk = (empty(B, T, HV, CHUNK, dtype=v.dtype) for _ in range(2))
-    d_q, d_k = (empty(B, T, HK, K, dtype=v.dtype) for _ in range(2))
+    made = prepare(q, k, v, g, beta, chunks, scale, False)
+    done = scans(q, k, v, made, d_o, d_final_state, initial_state, chunks, key_tiles=2)
+    d_qk, d_kk = (empty(B, T, HV, CHUNK) for _ in range(2))
+    d_q, d_k = (empty(B, T, HK, K) for _ in range(2))
     d_g, d_beta = empty(B, T, HV, dtype=g.dtype), empty(B, T, HV, dtype=beta.dtype)
-    d_initial = None if initial_state is None else empty(N, HV, K, V, dtype=initial_state.dtype)
-    BV, warps, stages = scan_config(N * HV, V, BK, v.element_size(), shared_memory(v.device), key_tiles=2)
-    tables = dict(p_bounds=chunks.bounds, p_first=chunks.first)
-    shape = dict(T=T, HK=HK, HV=HV, K=K, V=V, BT=CHUNK, BK=BK, PRECISION=precision)
-    scan = dict(**shape, BV=BV, num_warps=warps, num_stages=stages, **tables)
+    shape = dict(T=T, HK=HK, HV=HV, K=K, V=V, BT=CHUNK, BK=BK, PRECISION=input_precision(v.dtype))
     with on_device(v):
-        if B * T > 0:
-            prepare_kernel[(chunks.programs, HK)](
-                p_q=q,
-                p_k=k,
-                p_g=g,
-                p_beta=beta,
-                p_a=a,
-                p_p=p,
-                p_kin=kin,
-                p_qin=qin,
-                p_kout=kout,
-                p_decay=decay,
-                scale=scale,
-                **strides(q=q, k=k, g=g, b=beta),
-                T=T,
-                HK=HK,
-                HV=HV,
-                K=K,
-                BT=CHUNK,
-                BC=HALF,
-                BK=min(BK, config.BK),
-                INSIDE=OPERANDS[v.dtype],
-                PRECISION=precision,
-                QK_L2NORM=False,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                **chunks.arguments(),
-            )
-        if N > 0:
-            states_kernel[(triton.cdiv(V, BV) * N * HV,)](
-                p_k=k,
-                p_v=v,
-                p_a=a,
-                p_kin=kin,
-                p_kout=kout,
-                p_decay=decay,
-                p_initial=None if initial_state is None else initial_state.contiguous(),
-                p_states=states,
-                p_u=u,
-                **strides(k=k, v=v),
-                **scan,
-            )
-            reverse_kernel[(triton.cdiv(V, BV) * N * HV,)](
-                p_q=q,
-                p_k=k,
-                p_a=a,
-                p_p=p,
-                p_kin=kin,
-                p_qin=qin,
-                p_kout=kout,
-                p_decay=decay,
-                p_do=d_o,
-                p_dfinal=d_final_state,
-                p_dstates=d_states,
-                p_dv=d_v,
-                p_dinitial=d_initial,
-                **strides(q=q, k=k),
-                **scan,
-            )
         if B * T > 0:
             common = dict(
                 p_q=q,
                 p_k=k,
-                p_kin=kin,
-                p_qin=qin,
-                p_kout=kout,
-                p_u=u,
+                p_kin=made.kin,
+                p_qin=made.qin,
+                p_kout=made.kout,
+                p_u=done.u,
                 p_do=d_o,
-                p_dr=d_v,
-                p_states=states,
-                p_dstates=d_states,
+                p_dr=done.d_v,
+                p_states=done.states,
+                p_dstates=done.d_states,
                 p_dqk=d_qk,
                 p_dkk=d_kk,
                 **strides(q=q, k=k),
@@ -415,8 +341,8 @@ def backward_gdn(
             _score_gradients_kernel[(chunks.programs, HV)](
                 p_v=v,
                 p_g=g,
-                p_p=p,
-                p_decay=decay,
+                p_p=made.p,
+                p_decay=made.decay,
                 p_dg=d_g,
                 p_dbeta=d_beta,
                 scale=scale,
@@ -434,7 +360,7 @@ def backward_gdn(
                 num_stages=KEYS_CONFIG.num_stages,
                 **common,
             )
-    return Gradients(d_q, d_k, d_v, d_g, d_beta, d_initial)
+    return Gradients(d_q, d_k, done.d_v, d_g, d_beta, done.d_initial)
 
 
 register(Kernel("backward_gdn", "triton", backward_gdn, why_not_chunk, checked=True))

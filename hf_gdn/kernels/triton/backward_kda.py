@@ -24,10 +24,10 @@ from torch import Tensor
 
 from ...registry import Kernel, register
 from ..contract import Gradients
-from .backward_scans import reverse_kernel, states_kernel
+from .backward_scans import scans
 from .chunk_kda import prepare
-from .chunks import CHUNK, chunks_of, locate_chunk, padded, scan_config, shared_memory
-from .l2norm_backward import l2norm_backward, normalized
+from .chunks import CHUNK, chunks_of, locate_chunk, padded
+from .l2norm_backward import outside
 from .math import LOG2E, dot, input_precision
 from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton, why_not_chunk
 
@@ -292,6 +292,7 @@ def _channel_gradients_kernel(
     tl.store(p_dk + o_tk, b_dk.to(dtype), mask=m_tk)
 
 
+@outside
 def backward_kda(
     q: Tensor,
     k: Tensor,
@@ -304,91 +305,43 @@ def backward_kda(
     scale: float,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    qk_l2norm: bool = False,
     saved: Tensor | None = None,
 ) -> Gradients:
     """Gradients of the chunked delta rule with one decay per channel; the decay may be of any size.
 
     Args:
-        q, k, v, g, beta, scale, initial_state, cu_seqlens, qk_l2norm: as in `chunk_kda`.
+        q, k, v, g, beta, scale, initial_state, cu_seqlens: as in `chunk_kda`.
         d_o: ``[B, T, HV, V]`` in v's dtype, contiguous.
         d_final_state: ``[N, HV, K, V]`` in fp32, contiguous.
         saved: not used.
+        qk_l2norm: as in the forward; q and k are normalised outside of the kernels.
 
     Returns:
         Gradients of q, k, v, g, beta and the initial state, None where none was given.
     """
-    if qk_l2norm:
-        # Normalised once more, outside of the kernels: models come with normalised q and k.
-        (qn, q_length), (kn, k_length) = normalized(q), normalized(k)
-        found = backward_kda(
-            qn, kn, v, g, beta, d_o, d_final_state, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
-        )
-        return found._replace(q=l2norm_backward(qn, q_length, found.q), k=l2norm_backward(kn, k_length, found.k))
     B, T, HK, K = q.shape
     HV, V = v.shape[2:]
-    N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    BK, precision = padded(K), input_precision(v.dtype)
+    BK = padded(K)
     chunks = chunks_of(B, T, cu_seqlens)
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def empty(*shape: int, dtype: torch.dtype = v.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=v.device)
 
     made = prepare(q, k, v, g, beta, chunks, scale, False, all_n=True)
-    u, d_v = (empty(B, T, HV, V, dtype=v.dtype) for _ in range(2))
-    states, d_states = (empty(chunks.programs, HV, K, V, dtype=v.dtype) for _ in range(2))
-    d_p, d_n = (empty(B, T, HV, CHUNK, dtype=v.dtype) for _ in range(2))
-    own = empty(B, T, HV)
-    d_q, d_k = (empty(B, T, HK, K, dtype=v.dtype) for _ in range(2))
+    done = scans(None, None, v, made, d_o, d_final_state, initial_state, chunks, key_tiles=3)
+    d_p, d_n = (empty(B, T, HV, CHUNK) for _ in range(2))
+    own = empty(B, T, HV, dtype=torch.float32)
+    d_q, d_k = (empty(B, T, HK, K) for _ in range(2))
     d_g, d_beta = empty(B, T, HV, K, dtype=g.dtype), empty(B, T, HV, dtype=beta.dtype)
-    d_initial = None if initial_state is None else empty(N, HV, K, V, dtype=initial_state.dtype)
-    BV, warps, stages = scan_config(N * HV, V, BK, v.element_size(), shared_memory(v.device), key_tiles=3)
-    shape = dict(T=T, HV=HV, K=K, V=V, BT=CHUNK, PRECISION=precision)
-    scan = dict(**shape, HK=HV, BK=BK, BV=BV, num_warps=warps, num_stages=stages)
-    tables = dict(p_bounds=chunks.bounds, p_first=chunks.first)
-    no_strides = {f"stride_{x}{letter}": 0 for x in "qk" for letter in "bth"}
+    shape = dict(T=T, HV=HV, K=K, V=V, BT=CHUNK, PRECISION=input_precision(v.dtype))
     with on_device(v):
-        if N > 0:
-            states_kernel[(triton.cdiv(V, BV) * N * HV,)](
-                p_k=None,
-                p_v=v,
-                p_a=made.a,
-                p_kin=made.kin,
-                p_kout=made.kout,
-                p_decay=made.decay,
-                p_initial=None if initial_state is None else initial_state.contiguous(),
-                p_states=states,
-                p_u=u,
-                **{name: x for name, x in no_strides.items() if name.startswith("stride_k")},
-                **strides(v=v),
-                **scan,
-                **tables,
-            )
-            reverse_kernel[(triton.cdiv(V, BV) * N * HV,)](
-                p_q=None,
-                p_k=None,
-                p_a=made.a,
-                p_p=made.p,
-                p_kin=made.kin,
-                p_qin=made.qin,
-                p_kout=made.kout,
-                p_decay=made.decay,
-                p_do=d_o,
-                p_dfinal=d_final_state,
-                p_dstates=d_states,
-                p_dv=d_v,
-                p_dinitial=d_initial,
-                **no_strides,
-                **scan,
-                **tables,
-            )
         if B * T > 0:
             common = dict(
-                p_u=u,
+                p_u=done.u,
                 p_do=d_o,
-                p_dr=d_v,
-                p_states=states,
-                p_dstates=d_states,
+                p_dr=done.d_v,
+                p_states=done.states,
+                p_dstates=done.d_states,
                 p_dp=d_p,
                 p_dn=d_n,
                 p_own=own,
@@ -427,7 +380,7 @@ def backward_kda(
                 num_stages=1,
                 **common,
             )
-    return Gradients(d_q, d_k, d_v, d_g, d_beta, d_initial)
+    return Gradients(d_q, d_k, done.d_v, d_g, d_beta, done.d_initial)
 
 
 register(Kernel("backward_kda", "triton", backward_kda, why_not_chunk, checked=True))

@@ -6,9 +6,14 @@ written in the inputs' dtype, in which products read them; they are gone after t
 
 from __future__ import annotations
 
-from .chunks import locate_sequence
-from .math import dot
-from .runtime import tl, triton
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .chunks import CHUNK, Chunks, locate_sequence, padded, scan_config, shared_memory
+from .math import dot, input_precision
+from .runtime import on_device, strides, tl, triton
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -182,3 +187,87 @@ def reverse_kernel(
         tl.store(p_dv + o_row[:, None] * V + o_v[None, :], b_dr.to(dtype), mask=m_tv)
     if p_dinitial is not None:
         tl.store(p_dinitial + (i_n * HV + i_h) * K * V + o_s, b_ds, mask=m_s)
+
+
+class Scanned(NamedTuple):
+    """What the two scans write."""
+
+    u: Tensor  # [B, T, HV, V]
+    d_v: Tensor  # [B, T, HV, V], the gradient of v, which is also that of r
+    states: Tensor  # [chunks, HV, K, V], the states before the chunks
+    d_states: Tensor  # [chunks, HV, K, V], the gradients of the states after them
+    d_initial: Tensor | None  # [N, HV, K, V]
+
+
+def scans(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor,
+    made: Any,
+    d_o: Tensor,
+    d_final_state: Tensor,
+    initial_state: Tensor | None,
+    chunks: Chunks,
+    key_tiles: int,
+) -> Scanned:
+    """Scan prepared chunks forward and back.
+
+    Args:
+        q, k: ``[B, T, HK, K]``; None with one decay per channel, where the factors of `made` have them.
+        v, d_o: ``[B, T, HV, V]``.
+        made: ``Prepared`` of `chunk_gdn` or `chunk_kda`.
+        d_final_state, initial_state: ``[N, HV, K, V]``.
+        chunks: the call's chunks.
+        key_tiles: as in `scan_config`.
+    """
+    (B, T, HV, V), (N, _, K, _) = v.shape, d_final_state.shape
+    BK = padded(K)
+    u, d_v = (torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device) for _ in range(2))
+    states, d_states = (torch.empty(chunks.programs, HV, K, V, dtype=v.dtype, device=v.device) for _ in range(2))
+    d_initial = None if initial_state is None else torch.empty_like(d_final_state, dtype=initial_state.dtype)
+    if N == 0:
+        return Scanned(u, d_v, states, d_states, d_initial)
+    BV, warps, stages = scan_config(N * HV, V, BK, v.element_size(), shared_memory(v.device), key_tiles)
+    common = dict(
+        p_k=k,
+        p_a=made.a,
+        p_kin=made.kin,
+        p_kout=made.kout,
+        p_decay=made.decay,
+        p_bounds=chunks.bounds,
+        p_first=chunks.first,
+        **(dict.fromkeys(("stride_kb", "stride_kt", "stride_kh"), 0) if k is None else strides(k=k)),
+        T=T,
+        HK=HV if k is None else k.shape[2],
+        HV=HV,
+        K=K,
+        V=V,
+        BT=CHUNK,
+        BK=BK,
+        BV=BV,
+        PRECISION=input_precision(v.dtype),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    with on_device(v):
+        states_kernel[(triton.cdiv(V, BV) * N * HV,)](
+            p_v=v,
+            p_initial=None if initial_state is None else initial_state.contiguous(),
+            p_states=states,
+            p_u=u,
+            **strides(v=v),
+            **common,
+        )
+        reverse_kernel[(triton.cdiv(V, BV) * N * HV,)](
+            p_q=q,
+            p_p=made.p,
+            p_qin=made.qin,
+            p_do=d_o,
+            p_dfinal=d_final_state,
+            p_dstates=d_states,
+            p_dv=d_v,
+            p_dinitial=d_initial,
+            **(dict.fromkeys(("stride_qb", "stride_qt", "stride_qh"), 0) if q is None else strides(q=q)),
+            **common,
+        )
+    return Scanned(u, d_v, states, d_states, d_initial)

@@ -13,12 +13,14 @@ computes A and P of all chunks in parallel. A second kernel then scans the chunk
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
 from .chunk_gdn_prepare import HALF, PREPARE_CONFIGS, prepare_kernel
-from .chunks import CHUNK, chunks_of, padded
+from .chunks import CHUNK, Chunks, chunks_of, padded
 from .math import dot, input_precision
 from .runtime import on_device, strides, tl, triton, why_not_chunk
 from .segmented_scan import load_state, locate_segment, scan, store_state
@@ -121,6 +123,58 @@ def _scan_kernel(
     store_state(b_s, p_states, p_final, i_n, i_slot, i_h, o_k, o_v, is_last, HV, K, V, STATE_ONLY)
 
 
+class Prepared(NamedTuple):
+    """What `chunk_gdn_prepare` computes of a call's chunks."""
+
+    a: Tensor  # [B, T, HV, 64]
+    p: Tensor  # [B, T, HV, 64]
+    kin: Tensor  # [B, T, HV]
+    qin: Tensor  # [B, T, HV]
+    kout: Tensor  # [B, T, HV]
+    decay: Tensor  # [chunks, HV]
+
+
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, chunks: Chunks, scale: float, qk_l2norm: bool
+) -> Prepared:
+    """Prepare all chunks of a call, in parallel."""
+    (B, T, HV, _), (HK, K) = v.shape, q.shape[2:]
+    config = PREPARE_CONFIGS[v.dtype]
+    a, p = (torch.empty(B, T, HV, CHUNK, dtype=v.dtype, device=v.device) for _ in range(2))
+    kin, qin, kout = (torch.empty(B, T, HV, dtype=torch.float32, device=v.device) for _ in range(3))
+    decay = torch.empty(chunks.programs, HV, dtype=torch.float32, device=v.device)
+    with on_device(v):
+        if B * T > 0:
+            prepare_kernel[(chunks.programs, HK)](
+                p_q=q,
+                p_k=k,
+                p_g=g,
+                p_beta=beta,
+                p_a=a,
+                p_p=p,
+                p_kin=kin,
+                p_qin=qin,
+                p_kout=kout,
+                p_decay=decay,
+                scale=scale,
+                **strides(q=q, k=k, g=g, b=beta),
+                T=T,
+                HK=HK,
+                HV=HV,
+                K=K,
+                BT=CHUNK,
+                BC=HALF,
+                BK=min(padded(K), config.BK),
+                INSIDE=OPERANDS[v.dtype],
+                PRECISION=input_precision(v.dtype),
+                QK_L2NORM=qk_l2norm,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                **chunks.arguments(),
+            )
+    return Prepared(a, p, kin, qin, kout, decay)
+
+
 def chunk_gdn(
     q: Tensor,
     k: Tensor,
@@ -149,47 +203,18 @@ def chunk_gdn(
     Returns:
         ``(o, final_state)``: ``[B, T, HV, V]`` in v's dtype and ``[N, HV, K, V]`` in fp32.
     """
-    B, T, HK, K = q.shape
-    HV, V = v.shape[2:]
+    (B, T, HV, V), (HK, K) = v.shape, q.shape[2:]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    BK = padded(K)
-    precision, config = input_precision(v.dtype), PREPARE_CONFIGS[v.dtype]
     chunks = chunks_of(B, T, cu_seqlens)
-    a, p = (torch.empty(B, T, HV, CHUNK, dtype=v.dtype, device=v.device) for _ in range(2))
-    kin, qin, kout = (torch.empty(B, T, HV, dtype=torch.float32, device=v.device) for _ in range(3))
-    decay = torch.empty(chunks.programs, HV, dtype=torch.float32, device=v.device)
+    made = prepare(q, k, v, g, beta, chunks, scale, qk_l2norm)
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
     final_state = torch.empty(N, HV, K, V, dtype=torch.float32, device=v.device)
-    shape = dict(T=T, HK=HK, HV=HV, K=K, BT=CHUNK, BK=BK)
-    with on_device(v):
-        if B * T > 0:
-            prepare_kernel[(chunks.programs, HK)](
-                p_q=q,
-                p_k=k,
-                p_g=g,
-                p_beta=beta,
-                p_a=a,
-                p_p=p,
-                p_kin=kin,
-                p_qin=qin,
-                p_kout=kout,
-                p_decay=decay,
-                scale=scale,
-                **strides(q=q, k=k, g=g, b=beta),
-                BC=HALF,
-                INSIDE=OPERANDS[v.dtype],
-                PRECISION=precision,
-                QK_L2NORM=qk_l2norm,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                **chunks.arguments(),
-                **dict(shape, BK=min(BK, config.BK)),
-            )
     if N > 0:
+        gates = dict(p_kin=made.kin, p_kout=made.kout, p_decay=made.decay)
         scan(
             _scan_kernel,
-            inputs=dict(p_k=k, p_v=v, p_a=a, p_kin=kin, p_kout=kout, p_decay=decay, **strides(q=q, k=k, v=v), HK=HK),
-            outputs=dict(p_q=q, p_p=p, p_qin=qin, p_o=o),
+            inputs=dict(p_k=k, p_v=v, p_a=made.a, **gates, **strides(q=q, k=k, v=v), HK=HK),
+            outputs=dict(p_q=q, p_p=made.p, p_qin=made.qin, p_o=o),
             v=v,
             initial_state=initial_state,
             final_state=final_state,
