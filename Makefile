@@ -13,7 +13,7 @@ VERSIONS     = $(BIN)/python --version && $(BIN)/python -m pip list --disable-pi
                | grep -E '^(transformers|accelerate|torch|triton|kernels) '
 export HF_HUB_OFFLINE = 1
 
-.PHONY: report versions test test-all test-oldest test-with test-newest test-install lint docs clean
+.PHONY: report versions test test-all test-oldest test-with test-newest test-install lint docs site dist clean
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -91,5 +91,23 @@ lint: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/python scripts/models_table.py
 
+## The documentation as a site, in site/. Warnings are errors, dead links among them.
+site: .venv-site/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --strict
+
+## Wheel and source distribution, in dist/, with the checks of an upload.
+dist: .venv-dist/.installed
+	rm -rf dist
+	.venv-dist/bin/python -m build --quiet
+	.venv-dist/bin/twine check --strict dist/*
+
+# Neither needs torch. Ruff lays out the signatures of the API's page.
+.venv-site/.installed: TOOLS = mkdocs-material 'mkdocstrings[python]' ruff
+.venv-dist/.installed: TOOLS = build twine
+.venv-site/.installed .venv-dist/.installed: constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TOOLS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-install .venv-5.* hf-gdn-report
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-install .venv-site .venv-dist .venv-5.* hf-gdn-report site dist

@@ -5,6 +5,7 @@
 
 - `patch`, `unpatch`, `patched`, `unpatched`, `status`: turn the kernels on and off.
 - `hf_gdn.ops`: the functional API.
+- `kernel_mapping`: the same through Hugging Face's ``kernels`` package.
 - `hf_gdn.registry`: which kernels exist and which one serves a call.
 - `hf_gdn.caches`: snapshots, prefix caching and attention sinks.
 - `hf_gdn.errors`: all exceptions.
@@ -24,6 +25,7 @@ __all__ = [
     "PatchError",
     "caches",
     "errors",
+    "kernel_mapping",
     "ops",
     "patch",
     "patched",
@@ -36,6 +38,7 @@ __all__ = [
 if TYPE_CHECKING:
     from . import caches, errors, ops, registry
     from .errors import PatchError
+    from .hub_kernels import kernel_mapping
     from .patches import patch, patched, status, unpatch, unpatched
 
 
@@ -60,6 +63,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f".{name}", __name__)
     if name == "PatchError":
         return importlib.import_module(".errors", __name__).PatchError
+    if name == "kernel_mapping":
+        return importlib.import_module(".hub_kernels", __name__).kernel_mapping
     if name in __all__:
         try:
             return getattr(importlib.import_module(".patches", __name__), name)
@@ -72,3 +77,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
+if os.environ.get("HF_GDN_PATCH", "0") not in ("", "0"):
+    importlib.import_module(".patches", __name__).patch()

@@ -12,7 +12,7 @@ from platformdirs import user_cache_path
 def cache_folder() -> Path:
     """The user's cache folder for hf_gdn, or the one that the environment's HF_GDN_CACHE names. It may not exist.
 
-    Example:
+    Examples:
         >>> import os
         >>> from unittest import mock
         >>> with mock.patch.dict(os.environ, HF_GDN_CACHE="/tmp/elsewhere"):

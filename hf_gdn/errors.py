@@ -15,6 +15,10 @@ class BackendError(HfGdnError, RuntimeError):
     """The named backend cannot serve the call, or no backend can."""
 
 
+class BatchingError(HfGdnError, ValueError):
+    """Continuous batching cannot serve a model or its settings; the text says why."""
+
+
 class SnapshotError(HfGdnError, ValueError):
     """A snapshot, or a snapshot file, cannot be used; the text says what was expected and what was found."""
 
@@ -36,4 +40,10 @@ def reason(error: Exception) -> str:
     """The reason for an error, on one line: the system's message for an OSError, else the first line of its text."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error).strip()
+    if isinstance(error, MemoryError) and not text:
+        return "out of memory"
+    if isinstance(error, KeyError):
+        text = f"no {text}"
+    first, *rest = (text or type(error).__name__).splitlines()
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first

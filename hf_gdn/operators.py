@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import registry
 from .dispatch import check_bounds, dims_of, run_or_fall_back
-from .gradients import call_with_backward, has_backward
-from .kernels.contract import DeltaRuleInputs, LayerSpec, Projections, Weights, state_dtype
+from .gradients import call_with_backward, has_backward, norm_with_backward, prologue_with_backward
+from .kernels import slots as in_slots
+from .kernels.contract import DeltaRuleInputs, LayerSpec, Projections, Slots, Weights, state_dtype
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor{state} initial_state, Tensor? cu_seqlens, "
@@ -73,12 +74,22 @@ def call_delta_rule(
     needs_grad: bool = False,
     beta_max: float = 1.0,
     asked: str = "auto",
+    slots: Slots | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Call a delta-rule kernel: directly, or as an operator if torch.compile cannot trace it or gradients are needed.
 
     Inputs are not checked (see `dispatch.check`). `beta_max` is that of `registry.Request`; `asked` is the backend that
-    the user asked for, in all functions here. Returns ``(o, final_state)``.
+    the user asked for, in all functions here. Calls with `slots` have no gradients and are not compiled. Returns
+    ``(o, final_state)``.
     """
+    if slots is not None:
+        assert initial_state is not None
+        given: dict[str, Any] = dict(
+            initial_state=initial_state, slots=slots, scale=scale, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm
+        )
+        return run_or_fall_back(
+            kernel, asked, q, v.shape[2:], lambda kernel: in_slots.delta_rule(kernel, q, k, v, g, beta, **given)
+        )
     if needs_grad and has_backward(kernel):
         return call_with_backward(
             kernel, q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, beta_max, asked
@@ -129,15 +140,20 @@ def call_step(
     conv_state: Tensor,
     state: Tensor,
     asked: str = "auto",
+    slots: Slots | None = None,
 ) -> Tensor:
-    """Call a step kernel: directly, or as an operator if torch.compile cannot trace it."""
+    """Call a step kernel: directly, or as an operator if torch.compile cannot trace it. With `slots`, directly."""
+    heads = state.shape[1], state.shape[3]
+    if slots is not None:
+        given = projected, weights, spec, conv_state, state, slots
+        return run_or_fall_back(kernel, asked, projected.q, heads, lambda kernel: in_slots.step(kernel, *given))
     if torch.compiler.is_compiling() and not kernel.traceable:
         return STEP_OPERATORS[kernel.op](*projected[:6], *weights, conv_state, state, *spec, kernel.backend, asked)
     return run_or_fall_back(
         kernel,
         asked,
         projected.q,
-        (state.shape[1], state.shape[3]),
+        heads,
         lambda kernel: kernel.fn(projected, weights, spec, conv_state, state),
     )
 
@@ -178,6 +194,14 @@ def _define_prologue(op: str) -> Any:
 
 
 PROLOGUE_OPERATORS = {op: _define_prologue(op) for op in ("prologue_gdn", "prologue_kda")}
+_differentiable_prologues = {
+    op: prologue_with_backward(op, getattr(torch.ops.hf_gdn, op).default) for op in PROLOGUE_OPERATORS
+}
+
+
+def _through_operator(kernel: registry.Kernel) -> bool:
+    """Whether gradients of a prologue or norm are an operator's; what can be compiled goes through autograd then."""
+    return has_backward(kernel) and not (torch.compiler.is_compiling() and kernel.traceable)
 
 
 def call_prologue(
@@ -191,14 +215,28 @@ def call_prologue(
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
     asked: str = "auto",
+    needs_grad: bool = False,
+    slots: Slots | None = None,
 ) -> DeltaRuleInputs:
-    """Call a prologue kernel: directly, or as an operator if torch.compile cannot trace it."""
-    if torch.compiler.is_compiling() and not kernel.traceable:
+    """Call a prologue kernel: directly, or as an operator if torch.compile cannot trace it or gradients are needed.
+
+    Where gradients are needed and a `conv_state` is continued, autograd goes through the eager kernel. With `slots`,
+    directly.
+    """
+    known = spec.activation == "silu" and projected.a is not None
+    if needs_grad and known and conv_state is None and _through_operator(kernel):
+        call = _differentiable_prologues[kernel.op]
+        return call(projected, weights, spec, keep, cu_seqlens, lengths, kernel.backend, asked)
+    if needs_grad and not kernel.differentiable:
+        kernel = registry.get_or_none(kernel.op, "eager") or kernel
+    if slots is None and torch.compiler.is_compiling() and not kernel.traceable:
         q, k, v, g, beta, recent = PROLOGUE_OPERATORS[kernel.op](
             *projected[:6], *weights[:4], *spec[:3], conv_state, keep, cu_seqlens, lengths, kernel.backend, asked
         )
         return DeltaRuleInputs(q, k, v, g, beta, recent if keep else None)
-    options = dict(conv_state=conv_state, keep=keep, cu_seqlens=cu_seqlens, lengths=lengths)
+    options: dict[str, Any] = dict(conv_state=conv_state, keep=keep, cu_seqlens=cu_seqlens, lengths=lengths)
+    if slots is not None:
+        options["slots"] = slots
     heads = projected.v.shape[2] * projected.v.shape[3], projected.v.shape[4]
     return run_or_fall_back(
         kernel, asked, projected.q, heads, lambda kernel: kernel.fn(projected, weights, spec, **options)
@@ -214,12 +252,21 @@ def _gated_norm(
 
 NORM_OPERATOR = torch.library.custom_op("hf_gdn::gated_norm", _gated_norm, mutates_args=())
 NORM_OPERATOR.register_fake(lambda o, *_: torch.empty_like(o))
+_differentiable_norm = norm_with_backward(torch.ops.hf_gdn.gated_norm.default)
 
 
 def call_norm(
-    kernel: registry.Kernel, o: Tensor, z: Tensor, weight: Tensor, spec: LayerSpec, asked: str = "auto"
+    kernel: registry.Kernel,
+    o: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    spec: LayerSpec,
+    asked: str = "auto",
+    needs_grad: bool = False,
 ) -> Tensor:
-    """Call a gated-norm kernel: directly, or as an operator if torch.compile cannot trace it."""
+    """Call a gated-norm kernel: directly, or as an operator where torch.compile or autograd cannot go through it."""
+    if needs_grad and isinstance(spec.gate, str) and _through_operator(kernel):
+        return _differentiable_norm(o, z, weight, *spec[4:], kernel.backend, asked)
     if torch.compiler.is_compiling() and not kernel.traceable:
         return NORM_OPERATOR(o, z, weight, *spec[4:], kernel.backend, asked)
     return run_or_fall_back(kernel, asked, o, o.shape[2:], lambda kernel: kernel.fn(o, z, weight, spec))

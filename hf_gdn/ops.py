@@ -1,6 +1,7 @@
 """The functional API: the gated delta rule with flash-linear-attention's names, arguments and results.
 
-Code written for ``fla.ops`` runs unchanged on these four functions. They work under `torch.compile(fullgraph=True)`.
+Code written for ``fla.ops`` runs unchanged on these four functions, but for a few arguments (docs/fla.md). They work
+under `torch.compile(fullgraph=True)`.
 The registry chooses the kernel (`hf_gdn.registry`); calls that need gradients get a differentiable one.
 """
 
@@ -20,22 +21,37 @@ from .operators import OPERATORS
 
 __all__ = ["chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_gated_delta_rule", "fused_recurrent_kda"]
 
-# Arguments of fla's functions that are accepted with their default value only.
-_FLA_DEFAULTS: dict[str, Any] = {
-    "gk": None,
-    "gv": None,
-    "state_v_first": False,
-    "safe_gate": False,
-    "disable_recompute": False,
-    "return_intermediate_states": False,
-    "use_graph": False,
-    "max_num_seqs": None,
-    "cp_context": None,
-    "cu_seqlens_cpu": None,
-    "chunk_indices": None,
-    "head_first": False,
-    "transpose_state_layout": False,
+# Arguments of fla 0.6 that choose how fla computes, and change no result: any value is accepted, and has no effect.
+HINTS = ("chunk_size", "cu_seqlens_cpu", "chunk_indices", "disable_recompute", "safe_gate")
+# Names of one argument, whose states are then [N, HV, V, K].
+_VALUES_FIRST = ("state_v_first", "transpose_state_layout")
+# Arguments that are accepted with their default value only -> that value, and the reason.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "gk": (None, "a decay per key channel is KDA: fused_recurrent_kda"),
+    "gv": (None, "no model decays values"),
+    "return_intermediate_states": (False, "states are not kept at chunk boundaries"),
+    "use_graph": (False, "calls can be captured in a CUDA graph without it"),
+    "max_num_seqs": (None, "it belongs to use_graph"),
+    "cp_context": (None, "a sequence is not split over processes"),
+    "head_first": (False, "fla has removed that layout; tensors are [B, T, H, D]"),
 }
+
+
+def _options(name: str, others: dict[str, Any], gated: bool, lower_bound: float | None) -> bool:
+    """Check the arguments that only fla has. Returns whether states are ``[N, HV, V, K]``."""
+    for argument, value in others.items():
+        if argument in HINTS or argument in _VALUES_FIRST:
+            continue
+        if argument not in REFUSED:
+            raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
+        default, reason = REFUSED[argument]
+        if value is not default:
+            raise TypeError(f"{name}() does not support {argument}={value!r}; only {default!r} is supported: {reason}")
+    if others.get("safe_gate") and gated and lower_bound is None:
+        raise ValueError(
+            f"{name}(): safe_gate=True with use_gate_in_kernel=True needs lower_bound, as in fla; got None"
+        )
+    return any(others.get(argument) for argument in _VALUES_FIRST)
 
 
 class _Activations(NamedTuple):
@@ -95,13 +111,9 @@ def _call(
     backend: str,
     others: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    for argument, value in others.items():
-        if argument not in _FLA_DEFAULTS:
-            raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
-        if value is not _FLA_DEFAULTS[argument]:
-            raise TypeError(
-                f"{name}() does not support {argument}={value!r}; only {_FLA_DEFAULTS[argument]!r} is supported"
-            )
+    values_first = _options(name, others, activations.use_gate_in_kernel, activations.lower_bound)
+    if values_first and initial_state is not None:
+        initial_state = initial_state.transpose(-1, -2)
     per_channel = op.endswith("kda")
     if g is None:
         g = v.new_zeros((*v.shape[:3], q.shape[-1]) if per_channel else v.shape[:3])
@@ -133,7 +145,9 @@ def _call(
     else:
         tensors = q, k, v, g, beta, initial_state
         o, state = OPERATORS[op](*tensors, cu_seqlens, scale, qk_l2norm, beta_max, backend, backend)
-    return o, state if output_final_state else None
+    if not output_final_state:
+        return o, None
+    return o, state.transpose(-1, -2).contiguous() if values_first else state
 
 
 def chunk_gated_delta_rule(
@@ -159,7 +173,8 @@ def chunk_gated_delta_rule(
     """Gated delta rule (GDN, one decay per head) over whole sequences, chunk by chunk.
 
     Args:
-        q, k: ``[B, T, HK, K]``, float16, bfloat16 or float32 (float64 on the eager backend).
+        q: ``[B, T, HK, K]``, float16, bfloat16 or float32 (float64 on the eager backend).
+        k: the same shape and dtype.
         v: ``[B, T, HV, V]``, same dtype, HV a multiple of HK.
         g: ``[B, T, HV]``, natural logarithm of the decay, at most 0.
         beta: ``[B, T, HV]``, the write strength.
@@ -170,7 +185,8 @@ def chunk_gated_delta_rule(
         use_beta_sigmoid_in_kernel: apply the sigmoid to beta; with `allow_neg_eigval`, also double it.
         cu_seqlens: ``[N + 1]`` int32 or int64, boundaries of sequences packed along T; B must be 1.
         use_gate_in_kernel: apply the gate to g: ``-exp(A_log) * softplus(g + dt_bias)``.
-        A_log, dt_bias: ``[HV]``, parameters of the gate.
+        A_log: ``[HV]``, a parameter of the gate.
+        dt_bias: ``[HV]``, likewise.
         backend: a backend's name, or ``"auto"``.
 
     Returns:
@@ -183,7 +199,7 @@ def chunk_gated_delta_rule(
 
     Source: Gated Delta Networks (arXiv 2412.06464), section 3.3.
 
-    Example:
+    Examples:
         >>> from hf_gdn.ops import chunk_gated_delta_rule
         >>> q = k = torch.randn(1, 100, 2, 16)
         >>> v, g, beta = torch.randn(1, 100, 4, 32), -torch.rand(1, 100, 4), torch.rand(1, 100, 4)
@@ -239,7 +255,7 @@ def fused_recurrent_gated_delta_rule(
 
     g None means no decay, beta None means ones; `gk` and `gv` (fla's further decays) are not supported.
 
-    Example:
+    Examples:
         >>> from hf_gdn.ops import fused_recurrent_gated_delta_rule
         >>> q = k = torch.randn(1, 1, 2, 16)
         >>> v, state = torch.randn(1, 1, 4, 32), torch.zeros(1, 4, 16, 32)
@@ -295,7 +311,7 @@ def chunk_kda(
 
     Source: Kimi Linear (arXiv 2510.26692), section 3.
 
-    Example:
+    Examples:
         >>> from hf_gdn.ops import chunk_kda
         >>> q = k = v = torch.randn(1, 100, 2, 16)
         >>> g, beta = -torch.rand(1, 100, 2, 16), torch.rand(1, 100, 2)
@@ -347,7 +363,7 @@ def fused_recurrent_kda(
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi delta attention (KDA) token by token, for decoding. Arguments and results as in `chunk_kda`.
 
-    Example:
+    Examples:
         >>> from hf_gdn.ops import fused_recurrent_kda
         >>> q = k = v = torch.randn(1, 1, 2, 16)
         >>> g, beta, state = -torch.rand(1, 1, 2, 16), torch.rand(1, 1, 2), torch.zeros(1, 2, 16, 16)

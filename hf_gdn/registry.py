@@ -40,8 +40,10 @@ class Request:
         op: name of the op, one of `ops()`.
         device_type: ``"cpu"``, ``"cuda"``, ...
         dtype: dtype of q, k and v.
-        num_k_heads, num_v_heads: heads of q/k and of v, gates and state.
-        head_k_dim, head_v_dim: K and V.
+        num_k_heads: HK, heads of q and k.
+        num_v_heads: HV, heads of v, gates and state.
+        head_k_dim: K.
+        head_v_dim: V.
         beta_max: the largest beta that the caller's model can compute.
     """
 
@@ -105,6 +107,7 @@ class Kernel:
         checked: whether the results of `fn` are compared with the oracle before the first use, once for every model of
             device (`hf_gdn.verification`): for kernels that a compiler makes for the device.
         max_tokens: for recurrent kernels, the largest number of tokens for which it is preferred to the chunk kernel.
+        slots: whether `fn` takes ``slots=``, states in a pool (`hf_gdn.kernels.contract`).
         fast_on: device types on which no other backend is expected to be faster: "auto" does not warn there.
     """
 
@@ -118,6 +121,7 @@ class Kernel:
     traceable: bool = False
     checked: bool = False
     max_tokens: int = 16
+    slots: bool = False
     fast_on: tuple[str, ...] = ()
 
 
@@ -278,6 +282,8 @@ def why_not(kernel: Kernel, request: Request) -> str | None:
 def backward_of(op: str) -> str | None:
     """The op that computes an op's gradients, None if there is none."""
     kind, _, variant = op.partition("_")
+    if kind in ("prologue", "gated"):
+        return f"backward_{op}"
     return f"backward_{variant}" if kind == "chunk" else None
 
 
@@ -364,6 +370,11 @@ def resolve_cached(
     return _table[op, _resolved_backend(op, device_type, dtype, dims, beta_max, backend, needs_grad)]
 
 
+def chosen() -> set[tuple[str, str]]:
+    """The ops that calls asked for so far, each with the name of the backend that serves it."""
+    return {(key[0], backend) for key, backend in _chosen.items() if backend is not None}
+
+
 def after_failure(kernel: Kernel, request: Request, error: Exception, backend: str) -> Kernel:
     """The kernel that serves a call whose launch has failed; the failed one is refused for such calls from now on.
 
@@ -389,18 +400,27 @@ def after_failure(kernel: Kernel, request: Request, error: Exception, backend: s
 
 
 @torch.compiler.assume_constant_result
-def _companion_backend(op: str, device_type: str, dtype: torch.dtype, dims: Dims, backend: str) -> str | None:
-    key = (op, device_type, dtype, dims, None, backend, False)
+def _companion_backend(
+    op: str, device_type: str, dtype: torch.dtype, dims: Dims, backend: str, needs_grad: bool
+) -> str | None:
+    key = (op, device_type, dtype, dims, None, backend, needs_grad)
     if key not in _chosen:
-        kernel = get_or_none(op, backend)
-        sentence = None if kernel is None else why_not(kernel, Request(op, device_type, dtype, *dims))
-        if sentence is not None:
-            warn_once(f"hf_gdn runs {op} on the eager backend: {backend} {sentence}")
+        kernel, request = get_or_none(op, backend), Request(op, device_type, dtype, *dims)
+        sentence = None
+        if kernel is not None:
+            sentence = (_why_no_gradients(kernel, request) if needs_grad else None) or why_not(kernel, request)
+            if sentence not in (None, _NO_BACKWARD):
+                warn_once(f"hf_gdn runs {op} on the eager backend: {backend} {sentence}")
         _chosen[key] = None if kernel is None or sentence is not None else backend
     return _chosen[key]
 
 
-def companion(op: str, device_type: str, dtype: torch.dtype, dims: Dims, backend: str) -> Kernel | None:
-    """Cached: the kernel of `op` on the backend that serves a layer's delta rule; None if it has none that serves."""
-    found = _companion_backend(op, device_type, dtype, dims, backend)
+def companion(
+    op: str, device_type: str, dtype: torch.dtype, dims: Dims, backend: str, needs_grad: bool = False
+) -> Kernel | None:
+    """Cached: the kernel of `op` on the backend that serves a layer's delta rule; None if it has none that serves.
+
+    With `needs_grad`, None if gradients do not go through it either.
+    """
+    found = _companion_backend(op, device_type, dtype, dims, backend, needs_grad)
     return None if found is None else _table[op, found]

@@ -38,17 +38,18 @@ def layer(name: str, batch: int, tokens: int, decode: bool) -> Callable[[], Any]
         return registry.get(op, "triton")
 
     if decode:
-        call = registry.ops()[f"step_{shape.variant}"].make_inputs(**sizes)
-        return lambda: call_step(kernel(f"step_{shape.variant}"), **call)
+        call, step = registry.ops()[f"step_{shape.variant}"].make_inputs(**sizes), kernel(f"step_{shape.variant}")
+        return lambda: call_step(step, **call)
     call = registry.ops()[f"prologue_{shape.variant}"].make_inputs(**sizes)
     projected, weights, spec = call["projected"], call["weights"], call["spec"]
+    prologue, chunk, norm = (kernel(op) for op in (f"prologue_{shape.variant}", f"chunk_{shape.variant}", "gated_norm"))
 
     def prefill() -> None:
         cache = dict(conv_state=None, keep=4, cu_seqlens=None, lengths=None)
-        *inputs, _ = call_prologue(kernel(f"prologue_{shape.variant}"), projected, weights, spec, **cache)
+        *inputs, _ = call_prologue(prologue, projected, weights, spec, **cache)
         options = dict(scale=shape.k_dim**-0.5, initial_state=None, cu_seqlens=None, qk_l2norm=False)
-        o, _ = call_delta_rule(kernel(f"chunk_{shape.variant}"), *inputs, **options)
-        call_norm(kernel("gated_norm"), o, projected.z, weights.norm, spec)
+        o, _ = call_delta_rule(chunk, *inputs, **options)
+        call_norm(norm, o, projected.z, weights.norm, spec)
 
     return prefill
 

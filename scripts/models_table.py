@@ -1,7 +1,8 @@
-"""Writes docs/models.md and the table of README from the registries: what each family can do, on which backend.
+"""Writes docs/models.md, the table of README and that of docs/serving.md: what each family can do, on which backend,
+and what a request takes.
 
-python scripts/models_table.py          write both
-python scripts/models_table.py --check  exit 1 when either is not what would be written
+python scripts/models_table.py          write all
+python scripts/models_table.py --check  exit 1 when one is not what would be written
 """
 
 from __future__ import annotations
@@ -12,17 +13,26 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_gdn import patches, registry
 from hf_gdn.gradients import has_backward
 from hf_gdn.kernels.triton.runtime import MAX_HEAD_DIM
-from hf_gdn.loading.shapes import LARGE, SHAPES
+from hf_gdn.loading.shapes import CONFIGS, LARGE, SHAPES
+from hf_gdn.patches import batching
 from hf_gdn.patches.families.base import FEATURES
-from hf_gdn.upstream import versions
+from hf_gdn.upstream import paged, versions
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- written by scripts/models_table.py -->", "<!-- end -->"
 SHAPE = SHAPES[LARGE[0]]
+# Of the table in docs/serving.md: models, memory of cards in GB, and tokens of a request.
+SERVED = {
+    "Qwen3.5-9B": ("qwen3_5_text", {}),
+    "Qwen3-Next-80B": CONFIGS["qwen3_next-80b"],
+    "Kimi-Linear-48B": CONFIGS["kimi_linear-48b"],
+}
+CARDS, CONTEXT = (24, 80, 141), 4096
 VARIANTS = {"gdn": "Gated DeltaNet", "kda": "Kimi Delta Attention"}
 
 
@@ -112,9 +122,36 @@ def summary() -> str:
     return table(["model type", "layer", "transformers", "not supported"], rows)
 
 
-def readme(text: str) -> str:
+def between(text: str, table: str) -> str:
+    """A page with a new table between its marks."""
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{summary()}\n{END}{rest.split(END, 1)[1]}"
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}"
+
+
+def requests_that_fit() -> str:
+    """What a request takes, and how many requests of `CONTEXT` tokens fit on a card beside the weights."""
+    rows = []
+    for name, (model_type, values) in SERVED.items():
+        config = AutoConfig.for_model(model_type, **values)
+        with torch.device("meta"):
+            weights = sum(x.numel() for x in AutoModelForCausalLM.from_config(config).parameters())
+        kinds, dtype = config.layer_types, torch.bfloat16
+        states = kinds.count(paged.LINEAR) * sum(batching.states_of(config).bytes(dtype))
+        latent = getattr(config, "kv_lora_rank", None)  # latent attention caches one vector for all heads
+        numbers = latent + config.qk_rope_head_dim if latent else 2 * config.num_key_value_heads * config.head_dim
+        token = (len(kinds) - kinds.count(paged.LINEAR)) * numbers * dtype.itemsize
+        fits = []
+        for memory in CARDS:
+            counts = [(0.9e9 * memory - bytes_ * weights) // (states + CONTEXT * token) for bytes_ in (2, 0.5)]
+            fits.append(" / ".join(f"{max(0, int(count)):,}" for count in counts))
+        cells = [
+            f"{2e-9 * weights:.0f} / {0.5e-9 * weights:.0f} GB",
+            f"{states / 2**20:.1f} MiB",
+            f"{token / 1024:.1f} KiB",
+        ]
+        rows.append([name, *cells, *fits])
+    heads = ["model", "weights, bf16 / 4 bits", "states of a request", "keys and values of a token"]
+    return table([*heads, *(f"{memory} GB" for memory in CARDS)], rows)
 
 
 def main() -> int:
@@ -122,7 +159,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when something is out of date")
     check = parser.parse_args().check
     stale = []
-    for path, make in ((ROOT / "docs" / "models.md", lambda _: page()), (ROOT / "README.md", readme)):
+    for path, make in (
+        (ROOT / "docs" / "models.md", lambda _: page()),
+        (ROOT / "README.md", lambda text: between(text, summary())),
+        (ROOT / "docs" / "serving.md", lambda text: between(text, requests_that_fit())),
+    ):
         here = path.read_text("utf-8") if path.exists() else ""
         wanted = make(here)
         if here != wanted:

@@ -1,12 +1,12 @@
-"""What the chunk kernels and their gradients cost on an H100 or H200, counted in their machine code; no GPU is needed.
+"""What chunk kernels and all gradients cost on an H100 or H200, counted in their machine code; no GPU is needed.
 
     python scripts/sass_cost.py [--batch 1] [--tokens 8192]
 
-Compiles every kernel of the chunk ops for sm_90 as it is launched (bf16, K = V = 128, 16 key heads, 32 value heads) and
-counts the instructions that its warps issue, those of loops as often as the loops run: by program, by kind, and of all
-programs together. Beside it stands how many warps of a multiprocessor the registers and the shared memory allow, and
-the time below which no such card can issue all of it (132 multiprocessors that issue four instructions a cycle, at
-1.755 GHz).
+Compiles every kernel of the chunk ops, and of the gradients of what surrounds them, for sm_90 as it is launched (bf16,
+K = V = 128, 16 key heads, 32 value heads) and counts the instructions that its warps issue, those of loops as often as
+the loops run: by program, by kind, and of all programs together. Beside it stands how many warps of a multiprocessor
+the registers and the shared memory allow, and the time below which no such card can issue all of it (132
+multiprocessors that issue four instructions a cycle, at 1.755 GHz).
 
 What it cannot know: latencies (of memory, of barriers, of one product that waits for another), how well the resident
 warps hide them, pipes narrower than the issue (tensor cores, shared memory, exponentials), branches not taken, caches
@@ -33,12 +33,17 @@ sys.path.insert(0, str(ROOT))
 
 from hf_gdn import registry  # noqa: E402
 from hf_gdn.kernels.triton import (  # noqa: E402
+    backward_gated_norm,
     backward_gdn,
     backward_kda,
+    backward_prologue,
     chunk_gdn_prepare,
     chunk_kda_prepare,
     chunk_kda_strong_decay,
     chunks,
+    gate_gradients,
+    partial_sums,
+    prologue,
 )
 from hf_gdn.testing.compiled import SHARED_LIMIT, Compiled, launches  # noqa: E402
 
@@ -91,6 +96,36 @@ def work(batch: int, tokens: int) -> dict[str, Work]:
         "kda backward score gradients": Work(by_head, (V // backward_kda.SCORES_CONFIG.BV,)),
         # The columns of a block; with one value head a key head and few steps over V, other loops are unrolled.
         "kda backward channel gradients": Work(by_head * (K // channels.BK), (16,)),
+        **_work_around("gdn", HK, HV, batch * count),
+        **_work_around("kda", HV, K, batch * count),
+        **_work_of_norm(batch * tokens * HV),
+    }
+
+
+def _work_around(variant: str, k_heads: int, gates: int, count: int) -> dict[str, Work]:
+    """Of a prologue's gradients over `count` chunks; a program of the first kernel serves q and k, or v."""
+    parts, name = math.ceil(count / backward_prologue.CHUNKS), f"{variant} backward"
+    tile = prologue.prologue_config(backward_prologue.BACKWARD_PROLOGUE_CONFIGS, K, V).BT
+    steps = backward_prologue.CHUNKS * CHUNK // tile
+    gate_steps = backward_prologue.CHUNKS * CHUNK // min(CHUNK, gate_gradients.GATES_CONFIG.elements // gates)
+    transposed, channels = backward_prologue.TRANSPOSED_CONFIG, 2 * k_heads * K + HV * V
+    columns = 4 * channels + HV + (HV * K if variant == "kda" else HV)
+    sums = partial_sums.SUM_CONFIG
+    return {
+        f"{name} convolution gradients of q, k": Work(parts * 2 * k_heads, (steps, 0)),
+        f"{name} convolution gradients of v": Work(parts * HV, (0, steps)),
+        f"{name} gate gradients": Work(parts * (HV if variant == "kda" else 1), (gate_steps,)),
+        f"{name} transposed convolution": Work(count * CHUNK // transposed.BT * math.ceil(channels / transposed.BC)),
+        f"{name} weight gradients": Work(math.ceil(columns / sums.BN), (math.ceil(parts / sums.BP),)),
+    }
+
+
+def _work_of_norm(rows: int) -> dict[str, Work]:
+    config, sums = backward_gated_norm.BACKWARD_NORM_CONFIG, partial_sums.SUM_CONFIG
+    programs = math.ceil(rows / (config.elements // V * config.steps))
+    return {
+        "norm backward gated norm gradients": Work(programs, (config.steps,)),
+        "norm backward sum": Work(math.ceil(V / sums.BN), (math.ceil(programs / sums.BP),)),
     }
 
 
@@ -103,11 +138,15 @@ def compiled(batch: int) -> dict[str, Compiled]:
         ("chunk", "kda", True),
         ("backward", "gdn", False),
         ("backward", "kda", False),
+        ("backward_prologue", "gdn", False),
+        ("backward_prologue", "kda", False),
+        ("backward_gated", "norm", False),
     ):
         op = registry.ops()[f"{kind}_{variant}"]
-        k_heads = HV if op.name == "backward_kda" else HK
+        k_heads = HV if kind != "chunk" and variant == "kda" else HK
         call = op.make_inputs(B=batch, T=1000, HK=k_heads, HV=HV, K=K, V=V, dtype=torch.bfloat16, device="meta")
-        call["qk_l2norm"] = l2norm
+        if "qk_l2norm" in call:
+            call["qk_l2norm"] = l2norm
         for launch in launches(registry.get(op.name, "triton").fn, call, "sm_90"):
             name = launch.name.removesuffix("_kernel").replace("_", " ")
             if op.name.startswith("backward"):
@@ -165,23 +204,25 @@ def main() -> None:
     shape = f"{HK}/{HV} heads, {arguments.batch} x {arguments.tokens} tokens"
     print(f"sm_90, bf16, K = V = 128, {shape}, Triton {triton.__version__}; instructions of a program by kind")
     columns = ["registers", "warps/SM", "programs", "a program", *KINDS, "other", "all, 1e6", "floor, us"]
-    print(f"{'':30}" + "".join(f"{name:>10}" for name in columns))
+    print(f"{'':40}" + "".join(f"{name:>10}" for name in columns))
     works = work(arguments.batch, arguments.tokens)
     for name, result in compiled(arguments.batch).items():
-        if name not in works:
-            print(f"{name:30}  not counted: work() does not say how often its loops run")
-            continue
-        programs, trips = works[name]
         codes, loops = instructions(result.binary)
-        if len(loops) != len(trips):
-            print(f"{name:30}  not counted: {len(loops)} loops, and work() knows of {len(trips)}")
-            continue
-        kinds = count(codes, loops, trips)
-        slots = result.warps * kinds.total()
-        cells = [result.registers, resident(result.registers, result.shared, result.warps), programs, slots]
-        cells += [result.warps * kinds[kind] for kind in (*KINDS, "other")]
-        floor = slots * programs / (PROCESSORS * SCHEDULERS * HERTZ)
-        print(f"{name:30}" + "".join(f"{x:10}" for x in cells) + f"{slots * programs / 1e6:10.1f}{1e6 * floor:10.1f}")
+        rows = [title for title in works if title == name or title.startswith(f"{name} of ")]
+        if not rows:
+            print(f"{name:40}  not counted: work() does not say how often its loops run")
+        for title in rows:
+            programs, trips = works[title]
+            if len(loops) != len(trips):
+                print(f"{title:40}  not counted: {len(loops)} loops, and work() knows of {len(trips)}")
+                continue
+            kinds = count(codes, loops, trips)
+            slots = result.warps * kinds.total()
+            cells = [result.registers, resident(result.registers, result.shared, result.warps), programs, slots]
+            cells += [result.warps * kinds[kind] for kind in (*KINDS, "other")]
+            floor = slots * programs / (PROCESSORS * SCHEDULERS * HERTZ)
+            line = "".join(f"{x:10}" for x in cells) + f"{slots * programs / 1e6:10.1f}{1e6 * floor:10.1f}"
+            print(f"{title:40}" + line)
 
 
 if __name__ == "__main__":

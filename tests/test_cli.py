@@ -12,7 +12,15 @@ from typer.testing import CliRunner
 from hf_gdn import cli
 from hf_gdn.chat.options import ChatOptions
 from hf_gdn.cli.app import PANELS, app
-from hf_gdn.eval.options import KernelBenchOptions, OutputOptions, ParityOptions, SpeedOptions, StreamOptions
+from hf_gdn.cli.program import RunOptions
+from hf_gdn.eval.options import (
+    KernelBenchOptions,
+    OutputOptions,
+    ParityOptions,
+    SpeedOptions,
+    StreamOptions,
+    TrainOptions,
+)
 from hf_gdn.loading.options import DeviceOptions, ModelOptions, TextOptions
 
 COMMANDS = typer.main.get_command(app).commands
@@ -22,9 +30,11 @@ GROUPS = {
     "speed": (ModelOptions, TextOptions, SpeedOptions, DeviceOptions, OutputOptions),
     "kernels": (KernelBenchOptions, DeviceOptions, OutputOptions),
     "stream": (ModelOptions, TextOptions, StreamOptions, DeviceOptions, OutputOptions),
+    "train": (ModelOptions, TextOptions, TrainOptions, DeviceOptions, OutputOptions),
     "chat": (ChatOptions, DeviceOptions),
     "compare": (),
     "doctor": (DeviceOptions,),
+    "run": (RunOptions,),
 }
 
 

@@ -23,7 +23,7 @@ def test_exceptions_have_one_base():
     assert issubclass(hf_gdn.PatchError, errors.HfGdnError) and issubclass(errors.UserError, errors.HfGdnError)
     assert hf_gdn.PatchError is errors.PatchError
     found = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
-    assert len(found) == 6 and all(issubclass(error, errors.HfGdnError) for error in found)
+    assert len(found) == 7 and all(issubclass(error, errors.HfGdnError) for error in found)
     assert registry.BackendError is errors.BackendError and caches.SnapshotError is errors.SnapshotError
 
 

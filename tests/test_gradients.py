@@ -6,6 +6,7 @@ The kernels' own results are checked in tests/kernels/test_cases.py, as those of
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 
 import pytest
@@ -16,6 +17,7 @@ from hf_gdn.kernels.contract import saved_rows
 from hf_gdn.testing import assert_close, assert_same
 from hf_gdn.testing import invariants as holds
 from hf_gdn.testing.tolerances import SAME_SUMS
+from tests import tiny_models as tiny
 
 FUNCTIONS = {"chunk_gdn": ops.chunk_gated_delta_rule, "chunk_kda": ops.chunk_kda}
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
@@ -199,13 +201,23 @@ def test_autocast_rounds_nothing(op):
         holds.matches_reference(kernel, call)
 
 
-def test_a_state_that_needs_gradients_is_not_written_to(op):
-    leaves = make(op.replace("chunk", "recurrent"), T=3, dtype=torch.float32)
-    kernel = registry.get(op.replace("chunk", "recurrent"), "eager")
-    before = leaves[5].detach().clone()
-    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad is being used in an in-place operation"):
-        kernel.fn(*leaves[:5], scale=1.0, initial_state=leaves[5], inplace=True)
-    assert_same("state", leaves[5].detach(), before)
+@pytest.mark.parametrize("backend", tiny.ON_A_CPU)
+@pytest.mark.parametrize("name", ["inplace", "token_states"])
+@pytest.mark.parametrize("needed", ["q", "initial_state"])
+def test_gradients_through_what_is_written_are_refused(op, backend, name, needed):
+    """Before anything is written: the state, and the tensor for states, are what they were."""
+    op = op.replace("chunk", "recurrent")
+    *inputs, state = (x.detach() for x in make(op, T=3, dtype=torch.float32))
+    before, states = state.clone(), torch.zeros(2, 3, *state.shape[1:])
+    (inputs[0] if needed == "q" else state).requires_grad_()
+    written = dict(inplace=True) if name == "inplace" else dict(token_states=states)
+    call = functools.partial(registry.get(op, backend).fn, *inputs, scale=1.0, initial_state=state, **written)
+    with pytest.raises(RuntimeError, match=f"{name}.* has no gradients, and an argument requires grad; leave it out"):
+        call()
+    assert_same("state", state.detach(), before)
+    assert not states.any()
+    with torch.no_grad():
+        call()
 
 
 # ------------------------------------------------------------------------------------------------------- who serves it

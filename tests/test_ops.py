@@ -1,6 +1,9 @@
 """The functional API: fla's names and semantics, operators, errors."""
 
+import inspect
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,9 +132,60 @@ def test_unsupported_arguments_are_named(op):
     inputs = make(op)
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         FUNCTIONS[op](**inputs, colour=1)
-    with pytest.raises(TypeError, match="does not support state_v_first=True"):
-        FUNCTIONS[op](**inputs, state_v_first=True)
-    FUNCTIONS[op](**inputs, state_v_first=False)
+    for argument, (default, reason) in ops.REFUSED.items():
+        with pytest.raises(TypeError, match=rf"does not support {argument}=1; .*: {re.escape(reason)}"):
+            FUNCTIONS[op](**inputs, **{argument: 1})
+        FUNCTIONS[op](**inputs, **{argument: default})
+
+
+# Signatures of fla-core 0.6.0; of each function those that it does not share with all others.
+FLA = {
+    "chunk_gdn": "state_v_first cu_seqlens_cpu chunk_indices cp_context",
+    "recurrent_gdn": "gk gv use_gate_in_kernel A_log dt_bias state_v_first",
+    "chunk_kda": "use_gate_in_kernel A_log dt_bias safe_gate lower_bound disable_recompute return_intermediate_states "
+    "state_v_first cu_seqlens_cpu cp_context use_graph max_num_seqs chunk_size transpose_state_layout",
+    "recurrent_kda": "A_log dt_bias use_gate_in_kernel lower_bound state_v_first",
+}
+COMMON = (
+    "q k v g beta scale initial_state output_final_state use_qk_l2norm_in_kernel use_beta_sigmoid_in_kernel "
+    "allow_neg_eigval cu_seqlens"
+)
+
+
+def test_every_argument_of_fla_is_in_the_table(op):
+    """docs/fla.md says of each what becomes of it, and that is what does."""
+    page = (Path(__file__).parents[1] / "docs" / "fla.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (served|hint|refused)\b", page, re.M))
+    own = inspect.signature(FUNCTIONS[op]).parameters
+    for argument in f"{COMMON} {FLA[op]}".split():
+        kind = "refused" if argument in ops.REFUSED else "hint" if argument in ops.HINTS else "served"
+        assert rows[argument] == kind, argument
+        assert kind != "served" or argument in own or argument in ("state_v_first", "transpose_state_layout")
+
+
+def test_hints_change_nothing(op):
+    inputs = make(op)
+    wanted = FUNCTIONS[op](**inputs, output_final_state=True)
+    hints = dict(chunk_size=32, cu_seqlens_cpu=torch.tensor([0, 70]), chunk_indices=None, disable_recompute=True)
+    got = FUNCTIONS[op](**inputs, **hints, safe_gate=True, output_final_state=True)
+    assert all(torch.equal(x, y) for x, y in zip(got, wanted))
+
+
+def test_states_with_values_first(op):
+    inputs = make(op)
+    wanted = FUNCTIONS[op](**inputs, output_final_state=True)
+    turned = {**inputs, "initial_state": inputs["initial_state"].transpose(-1, -2).contiguous()}
+    for name in ("state_v_first", "transpose_state_layout"):
+        o, state = FUNCTIONS[op](**turned, **{name: True}, output_final_state=True)
+        assert torch.equal(o, wanted[0]) and torch.equal(state, wanted[1].transpose(-1, -2)) and state.is_contiguous()
+        with pytest.raises(ValueError, match="initial_state"):
+            FUNCTIONS[op](**inputs, **{name: True})
+
+
+def test_a_safe_gate_needs_its_bound(op):
+    if "lower_bound" in FLA[op]:
+        with pytest.raises(ValueError, match="safe_gate=True with use_gate_in_kernel=True needs lower_bound"):
+            FUNCTIONS[op](**make(op), safe_gate=True, use_gate_in_kernel=True)
 
 
 def test_wrong_shapes_and_devices(op):

@@ -506,8 +506,8 @@ FAULTS = {
     "packed: a state too few or too many": (wrong("initial_state", longer(0)), ValueError, "^initial_state must be"),
     "an unknown argument": (lambda *_: dict(colour=1), TypeError, "unexpected keyword argument 'colour'"),
     "an argument that is not served": (
-        lambda arguments, draw: {draw(st.sampled_from(["head_first", "state_v_first", "use_graph"])): True},
-        TypeError, "does not support (head_first|state_v_first|use_graph)=True",
+        lambda arguments, draw: {draw(st.sampled_from(["head_first", "use_graph"])): True},
+        TypeError, "does not support (head_first|use_graph)=True",
     ),
     "an unknown backend": (lambda *_: dict(backend="gpu"), ValueError, "unknown backend 'gpu'"),
     "a backend that cannot serve": (lambda *_: dict(backend="triton"), registry.BackendError, "'triton' cannot serve"),

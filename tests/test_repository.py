@@ -3,11 +3,16 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
+
+import hf_gdn
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in (ROOT / ".github/workflows").glob("*.yml")}
@@ -123,3 +128,33 @@ def test_tolerances_are_in_one_table(path):
         names = {node.id for node in ast.walk(SOURCES[path]) if isinstance(node, ast.Name)}
         own = [name for name in names if re.fullmatch(r"_?(BUDGETS?|BOUND|TOLERANCES?|ATOL|RTOL)", name)]
         assert own == []
+
+
+@pytest.mark.extended
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "hf_gdn", source / "hf_gdn", ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*build, str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if not re.match(r"hf_gdn-[\d.]+\.dist-info/", name)}
+    # READMEs tell contributors of a folder; they are not installed.
+    files = {str(path.relative_to(source)) for path in (source / "hf_gdn").rglob("*") if path.is_file()}
+    assert held == {name for name in files if not name.endswith("README.md")}
+    assert "hf_gdn/py.typed" in held and "hf_gdn/loading/assets/qwen3_next-tiny/model.safetensors" in held
+
+
+def test_the_version_stands_in_one_place_and_is_the_citation_s():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == hf_gdn.__version__
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.stem)
+def test_issue_forms_can_be_read_and_faults_ask_for_the_doctor(path):
+    form = yaml.safe_load(path.read_text("utf-8"))
+    assert form["name"] and form["description"] and all(part["attributes"]["label"] for part in form["body"])
+    assert path.stem == "family" or any("doctor" in part["attributes"]["label"] for part in form["body"])

@@ -231,7 +231,8 @@ def test_a_family_that_does_not_fit_spoils_nothing(breaks, monkeypatch, caplog):
         assert row.state == "original" and re.search(text, row.reason) and row.reason in str(status)
         assert transformers.__version__ in row.reason
         assert all(state == "patched" for name, state in states().items() if name != last)
-        assert [m for m in caplog.messages if f"{last} is left original: " in m] == caplog.messages
+        ours = [record.getMessage() for record in caplog.records if record.name == "hf_gdn"]
+        assert [m for m in ours if f"{last} is left original: " in m] == ours
         assert patches.unpatchable(built) == f"{last}: {row.reason}"
         assert patches.unpatchable(tiny.model(next(iter(FAMILIES)))) is None
     hf_gdn.patch(list(FAMILIES)[:-1])
@@ -259,6 +260,11 @@ def _no_generator(monkeypatch):
     return "GenerationMixin of .* has no _get_candidate_generator"
 
 
+def _other_inputs(monkeypatch):
+    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", lambda self, input_ids, cache=None: {})
+    return r"prepare_inputs_for_generation of .* takes .*, expected \(next_sequence_length, is_first_iteration, "
+
+
 def _other_crop(monkeypatch):
     monkeypatch.setattr(cache_utils.LinearAttentionCacheLayerMixin, "crop", lambda self, length: None)
     return r"crop of .* takes \(self, length\), expected \(self, tokens_to_remove\)"
@@ -275,7 +281,10 @@ def _no_lookup(monkeypatch):
     return "has no PromptLookupCandidateGenerator"
 
 
-@pytest.mark.parametrize("breaks", [_no_generator, _other_crop, _no_croppable, _no_lookup], ids=lambda f: f.__name__)
+WITHOUT_ROLLBACK = [_no_generator, _other_inputs, _other_crop, _no_croppable, _no_lookup]
+
+
+@pytest.mark.parametrize("breaks", WITHOUT_ROLLBACK, ids=lambda f: f.__name__)
 def test_without_rolling_back_layers_are_patched_and_assistants_refused(breaks, monkeypatch, caplog):
     patches.family_patch.cache_swaps.cache_clear()
     model = tiny.model(NAME)
@@ -362,6 +371,7 @@ def _raises(cls, original):
 CHANGES = [_computes_otherwise, _keeps_otherwise, _raises]
 
 
+@tiny.mainly("qwen3_next", "kimi_linear")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_a_newer_version_that_computes_otherwise_runs_unpatched(change, family, newer, monkeypatch, caplog):
     model = tiny.model(family)

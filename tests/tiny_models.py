@@ -16,6 +16,7 @@ from hf_gdn.upstream.cache_names import as_layer_argument as layer_given
 from hf_gdn.upstream.cache_names import of_outputs as cache_of
 
 __all__ = ["cache_of", "given", "layer_given"]
+IMAGE = 120  # the token id that stands for a part of an image (`with_vision`)
 ABSENT = object()  # in a config's values: leave the field out
 # Backends that serve inference on this machine's CPU, in the order in which "auto" tries them.
 ON_A_CPU = ("numba", "eager") if importlib.util.find_spec("numba") else ("eager",)
@@ -91,6 +92,12 @@ CONFIGS = {
 }
 
 
+def mainly(*names: str):
+    """Mark of a test that takes these families, and with --all every other one."""
+    families = [pytest.param(name, marks=() if name in names else pytest.mark.extended) for name in sorted(ALL)]
+    return pytest.mark.parametrize("family", families, indirect=True)
+
+
 def config(family: str, **changes):
     cls, values = CONFIGS[family]
     return cls(**{name: value for name, value in {**values, **changes}.items() if value is not ABSENT})
@@ -107,6 +114,19 @@ def model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **chan
     else:
         built = AutoModelForCausalLM.from_config(text, dtype=dtype)
     return built.eval()
+
+
+def _enlarged(built: torch.nn.Module) -> torch.nn.Module:
+    with torch.no_grad():
+        for name, weight in built.named_parameters():
+            if weight.dim() > 1 and "conv" not in name:
+                weight.mul_(6)
+    return built
+
+
+def lively(family: str, seed: int = 0) -> torch.nn.Module:
+    """A model with larger weights, whose greedy tokens differ from step to step; those of `model` soon repeat."""
+    return _enlarged(model(family, seed))
 
 
 def checkpointing_enable(model, options: dict | None = None) -> None:
@@ -148,3 +168,25 @@ def batch(rows: int = 3, length: int = 70, seed: int = 0) -> tuple[torch.Tensor,
     for row in range(1, rows):
         mask[row, : length - (2 if row == rows - 1 else length // (row + 1))] = 0
     return ids.masked_fill(mask == 0, 0), mask
+
+
+def with_vision(family: str, seed: int = 0) -> torch.nn.Module:
+    """A model of a family that also reads images of 16 patches as four `IMAGE` tokens, with larger weights."""
+    cls = {"qwen3_5": "Qwen3_5Config", "qwen3_5_moe": "Qwen3_5MoeConfig", "qwen4_exp": "Qwen4ExpConfig"}[family]
+    vision = dict(
+        depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, patch_size=4,
+        spatial_merge_size=2, temporal_patch_size=2, in_channels=3, num_position_embeddings=16,
+    )  # fmt: skip
+    tokens = dict(image_token_id=IMAGE, video_token_id=121, vision_start_token_id=122, vision_end_token_id=123)
+    whole = getattr(transformers, cls)(text_config=config(family).to_dict(), vision_config=vision, **tokens)
+    torch.manual_seed(seed)
+    built = transformers.AutoModelForImageTextToText.from_config(whole, dtype=torch.float32)
+    return _enlarged(built.eval())
+
+
+def with_image(before: list[int], after: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """A prompt of `with_vision`: tokens, an image, tokens."""
+    ids = torch.tensor([[*before, 122, *[IMAGE] * 4, 123, *after]])
+    pixels = torch.randn(16, 96, generator=torch.Generator().manual_seed(seed))
+    types = (ids == IMAGE).int()
+    return dict(input_ids=ids, pixel_values=pixels, image_grid_thw=torch.tensor([[1, 4, 4]]), mm_token_type_ids=types)

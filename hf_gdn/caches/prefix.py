@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from ..upstream import cache_names
+from ..upstream import between_calls, cache_names
 from .snapshots.api import Snapshot, own, put, read, repeat
 from .snapshots.fingerprint import layer_devices
 from .snapshots.layers import GROWING
@@ -69,7 +69,7 @@ class PrefixCache:
         tokens_read: tokens that `prefill` ran through the model.
         tokens_reused: tokens that `prefill` took from the cache (hits).
 
-    Example:
+    Examples:
         >>> from hf_gdn.caches import PrefixCache
         >>> prefixes = PrefixCache(model, max_bytes=2**24)
         >>> for _ in range(2):
@@ -101,7 +101,9 @@ class PrefixCache:
         """Return a cache that holds the beginning of a prompt; pass it to ``generate`` or to a forward.
 
         A single sequence is processed up to, but excluding, its last token, which the model needs for its next logits.
-        Of several sequences, the common prefix is processed once and copied to all rows; it ends before any padding.
+        Of several sequences, the common prefix is processed once and copied to all rows; it ends before any padding
+        and before the first image, video or sound, whose tokens do not say what it shows. A model with vision forgets
+        the position offset of its last prompt (``rope_deltas``), as in ``generate`` with an empty cache.
 
         Args:
             input_ids: ``[B, T]``.
@@ -117,7 +119,9 @@ class PrefixCache:
         if cache is not None and int(cache.get_seq_length()):
             raise ValueError(f"the cache must be empty, it holds {int(cache.get_seq_length())} tokens")
         working = DynamicCache(config=self.model.config)
-        ids = _common(input_ids, attention_mask)
+        seen = between_calls.is_placeholder(input_ids, self.model.config)
+        between_calls.forget_positions(self.model)
+        ids = _common(input_ids, attention_mask, seen)
         devices = layer_devices(self.model, len(working.layers))
         if ids:
             self._read(ids, input_ids[:1], working, devices)
@@ -136,7 +140,7 @@ class PrefixCache:
             cache: cache of one sequence without padding, from its first token on.
 
         Raises:
-            ValueError: input_ids does not fit the cache, or the cache holds several sequences.
+            ValueError: input_ids does not fit the cache, the cache holds several sequences, or images.
         """
         found = read(cache)
         if input_ids.dim() != 2 or len(input_ids) != 1 or input_ids.shape[1] < found.length or found.batch_size != 1:
@@ -144,6 +148,8 @@ class PrefixCache:
                 f"input_ids must be [1, T] with T ≥ {found.length}, the tokens in the cache, and the cache must hold 1 "
                 f"sequence; got {list(input_ids.shape)} and {found.batch_size} sequences"
             )
+        if between_calls.is_placeholder(input_ids[:, : found.length], self.model.config).any():
+            raise ValueError("the cache holds images, videos or sounds, whose token ids do not say what they show")
         ids = tuple(input_ids[0, : found.length].tolist())
         node = self._root.deepest(ids)
         self._touch(node)
@@ -194,9 +200,9 @@ class PrefixCache:
         return True
 
 
-def _common(input_ids: Tensor, mask: Tensor | None) -> _Ids:
-    """The common prefix of all rows, without padding and of at most T - 1 tokens."""
-    same = (input_ids == input_ids[:1]).all(0)
+def _common(input_ids: Tensor, mask: Tensor | None, left_out: Tensor) -> _Ids:
+    """The common prefix of all rows, without padding and tokens `left_out`, and of at most T - 1 tokens."""
+    same = ((input_ids == input_ids[:1]) & ~left_out).all(0)
     if mask is not None:
         same = same & (mask != 0).all(0)
     count = int(same.long().cumprod(0).sum())

@@ -10,15 +10,24 @@ because universal assistants tokenize the text again and may roll back more toke
 joined, so a layer has at most three.
 
 Convolution states are replayed together with recurrent states and keep their width; both are updated in place.
+
+The drafts of `generate` record only the forwards that read a draft (`record_forwards`): others have nothing to reject.
+
+A forward or a `crop` that raises half-way, Ctrl-C included, has moved some layers and not others. `guarded` notices it;
+the cache is then refused until it is reset or restored.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..upstream.tensors import version
@@ -26,7 +35,46 @@ from ..upstream.tensors import version
 # The number of tokens that can always be rolled back. Spans of at least this length are not joined.
 RECORDED = 64
 _KEY = "_hf_gdn_history"  # in a cache layer's __dict__
+_TORN = "_hf_gdn_torn"  # in the __dict__ of the layers of a cache whose layers hold different numbers of tokens
+_UNRECORDED = "_hf_gdn_unrecorded"  # in a cache layer's __dict__: how many calls it did not record
 Replay = Callable[[Any, Tensor, Tensor], Any]
+
+
+@dataclass
+class _Assisted:
+    """A call of assisted decoding; `recorded`: whether its next forward has to be recorded."""
+
+    recorded: bool = True
+
+
+_assisted: ContextVar[_Assisted | None] = ContextVar("hf_gdn_assisted", default=None)
+
+
+@contextlib.contextmanager
+def assisted() -> Iterator[None]:
+    """Assisted decoding, in which `record_forwards` has an effect."""
+    token = _assisted.set(_Assisted())
+    try:
+        yield
+    finally:
+        _assisted.reset(token)
+
+
+def record_forwards(needed: bool) -> None:
+    """Say whether the next forwards have to be recorded: whether they read tokens that may be rejected."""
+    found = _assisted.get()
+    if found is not None:
+        found.recorded = needed
+
+
+def _unneeded() -> bool:
+    found = _assisted.get()
+    return found is not None and not found.recorded
+
+
+def records(layer: Any) -> bool:
+    """Whether a call of a cache layer has to be recorded."""
+    return bool(layer.record_past) and not _unneeded()
 
 
 class TokenRun(NamedTuple):
@@ -86,6 +134,10 @@ class History:
         current, earlier = copy.deepcopy((self.current, self.earlier), memo)
         states = self.conv_state.clone(), self.state.clone()
         return History(current, _versions(current), *states, self.empty, list(self.runs), self.replay, earlier)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A pickled cache has no history: `replay` refers to the layer's weights, which belong to the process."""
+        return type(None), ()
 
     def take(self, count: int) -> list[TokenRun]:
         """The first `count` positions."""
@@ -152,8 +204,10 @@ def record(layer: Any, history: History, projected: Any, real: Tensor | None) ->
 
 
 def discard(layer: Any) -> None:
-    """Delete the history. Call when a layer processes tokens that are not recorded."""
-    layer.__dict__.pop(_KEY, None)
+    """Delete the history. Call when a layer that records processes tokens that are not recorded."""
+    held = layer.__dict__
+    held.pop(_KEY, None)
+    held[_UNRECORDED] = held.get(_UNRECORDED, 0) + 1
 
 
 def _roll_back(layer: Any, history: History, count: int) -> History:
@@ -177,6 +231,93 @@ def _roll_back(layer: Any, history: History, count: int) -> History:
     return history
 
 
+def _recording_layers(cache: Any) -> list[Any]:
+    """The layers of a cache that have recurrent states and record their past."""
+    layers = getattr(cache, "layers", ())
+    return [layer for layer in layers if hasattr(layer, "recurrent_states") and layer.record_past]
+
+
+def check_whole(layers: list[Any]) -> None:
+    """Raise RuntimeError if a forward or a `crop` of these layers' cache was interrupted."""
+    if any(_TORN in vars(layer) and layer.has_previous_state[0] for layer in layers):
+        raise RuntimeError(
+            "an earlier forward or crop with this cache was interrupted, so its layers differ in length: "
+            "reset() it, restore a snapshot, or make a new one"
+        )
+
+
+def _progress(cache: Any) -> list[Any]:
+    """A value for each layer that changes when the layer takes or loses tokens."""
+    found = []
+    for layer in cache.layers:
+        recurrent, history = getattr(layer, "recurrent_states", {}).get(0), vars(layer).get(_KEY)
+        held = None if recurrent is None else (id(recurrent), version(recurrent), layer.has_previous_state[0])
+        # Compiled kernels count no versions.
+        recorded = vars(layer).get(_UNRECORDED) if history is None else (id(history), len(history))
+        found.append((held, recorded, getattr(layer, "keys", None) is None or layer.keys.shape))
+    return found
+
+
+@contextlib.contextmanager
+def guarded(cache: Any) -> Iterator[None]:
+    """Use a cache in a forward or a `crop`. One that records its past and is left half changed is refused afterwards.
+
+    Raises:
+        RuntimeError: it was left half changed before.
+    """
+    layers = _recording_layers(cache)
+    if not layers:
+        yield
+        return
+    check_whole(layers)
+    for layer in layers:
+        vars(layer).pop(_TORN, None)  # of a cache that was reset since
+    before = _progress(cache)
+    try:
+        yield
+    except BaseException:
+        if _progress(cache) != before:
+            for layer in layers:
+                discard(layer)
+                vars(layer)[_TORN] = True
+        raise
+
+
+def _check_crop(layer: Any, count: int) -> None:
+    """Raise RuntimeError if a layer cannot roll back `count` tokens."""
+    check_whole([layer])
+    history = history_of(layer)
+    recorded = 0 if history is None else history.max_rollback
+    if count > recorded and any(layer.is_recurrent_states_initialized.values()):
+        raise RuntimeError(
+            f"crop(-{count}) rolls back {count} tokens, the layer has recorded {recorded}; after "
+            f"activate_past_recording(), patched models record at least the last {RECORDED} tokens, without "
+            "gradients and of several rows only without padding"
+        )
+
+
+def make_cache_crop(original: Callable[[Any, int], None]) -> Callable[[Any, int], None]:
+    """Make the method that replaces ``crop`` of caches: no layer is changed if one cannot roll back."""
+
+    @functools.wraps(original)
+    def crop(self: Any, tokens_to_remove: int) -> None:
+        if isinstance(tokens_to_remove, int) and tokens_to_remove == 0:
+            return original(self, 0)  # shortens what holds more than it needs
+        with guarded(self):
+            recording = _recording_layers(self) if tokens_to_remove <= 0 else []
+            for layer in recording:
+                _check_crop(layer, -int(tokens_to_remove))
+            lost = [
+                layer for layer in self.layers if layer not in recording and not getattr(layer, "is_croppable", True)
+            ]
+            if recording and lost:
+                name = type(lost[0]).__name__
+                raise RuntimeError(f"crop({tokens_to_remove}): a {name} whose window has moved on cannot be cropped")
+            original(self, tokens_to_remove)
+
+    return crop
+
+
 def make_crop(original: Callable[[Any, int], None]) -> Callable[[Any, int], None]:
     """Make the method that replaces ``crop`` of linear-attention cache layers."""
 
@@ -189,22 +330,17 @@ def make_crop(original: Callable[[Any, int], None]) -> Callable[[Any, int], None
         if not self.record_past or tokens_to_remove > 0:
             return original(self, tokens_to_remove)  # raises an error
         history, count = history_of(self), -int(tokens_to_remove)  # generate() passes tensors
-        recorded = 0 if history is None else history.max_rollback
-        if count > recorded and any(self.is_recurrent_states_initialized.values()):
-            raise RuntimeError(
-                f"crop({tokens_to_remove}) rolls back {count} tokens, the layer has recorded {recorded}; after "
-                f"activate_past_recording(), patched models record at least the last {RECORDED} tokens, without "
-                "gradients and of several rows only without padding"
-            )
-        discard(self)
+        _check_crop(self, count)
+        self.__dict__.pop(_KEY, None)
         if history is not None:
             history = self.__dict__[_KEY] = _roll_back(self, history, count)
         # The other convolution states of a layer: transformers keeps the whole past in them.
         for i, states in self.conv_states.items():
             if states is not None and (i > 0 or history is None):
                 end = states.shape[-1] - count
-                width = self.conv_kernel_size[i] + (0 if history is None else history.max_rollback)
-                self.conv_states[i] = states[..., max(0, end - width) : end]
+                first = max(0, end - self.conv_kernel_size[i] - (0 if history is None else history.max_rollback))
+                if first > 0 or count > 0:
+                    self.conv_states[i] = states[..., first:end]
 
     return crop
 
@@ -217,10 +353,56 @@ def make_is_croppable(original: property) -> property:
 
     def is_croppable(self: Any) -> bool:
         """Whether `crop` can roll back tokens: true while the layer records its past."""
-        return bool((self.record_past and history_of(self) is not None) or original.__get__(self))
+        recording = self.record_past and (history_of(self) is not None or _unneeded())
+        return bool(recording or original.__get__(self))
 
     return property(is_croppable)
 
 
-# Attribute of a linear-attention cache layer -> function that makes its replacement from the original.
-METHODS: dict[str, Callable[[Any], Any]] = {"crop": make_crop, "is_croppable": make_is_croppable}
+# Whether a forward runs whose static cache records its past.
+_static: ContextVar[bool] = ContextVar("hf_gdn_static", default=False)
+
+
+def is_static(cache: Any) -> bool:
+    """Whether a cache records its past and has layers of fixed size."""
+    layers = getattr(cache, "layers", ())
+    return any(getattr(layer, "record_past", False) for layer in layers) and any(
+        layer.is_compileable for layer in layers if not hasattr(layer, "record_past")
+    )
+
+
+@contextlib.contextmanager
+def masked_as_static() -> Iterator[None]:
+    """A forward with such a cache: single tokens get a mask, too.
+
+    transformers leaves it out for caches that cannot be compiled, and linear layers that record cannot; so queries
+    would attend to slots that hold no token yet.
+    """
+    token = _static.set(True)
+    try:
+        yield
+    finally:
+        _static.reset(token)
+
+
+def make_is_compileable(original: property) -> property:
+    """Make the property that replaces ``is_compileable`` of linear-attention cache layers.
+
+    It is swapped only where it is a property; where it is a constant, static caches cannot roll back.
+    """
+    get: Any = original.fget  # torch.compile follows functions, not properties, that a function refers to
+
+    def is_compileable(self: Any) -> bool:
+        if torch.compiler.is_compiling():
+            return bool(get(self))
+        return bool(get(self) or _static.get())
+
+    return property(is_compileable)
+
+
+# Attribute of a linear-attention cache layer, and of a cache -> function that makes its replacement from the original.
+METHODS: dict[str, Callable[[Any], Any]] = {
+    "crop": make_crop,
+    "is_croppable": make_is_croppable,
+}
+CACHE_METHODS: dict[str, Callable[[Any], Any]] = {"crop": make_cache_crop}

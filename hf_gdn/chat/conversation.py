@@ -101,7 +101,7 @@ class Conversation:
             max_new_tokens=self.options.new_tokens,
             stopping_criteria=StoppingCriteriaList([stop]),
             disable_compile=True,
-            **self.options.sampling(),
+            **self.options.sampling(self.model.generation_config),
         )
         self.answered = said.shape[1] - len(self.ids), time.perf_counter() - begin
         self.ids = said[0].tolist()

@@ -26,6 +26,10 @@ EXTRA = {
 
 def main() -> None:
     """Entry point. A missing package of the extra is one sentence, whichever command needs it and wherever."""
+    if sys.argv[1:2] == ["run"] and sys.argv[2:3] != ["--help"]:  # nothing around the program, and no extra
+        from .program import main as run
+
+        return run(sys.argv[2:])
     try:
         from .app import main
 

@@ -30,19 +30,22 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 COMPARE, MEASURE, USE = PANELS = "Compare original and patched", "Measure parts", "Use"  # of the list of commands
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
 REPORTING = ("jinja2", "matplotlib", "psutil", "rich")  # what reports are written with
 
 
-def command(*, panel: str, examples: Sequence[str], needs: Sequence[str] = REPORTING) -> Callable[[Command], Command]:
+def command(
+    *, panel: str, examples: Sequence[str], needs: Sequence[str] = REPORTING, interspersed: bool = True
+) -> Callable[[Command], Command]:
     """Make a command of a function, named after it.
 
     Args:
         panel: under which heading the list of commands shows it.
         examples: command lines that the help ends in.
         needs: packages of the extra without which it is refused at once, rather than when it comes to import them.
+        interspersed: whether options may follow arguments; else these belong to the last argument.
     """
 
     def add(function: Command) -> Command:
@@ -58,7 +61,8 @@ def command(*, panel: str, examples: Sequence[str], needs: Sequence[str] = REPOR
                     raise ModuleNotFoundError(f"No module named {package!r}", name=package)
             return called(**given)
 
-        app.command(name, epilog=epilog, rich_help_panel=panel)(checked)
+        settings = {"allow_interspersed_args": interspersed}
+        app.command(name, epilog=epilog, rich_help_panel=panel, context_settings=settings)(checked)
         return function
 
     return add

@@ -7,6 +7,7 @@ from ..loading.options import DeviceOptions, ModelOptions, TextOptions
 from .app import COMPARE, command, run
 
 ONE_FORWARD = ParityOptions(modes=("prefill",))
+WITH_MTP = SpeedOptions(variants=("eager", "mtp"))
 PPL_OUTPUT, SPEED_OUTPUT = OutputOptions("hf-gdn-ppl"), OutputOptions("hf-gdn-speed")
 
 
@@ -23,9 +24,9 @@ def report(
     models: ModelOptions,
     text: TextOptions,
     parity: ParityOptions,
-    speed: SpeedOptions,
     device: DeviceOptions,
     output: OutputOptions,
+    speed: SpeedOptions = WITH_MTP,
 ) -> None:
     """Is the patched model still the same, and how much faster does it generate? Exits 1 when it is not the same."""
     from ..eval.model_job import EvalJob

@@ -16,7 +16,8 @@ from ..patches import all_families
 from ..registry import Dims, Request
 from ..upstream import seams
 
-_KINDS = ("chunk", "backward", "recurrent", "step", "prologue")
+_KINDS = ("chunk", "backward", "recurrent", "step", "prologue", "backward_prologue")
+_NORMS = ("gated_norm", "backward_gated_norm")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def rows(models: Iterable[str], dtypes: Iterable[str], device: str) -> list[Row]
     wanted: dict[tuple[str, str, str, Dims], tuple[str, ...]] = {}
     for (variant, dims), names in shapes(models).items():
         norm_dims = (dims[1], dims[1], dims[3], dims[3])  # a norm does not depend on the keys
-        calls = [(f"{kind}_{variant}", dims) for kind in _KINDS] + [("gated_norm", norm_dims)]
+        calls = [(f"{kind}_{variant}", dims) for kind in _KINDS] + [(op, norm_dims) for op in _NORMS]
         for op, of_op in calls:
             for kernel in registry.kernels(op):
                 for dtype in dtypes:

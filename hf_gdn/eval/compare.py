@@ -19,7 +19,9 @@ from rich.table import Table
 from ..errors import UserError, reason
 from . import tables, terminal
 from .records import read
-from .results import SCHEMA, Report, Spread
+from .results import SCHEMA, Report
+from .spreads import Spread
+from .training_results import Training
 
 # Figures of a speed cell's sides and which way is better; `first_call_s` is shown without being judged.
 _SIDES = {
@@ -78,6 +80,8 @@ def figures(report: Report) -> Iterator[tuple[str, Figure]]:
             name = f"{result.model}, stream, {way}"
             yield f"{name}: ratio", _figure(found.ratio, "lower")
             yield f"{name}: tokens_s", _figure(found.tokens_s, "higher")
+        if result.training is not None:
+            yield from _training_figures(f"{result.model}, training", result.training)
     for kernel in report.kernels or []:
         yield f"{kernel.name}: passed", Figure(float(kernel.passed is True), "higher")
         yield f"{kernel.name}: ms", _figure(kernel.ms, "lower")
@@ -88,6 +92,14 @@ def figures(report: Report) -> Iterator[tuple[str, Figure]]:
         yield f"{layer.name}: ms", _figure(layer.ms, "lower" if ours else "")
         if ours:
             yield f"{layer.name}: speedup", _figure(layer.speedup, "higher")
+
+
+def _training_figures(name: str, part: Training) -> Iterator[tuple[str, Figure]]:
+    yield f"{name}: same training", Figure(float(part.passed), "higher")
+    yield f"{name}: ppl_after", _figure(part.patched.ppl_after)
+    yield f"{name}: step_ms", _figure(part.patched.step_ms.median, "lower")
+    yield f"{name}: speed-up", _figure(part.speedup.median, "higher")
+    yield f"{name}: peak_mib", _figure(part.patched.peak_mib, "lower")
 
 
 def _figure(value: float | None, better: str = "") -> Figure:

@@ -17,6 +17,10 @@ from .accuracy import TIE
 from .results import TokenMatch
 from .timing import synchronize
 
+# An end token that no vocabulary has, so that no text ends early. `min_new_tokens` would change the logits of each
+# step, which takes time.
+_NO_TOKEN = 2**31 - 1
+
 
 class _Clock(BaseStreamer):
     """Notes when tokens leave `generate`, and how many."""
@@ -57,7 +61,8 @@ def generate(model: Any, prompt: Tensor, new_tokens: int, **arguments: Any) -> C
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
         max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
+        eos_token_id=_NO_TOKEN,
+        pad_token_id=0,
         streamer=clock,
         **arguments,
     )

@@ -28,6 +28,11 @@ def _tiles(result: ModelResult) -> list[tuple[str, str]]:
         tiles.append(("perplexity with sinks, to that of the training length", f"{sinks.ratio:.3f}"))
         if sinks.bytes is not None and dense.bytes is not None:
             tiles.append(("cache with sinks, of all tokens'", f"{sinks.bytes / dense.bytes:.0%}"))
+    if result.training is not None:
+        part = result.training
+        tiles.append(("training step, speed-up", f"{part.speedup.median:.2f}×"))
+        tiles.append(("memory of a step, of the original's", f"{part.patched.peak_mib / part.original.peak_mib:.0%}"))
+        tiles.append(("loss, largest relative difference", tables.number(max(part.loss_differences()), 2)))
     return tiles
 
 

@@ -216,7 +216,7 @@ def _truth_of_layer_op(op: str, inputs: dict[str, Any]) -> Results:
 def moved_bytes_of_layer_op(case: OracleCase) -> int:
     """Bytes that a call has to read and write: every input and every output once, and what a step updates twice."""
     read = [x.nbytes for x in calls.tensors(case.inputs)]
-    if "keep" in case.inputs:
+    if "prologue" in case.op:
         read.append(-case.inputs["projected"].z.nbytes)  # the norm's gate, which comes later
     sizes = {name: x.numel() for name, x in case.wanted.items()}
     like = {"g": 4, "beta": 4, "state": 4}

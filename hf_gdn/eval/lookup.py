@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..drafting.mtp import MtpDrafts
 from ..upstream import seams
 
 # By name, what stands behind the prompt's tokens: a quarter of them said four times, which a model goes on with; the
@@ -16,14 +17,30 @@ from ..upstream import seams
 PROMPTS = ("repetitive", "text", "random", "refused")
 
 
-def prompt(kind: str, text: Tensor, vocabulary: int) -> Tensor:
-    """A prompt ``[1, T]`` of a kind, from one of plain text."""
+def prompt(kind: str, text: Tensor, vocabulary: int, seed: int = 0) -> Tensor:
+    """A prompt ``[1, T]`` of a kind, from one of plain text; `seed` of random ids."""
     length = text.shape[1]
     if kind == "repetitive":
         return text[:, : -(-length // 4)].repeat(1, 4)[:, :length]
     if kind == "random":
-        return torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+        return torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(seed))
     return text
+
+
+@contextlib.contextmanager
+def random_mtp_drafts(vocabulary: int) -> Iterator[None]:
+    """What a head drafts is replaced likewise, after it has computed its own."""
+    original = MtpDrafts._choose
+
+    def choose(self: Any, logits: Tensor) -> Tensor:
+        original(self, logits)
+        return torch.randint(vocabulary, (1, 1), device=logits.device)
+
+    MtpDrafts._choose = choose  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        MtpDrafts._choose = original  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

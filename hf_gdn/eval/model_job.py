@@ -1,4 +1,5 @@
-"""Jobs about whole models: are they the same when patched, how fast do they generate, how do they read long streams?"""
+"""Jobs about whole models: are they the same when patched, how fast do they generate, how do they read long
+streams, do they train the same?"""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ from ..loading.models import Loaded, Source
 from ..loading.options import ModelOptions, TextOptions
 from ..patches import layer_kernels, patched
 from ..upstream import configs
-from . import long_stream, machine, parity, progress, speed
+from . import long_stream, machine, parity, progress, speed, training
 from .distributed import Processes
 from .job import Job, Plan, pick_device
-from .options import ParityOptions, SpeedOptions, StreamOptions
+from .options import ParityOptions, SpeedOptions, StreamOptions, TrainOptions
 from .results import ModelResult, Report
 from .resume import Work
 
@@ -31,7 +32,7 @@ class EvalJob(Job):
     Args:
         kind: what report.json calls it.
         models, text: which models, and the text that they read.
-        parity, speed, stream: the parts to run; None leaves one out.
+        parity, speed, stream, train: the parts to run; None leaves one out.
     """
 
     kind: str = "report"
@@ -40,6 +41,7 @@ class EvalJob(Job):
     parity: ParityOptions | None = None
     speed: SpeedOptions | None = None
     stream: StreamOptions | None = None
+    train: TrainOptions | None = None
 
     @property
     def tensor_parallel(self) -> bool:
@@ -53,7 +55,7 @@ class EvalJob(Job):
             speed.plan(self.speed, device)
         with bars.busy("reading the text"):
             text = processes.each(lambda: _read_text(self.text))
-        groups = (self.models, self.text, self.device, self.parity, self.speed, self.stream)
+        groups = (self.models, self.text, self.device, self.parity, self.speed, self.stream, self.train)
         identity = {name: value for group in groups if group is not None for name, value in asdict(group).items()}
         identity |= {"models": [source.name for source in sources], "text": _sha256(text.text)}
 
@@ -99,6 +101,8 @@ def _check(job: EvalJob) -> None:
         parity.check(job.parity)
     if job.stream is not None:
         long_stream.check(job.stream)
+    if job.train is not None:
+        training.check(job.train)
 
 
 def _sha256(text: str) -> str:
@@ -121,6 +125,8 @@ def _tokens(job: EvalJob, loaded: Loaded, text: texts.Text) -> tuple[Tensor, str
         lengths.append((job.parity.windows or ParityOptions().windows) * job.parity.context)
     if job.stream is not None:
         lengths.append(job.stream.tokens + 1)
+    if job.train is not None:
+        lengths.append(2 * job.train.steps * job.train.batch * job.train.context)
     return torch.randint(0, loaded.config.vocab_size, (max(lengths),), generator=random), "random tokens"
 
 
@@ -134,7 +140,7 @@ def evaluate(job: EvalJob, source: Source, text: texts.Text, device: torch.devic
     result = describe(loaded)
     try:
         # A backend that cannot serve raises here, before any work.
-        result.kernels = processes.each(lambda: _kernels(loaded, backend))
+        result.kernels = processes.each(lambda: _kernels(loaded, backend, job.train is not None))
         result.baseline = machine.baseline(loaded.families)
         if job.parity is not None:
             options = job.parity
@@ -145,20 +151,22 @@ def evaluate(job: EvalJob, source: Source, text: texts.Text, device: torch.devic
             result.speed = speed.measure(loaded, prompts, job.speed, backend, work)
         if job.stream is not None:
             result.stream = long_stream.measure(loaded, ids, origin, job.stream, backend, work)
+        if job.train is not None:  # last, for it changes the model
+            result.training = training.measure(loaded, ids, origin, job.train, backend, work)
     except PatchError as error:  # the same in all processes, which have the same transformers
         result = describe(loaded)
         result.not_patched = str(error)
     if not processes.main:
         return None
-    parts = [part.passed for part in (result.parity, result.speed, result.stream) if part is not None]
+    parts = [part.passed for part in (result.parity, result.speed, result.stream, result.training) if part is not None]
     result.passed = result.not_patched is None and all(parts)
     return result
 
 
-def _kernels(loaded: Loaded, backend: str) -> dict[str, str]:
-    """Kernels by layer. Raises PatchError where the model's family cannot be patched."""
+def _kernels(loaded: Loaded, backend: str, needs_grad: bool) -> dict[str, str]:
+    """Kernels by layer, with gradients or without. Raises PatchError where the model's family cannot be patched."""
     with patched(loaded.families, backend=backend, strict=True):
-        return layer_kernels(loaded.model)
+        return layer_kernels(loaded.model, needs_grad=needs_grad)
 
 
 def describe(loaded: Loaded) -> ModelResult:

@@ -56,11 +56,11 @@ class SpeedOptions:
     rounds: int = option(5, "Number of timed calls of each side, after the warm-up.", minimum=1)
     variants: tuple[str, ...] = option(
         ("eager",),
-        "How generate runs: eager, static, compile, graph (a CUDA graph), lookup (prompt lookup); "
-        "separate several with commas.",
+        "How generate runs: eager, static, compile, graph (a CUDA graph), lookup (prompt lookup), "
+        "mtp (multi-token prediction; left out where a checkpoint has no head for it); separate several with commas.",
         name="variant",
     )
-    draft_tokens: int = option(10, "Tokens that prompt lookup drafts at most.", minimum=1)
+    draft_tokens: int | None = option(None, "Longest draft; 10 for lookup, 6 for mtp, by default.", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -110,3 +110,27 @@ class KernelBenchOptions:
     )
     seconds: float = option(1.0, "Seconds to spend on one measurement.")
     rounds: int = option(5, "Of layers: number of turns that the sides take.", minimum=1)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How original and patched are trained, and compared; `hf_gdn.eval.training`."""
+
+    PANEL: ClassVar[str] = "Training"
+    steps: int = option(20, "Number of steps (AdamW, constant learning rate).", minimum=1)
+    batch: int = option(4, "Windows per step, over all processes.", minimum=1)
+    context: int = option(256, "Tokens per window.", minimum=16)
+    lr: float = option(1e-4, "Learning rate.", minimum=0)
+    lora: int | None = option(None, "Train LoRA adapters of this rank on all Linear layers, by PEFT.", minimum=1)
+    packed: bool = option(
+        False,
+        "Cut windows into documents: the patched model reads them packed in one row, the original, which mixes packed "
+        "documents, as padded rows.",
+    )
+    checkpointing: bool = option(False, "Recompute activations in the backward (gradient checkpointing).")
+    seed: int = option(0, "Seed of the order of windows, of document lengths and of adapters.", minimum=0)
+    tolerance: tuple[str, ...] = option(
+        (),
+        "Change a bound of the verdict, repeatable: gradient=VALUE, loss=VALUE, ppl_ratio=VALUE.",
+        repeat=True,
+    )

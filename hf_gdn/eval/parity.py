@@ -15,7 +15,7 @@ from ..errors import UserError, reason
 from ..loading.models import Loaded, check_length
 from ..loading.texts import Windows
 from ..patches import patched, unpatched
-from . import forward_modes, parity_statistics
+from . import forward_modes, parity_statistics, verdicts
 from .accuracy import SAME_MODEL
 from .options import ParityOptions
 from .parity_results import Comparison, FirstBad, Histogram, Parity, Trace
@@ -49,7 +49,7 @@ def check(options: ParityOptions) -> None:
     if unknown or not options.modes:
         raise UserError(f"--mode {','.join(unknown)} is not known; modes: {', '.join(forward_modes.MODES)}")
     for dtype in SAME_MODEL:
-        parity_statistics.bounds(dtype, options.tolerance)
+        verdicts.bounds(SAME_MODEL[dtype], options.tolerance)
 
 
 def _pairs(modes: tuple[str, ...]) -> list[_Pair]:
@@ -108,7 +108,7 @@ def measure(
     scored = position >= windows.first[:, None]
     window = torch.arange(len(windows.ids))[:, None].expand_as(scored)[scored]
     place = (windows.begin[:, None] + position)[scored]
-    tolerance = parity_statistics.bounds(loaded.dtype, options.tolerance)
+    tolerance = verdicts.bounds(SAME_MODEL[loaded.dtype], options.tolerance)
     comparisons = []
     for number, pair in enumerate(pairs):
         names = [name.partition(".")[2] for name in rows[0] if name.startswith(f"{number}.")]

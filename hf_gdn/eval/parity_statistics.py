@@ -12,14 +12,13 @@ has no standard error.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from .accuracy import CLOSE_MODEL, SAME_MODEL
+from .accuracy import CLOSE_MODEL
 from .parity_results import Estimate, Statistics
+from .verdicts import Verdict, graded
 
 # How many logits are widened to float64 at a time.
 SLAB = 1 << 22
@@ -169,14 +168,6 @@ def _root_mean_square(difference: Tensor, window: Tensor) -> Estimate:
 # ------------------------------------------------------------------------------------------------------------- verdict
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """``"same"``, ``"close"``, ``"different"`` or ``"not finite"``, and in words what was beyond its bound."""
-
-    grade: str
-    why: str = ""
-
-
 def _beyond(statistics: Statistics, bounds: dict[str, float]) -> list[str]:
     ratio, kl, same_top = (getattr(statistics, name).value for name in ("ppl_ratio", "kl_mean", "same_top"))
     beyond = []
@@ -193,23 +184,4 @@ def grade(statistics: Statistics, dtype: str, tolerance: dict[str, float]) -> Ve
     """Is it the same model? `tolerance` has the bounds of `accuracy.SAME_MODEL`; `dtype` is the model's."""
     if statistics.bad:
         return Verdict("not finite", f"NaN or inf in the logits of {statistics.bad} tokens")
-    beyond = _beyond(statistics, tolerance)
-    if not beyond:
-        return Verdict("same")
-    near = CLOSE_MODEL.get(dtype)
-    close = near is not None and not _beyond(statistics, near)
-    return Verdict("close" if close else "different", "; ".join(beyond))
-
-
-def bounds(dtype: str, changes: tuple[str, ...] = ()) -> dict[str, float]:
-    """The bounds for a dtype, with changes like ``"kl_mean=1e-3"``. Raises UserError for one that is none."""
-    found = dict(SAME_MODEL[dtype])
-    for change in changes:
-        name, _, value = change.partition("=")
-        if name not in found:
-            raise UserError(f"--tolerance {change}: no bound {name!r}; bounds: {', '.join(found)}")
-        try:
-            found[name] = float(value)
-        except ValueError as error:
-            raise UserError(f"--tolerance {change}: expected NAME=NUMBER, e.g. kl_mean=1e-3") from error
-    return found
+    return graded(lambda bounds: _beyond(statistics, bounds), tolerance, CLOSE_MODEL.get(dtype))

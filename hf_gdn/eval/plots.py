@@ -22,6 +22,7 @@ from . import tables
 from .parity_results import Comparison
 from .results import ModelResult, Report
 from .tables import TextTable
+from .training_results import Training
 
 # Stand-in colours, as matplotlib writes them, and the CSS variables they become.
 FOREGROUND, GRID, ORIGINAL, PATCHED, THIRD = "#010203", "#010204", "#010205", "#010206", "#010207"
@@ -248,6 +249,24 @@ def _stream_plot(result: ModelResult) -> tuple[Markup, TextTable]:
     return _svg(figure, "perplexity along the stream"), table
 
 
+def _losses_plot(part: Training) -> tuple[Markup, TextTable]:
+    """Losses of both sides, and below them how far they are apart."""
+    figure, (losses, apart) = _axes(4.6, 2)
+    steps = range(1, part.steps + 1)
+    losses.plot(steps, part.original.losses, color=ORIGINAL, linewidth=2.5, label="original")
+    losses.plot(steps, part.patched.losses, "--", color=PATCHED, linewidth=1.5, label="patched")
+    losses.set_ylabel("loss, nats a token")
+    apart.plot(steps, part.loss_differences(), color=PATCHED, linewidth=1)
+    apart.axhline(part.tolerance["loss"], color=FOREGROUND, linewidth=1, linestyle="--", label="bound of the median")
+    if any(part.loss_differences()):
+        apart.set_yscale("log")
+    apart.set_ylabel("relative difference")
+    apart.set_xlabel("step")
+    handles = [handle for axes in (losses, apart) for handle in axes.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    return _svg(figure, "losses of the two trainings"), tables.losses_table(part)
+
+
 def plots(result: ModelResult) -> list[dict[str, Any]]:
     """The plots of a model: title, a sentence, the SVG and its table."""
     found = []
@@ -265,6 +284,8 @@ def plots(result: ModelResult) -> list[dict[str, Any]]:
             add("Along the text", "Log-probability of the true token, patched less original.", _trace_plot(result))
         if result.stream is not None:
             add("Along the stream", "Perplexity of each stretch, to that of windows.", _stream_plot(result))
+        if result.training is not None:
+            add("Losses", "The same batches and optimizer, from the same weights.", _losses_plot(result.training))
     return found
 
 

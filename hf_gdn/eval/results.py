@@ -9,28 +9,14 @@ from .. import __version__
 from .kernel_results import Ceilings, KernelRow, LayerRow
 from .parity_results import Comparison, Parity
 from .records import absent
+from .spreads import Spread, TailSpread
+from .training_results import Training
 
 # Version of the layout of report.json (docs/report.md).
 SCHEMA = 2
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Of what was timed in turns."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class TailSpread(Spread):
-    """With the 90th percentile."""
-
-    p90: float
 
 
 @dataclass(frozen=True)
@@ -70,6 +56,15 @@ class TokenMatch:
 
 
 @dataclass(frozen=True)
+class Drafts:
+    """Of the calls that draft, all rounds together: drafts, their tokens, and those of them that were accepted."""
+
+    count: int
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True)
 class SpeedCell:
     """One combination of batch size, prompt length and variant; without figures where it failed."""
 
@@ -84,6 +79,7 @@ class SpeedCell:
     patched: SideFigures | None = absent()
     speedup: Speedup | None = absent()
     tokens: TokenMatch | None = absent()
+    drafts: Drafts | None = absent()
     repeatable: bool | None = absent()
 
     @property
@@ -176,6 +172,7 @@ class ModelResult:
     parity: Parity | None = absent()
     speed: Speed | None = absent()
     stream: Stream | None = absent()
+    training: Training | None = absent()
     not_patched: str | None = absent()
     passed: bool = False
 

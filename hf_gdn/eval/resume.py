@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import UserError, reason
 from ..files import write_whole
+from ..log import logger
 from .distributed import Processes
 from .progress import Bars
 
@@ -65,6 +66,8 @@ class Journal:
         self._rows: dict[str, Path] = {}
         self._fresh = True
         path = self._folder / "job.json"
+        if resume and not path.is_file():
+            logger.warning("--resume: nothing to resume in %r; the run starts from the beginning", str(output))
         if resume and path.is_file():
             try:
                 before = json.loads(path.read_text(encoding="utf-8"))
@@ -139,6 +142,24 @@ class Work:
     def todo(self, keys: Iterable[str]) -> list[str]:
         """Those of `keys`, without the prefix, whose rows are still to be computed; the same in all processes."""
         return self.processes.from_main(lambda: [key for key in keys if self.prefix + key not in self._rows])
+
+    def has(self, key: str) -> bool:
+        """Whether a row is there; the same in all processes."""
+        return not self.todo([key])
+
+    def get(self, key: str) -> Row:
+        """A row, in every process."""
+        return self.processes.from_main(lambda: self._rows[self.prefix + key])
+
+    def put(self, key: str, row: Row) -> None:
+        """Keep a row that all processes computed together: the main process's."""
+        self.processes.main_only(lambda: self._rows.add(self.prefix + key, row))
+
+    def once(self, key: str, compute: Callable[[], Row]) -> Row:
+        """A row that all processes compute together unless it is there; in every process."""
+        if not self.has(key):
+            self.put(key, compute())
+        return self.get(key)
 
     def fill(self, keys: Iterable[str], compute: Callable[[str], Row], *, spread: bool = True) -> list[Row]:
         """Compute the rows that the journal lacks, keeping each as soon as it is there.

@@ -1,7 +1,7 @@
 """How fast `generate` is, original and patched in turns on the same weights, and whether they make the same tokens.
 
-A and B take turns, so that what else the machine does hits both; ratios are taken turn by turn. In the lookup variants
-both sides are patched, for the original has no prompt lookup: the first decodes plainly, the second drafts.
+A and B take turns, so that what else the machine does hits both; ratios are taken turn by turn. In the variants that
+draft tokens both sides are patched, for the original refuses drafts: the first decodes plainly, the second drafts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import cuda_graphs
+from ..drafting import pace
+from ..drafting.mtp import LONGEST
+from ..drafting.mtp_head import has_head
 from ..errors import UserError, named
 from ..loading.models import Loaded, check_length
 from ..patches import patched, unpatched
@@ -26,10 +29,13 @@ from .generation import Call, compare_tokens, generate
 from .options import SpeedOptions
 from .progress import OnProgress
 from .records import as_dict, read
-from .results import SideFigures, Speed, SpeedCell, Speedup, Spread, TailSpread
+from .results import Drafts, SideFigures, Speed, SpeedCell, Speedup, TokenMatch
 from .resume import Row, Work
+from .spreads import Spread, TailSpread, spread
 
 SIDES = ("original", "patched")
+LOOKUP, MTP = "lookup", "mtp"
+_RANDOM_DRAFTS = {LOOKUP: lookup.random_drafts, MTP: lookup.random_mtp_drafts}
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,15 @@ class Variant:
         arguments: of ``generate``, for both sides.
         warmups: untimed calls until it is warm.
         cuda_graphs: whether the patched side replays CUDA graphs.
-        prompt: kind of the prompt for prompt lookup, which the second side uses; None for the others.
+        drafts: how the second side drafts tokens: `LOOKUP`, `MTP`, or None.
+        prompt: kind of the prompt where tokens are drafted.
     """
 
     arguments: Callable[[], dict[str, Any]] = dict
     warmups: int = 1
     cuda_graphs: bool = False
-    prompt: str | None = None
+    drafts: str | None = None
+    prompt: str = "text"
 
 
 def _compiled() -> dict[str, Any]:
@@ -76,12 +84,13 @@ VARIANTS: dict[str, Variant] = {
     "static": Variant(lambda: {"cache_implementation": "static", "disable_compile": True}),
     "compile": Variant(_compiled, 2),
     "graph": Variant(_compiled, 2, cuda_graphs=True),  # the original compiled, the patched from a CUDA graph
-    **{f"lookup-{kind}": Variant(prompt=kind) for kind in lookup.PROMPTS},
+    **{f"lookup-{kind}": Variant(drafts=LOOKUP, prompt=kind) for kind in lookup.PROMPTS},
+    **{f"mtp-{kind}": Variant(drafts=MTP, prompt=kind) for kind in ("text", "refused")},
 }
 # What --variant takes: a name, or one for several.
 NAMES = {
-    **{name: (name,) for name, variant in VARIANTS.items() if variant.prompt is None},
-    "lookup": tuple(name for name, variant in VARIANTS.items() if variant.prompt is not None),
+    **{name: (name,) for name, variant in VARIANTS.items() if variant.drafts is None},
+    **{kind: tuple(name for name, variant in VARIANTS.items() if variant.drafts == kind) for kind in (LOOKUP, MTP)},
 }
 
 
@@ -100,40 +109,38 @@ def plan(options: SpeedOptions, device: torch.device) -> list[Cell]:
     batch = options.batch or ((1, 8) if fast else (1, 4))
     prompt = options.prompt or ((512, 4096) if fast else (128, 512))
     new_tokens = options.new_tokens or (128 if fast else 64)
-    if options.draft_tokens < 1:
+    if options.draft_tokens is not None and options.draft_tokens < 1:
         raise UserError(f"--draft-tokens must be at least 1, got {options.draft_tokens}")
     if min(*batch, *prompt, options.rounds) < 1 or new_tokens < 2:
         given = f"{_commas(batch)}; {_commas(prompt)}; {options.rounds}; {new_tokens}"
         raise UserError(f"--batch, --prompt and --rounds must be at least 1, --new-tokens at least 2, got {given}")
-    if "lookup" in options.variants and 1 not in batch:
-        raise UserError(f"--variant lookup generates one sequence at a time; --batch is {_commas(batch)}")
     names = [name for given in options.variants for name in NAMES[given]]
-    return [
+    cells = [
         Cell(b, p, new_tokens, name)
         for name in names
         for b in batch
         for p in prompt
-        if b == 1 or VARIANTS[name].prompt is None
+        if b == 1 or VARIANTS[name].drafts is None
     ]
+    if not cells:
+        asked = ",".join(options.variants)
+        raise UserError(f"--variant {asked} generates one sequence at a time; --batch is {_commas(batch)}")
+    return cells
 
 
 # --------------------------------------------------------------------------------------------------------------- a cell
 
 
 def in_turns(
-    runs: dict[str, Callable[[], Call]], warmups: int, rounds: int, on_progress: OnProgress
+    runs: dict[str, Callable[[int], Call]], warmups: int, rounds: int, on_progress: OnProgress
 ) -> dict[str, list[Call]]:
-    """Calls by name, A B A B ..., the warm-ups first; `on_progress` is told of each."""
+    """Calls by name, A B A B ..., the warm-ups first; each is told its round, and `on_progress` is told of each."""
     calls: dict[str, list[Call]] = {name: [] for name in runs}
-    for _ in range(warmups + rounds):
+    for turn in range(-warmups, rounds):
         for name, run in runs.items():
-            calls[name].append(run())
+            calls[name].append(run(max(turn, 0)))
             on_progress(1)
     return calls
-
-
-def _spread(values: list[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
 
 
 def summarize(cell: Cell, calls: list[Call], warmups: int) -> SideFigures:
@@ -143,11 +150,11 @@ def summarize(cell: Cell, calls: list[Call], warmups: int) -> SideFigures:
     p90 = statistics.quantiles(between, n=10)[-1] if len(between) > 1 else between[0]
     peaks = [call.peak_mib for call in timed if call.peak_mib is not None]
     return SideFigures(
-        ttft_ms=_spread([1e3 * call.first for call in timed]),
-        tpot_ms=TailSpread(**vars(_spread(between)), p90=p90),
-        prefill_tokens_s=_spread([cell.batch * cell.prompt / call.first for call in timed]),
-        decode_tokens_s=_spread([cell.batch * len(call.between) / sum(call.between) for call in timed]),
-        generate_tokens_s=_spread([call.tokens.numel() / call.seconds for call in timed]),
+        ttft_ms=spread([1e3 * call.first for call in timed]),
+        tpot_ms=TailSpread(**vars(spread(between)), p90=p90),
+        prefill_tokens_s=spread([cell.batch * cell.prompt / call.first for call in timed]),
+        decode_tokens_s=spread([cell.batch * len(call.between) / sum(call.between) for call in timed]),
+        generate_tokens_s=spread([call.tokens.numel() / call.seconds for call in timed]),
         peak_mib=max(peaks) if peaks else None,
         first_call_s=calls[0].seconds,
     )
@@ -155,7 +162,7 @@ def summarize(cell: Cell, calls: list[Call], warmups: int) -> SideFigures:
 
 def _ratios(original: list[Call], patched: list[Call]) -> Speedup:
     def ratios(of: Callable[[Call], float]) -> Spread:
-        return _spread([of(a) / of(b) for a, b in zip(original, patched)])
+        return spread([of(a) / of(b) for a, b in zip(original, patched)])
 
     return Speedup(
         prefill=ratios(lambda call: call.first),
@@ -165,22 +172,28 @@ def _ratios(original: list[Call], patched: list[Call]) -> Speedup:
 
 
 def _patches(side: str, loaded: Loaded, backend: str, variant: Variant) -> AbstractContextManager[Any]:
-    if side == "original" and variant.prompt is None:
+    if side == "original" and variant.drafts is None:
         return unpatched()
     return patched(loaded.families, backend=backend, strict=True, cuda_graphs=variant.cuda_graphs)
 
 
 def _measure(
-    loaded: Loaded, cell: Cell, prompt: Tensor, backend: str, options: SpeedOptions, on_progress: OnProgress
+    loaded: Loaded, cell: Cell, texts: list[Tensor], backend: str, options: SpeedOptions, on_progress: OnProgress
 ) -> SpeedCell:
+    """Time a cell; `texts` are the prompts of the rounds, or the one of all."""
     variant = VARIANTS[cell.variant]
-    drafts = {} if variant.prompt is None else {"prompt_lookup_num_tokens": options.draft_tokens}
+    drafts: dict[str, Any] = {}
+    if variant.drafts == LOOKUP:
+        drafts = {"prompt_lookup_num_tokens": options.draft_tokens or 10}
+    elif variant.drafts == MTP:
+        drafts = {"use_mtp": True, "num_assistant_tokens": options.draft_tokens or LONGEST}
     vocabulary = loaded.config.vocab_size
 
-    def runner(side: str) -> Callable[[], Call]:
-        def run() -> Call:
+    def runner(side: str) -> Callable[[int], Call]:
+        def run(turn: int) -> Call:
             more = drafts if side == "patched" else {}
             with _patches(side, loaded, backend, variant):
+                prompt = texts[turn % len(texts)]
                 return generate(loaded.model, prompt, cell.new_tokens, **variant.arguments(), **more)
 
         return run
@@ -194,23 +207,40 @@ def _measure(
         with contextlib.ExitStack() as around:
             around.enter_context(_patches("patched", loaded, backend, variant))
             if variant.prompt == "refused":
-                around.enter_context(lookup.random_drafts(vocabulary))
+                around.enter_context(_RANDOM_DRAFTS[str(variant.drafts)](vocabulary))
+            paces = around.enter_context(pace.watching())
             runs = {side: runner(side) for side in SIDES}
             calls = in_turns(runs, variant.warmups, options.rounds, on_progress)
     except (torch.OutOfMemoryError, tensors.compiler_error()) as error:
         return SpeedCell(**vars(cell), counts=False, failed=f"{named(error)}")
-    made = {side: calls[side][-1].tokens for side in SIDES}
-    tokens = compare_tokens(loaded.model, prompt, made["original"], made["patched"], loaded.dtype)
+    timed = {side: calls[side][variant.warmups :] for side in SIDES}
+    tokens = TokenMatch("same")
+    for turn in range(min(len(texts), options.rounds)):
+        first, second = (timed[side][turn].tokens for side in SIDES)
+        found = compare_tokens(loaded.model, texts[turn], first, second, loaded.dtype)
+        tokens = found if tokens.verdict == "same" or found.verdict == "other" else tokens
     return SpeedCell(
         **vars(cell),
         counts=tokens.verdict != "other",
         rounds=options.rounds,
         original=summarize(cell, calls["original"], variant.warmups),
         patched=summarize(cell, calls["patched"], variant.warmups),
-        speedup=_ratios(calls["original"][variant.warmups :], calls["patched"][variant.warmups :]),
+        speedup=_ratios(timed["original"], timed["patched"]),
         tokens=tokens,
-        repeatable=all(torch.equal(call.tokens, made[side]) for side in SIDES for call in calls[side]),
+        drafts=None if variant.drafts is None else _counted(paces[variant.warmups :]),
+        repeatable=all(_repeated(calls[side], variant.warmups, len(texts)) for side in SIDES),
     )
+
+
+def _counted(found: list[pace.Pace]) -> Drafts:
+    return Drafts(sum(p.drafts for p in found), sum(p.drafted for p in found), sum(p.accepted for p in found))
+
+
+def _repeated(calls: list[Call], warmups: int, prompts: int) -> bool:
+    """Whether all calls with the same prompt made the same tokens."""
+    first = calls[warmups:]
+    rounds = [0] * warmups + list(range(len(first)))
+    return all(torch.equal(call.tokens, first[turn % prompts].tokens) for turn, call in zip(rounds, calls))
 
 
 def prompts(loaded: Loaded, ids: Tensor | None, batch: int, length: int) -> Tensor:
@@ -228,18 +258,29 @@ def measure(loaded: Loaded, ids: Tensor | None, options: SpeedOptions, backend: 
     Returns:
         The part of a report in the main process, None in the others.
     """
-    cells = {f"speed-{cell.key}": cell for cell in plan(options, loaded.model.device)}
+    planned = plan(options, loaded.model.device)
+    if MTP in options.variants and not has_head(loaded.model):
+        planned = [cell for cell in planned if VARIANTS[cell.variant].drafts != MTP]
+        if not planned:
+            raise UserError(
+                f"--variant mtp: the checkpoint of {loaded.source.label} has no multi-token-prediction head"
+            )
+    cells = {f"speed-{cell.key}": cell for cell in planned}
     for cell in cells.values():
         check_length(loaded, cell.prompt + cell.new_tokens, "prompt and new tokens together")
     total = sum(2 * (options.rounds + VARIANTS[cells[key].variant].warmups) for key in work.todo(cells))
     on_progress = work.bars.add(f"{loaded.source.label}: speed", total, "calls")
 
     def compute(key: str) -> Row:
-        cell = cells[key]
-        prompt, kind = prompts(loaded, ids, cell.batch, cell.prompt), VARIANTS[cell.variant].prompt
-        if kind is not None:
-            prompt = lookup.prompt(kind, prompt, loaded.config.vocab_size)
-        return as_dict(_measure(loaded, cell, prompt.to(loaded.model.device), backend, options, on_progress))
+        cell, vocabulary = cells[key], loaded.config.vocab_size
+        variant = VARIANTS[cell.variant]
+        if variant.drafts is None:
+            given = [prompts(loaded, ids, cell.batch, cell.prompt)]
+        else:  # how much of a draft is right depends on the text: another in every round
+            texts = prompts(loaded, ids, options.rounds, cell.prompt)
+            given = [lookup.prompt(variant.prompt, text, vocabulary, n) for n, text in enumerate(texts.split(1))]
+        given = [prompt.to(loaded.model.device) for prompt in given]
+        return as_dict(_measure(loaded, cell, given, backend, options, on_progress))
 
     rows = [read(SpeedCell, row) for row in work.fill(cells, compute, spread=False)]
     return Speed(rows, all(row.counts for row in rows)) if rows else None

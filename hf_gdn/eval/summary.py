@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .results import ModelResult, Report
-from .tables import GRADES, number, tokens
+from .tables import GRADES, TRAINING_GRADES, number, tokens
+from .training_results import Training
 
 # ------------------------------------------------------------------------------------------------------------- verdict
 
 
 def speedups(result: ModelResult) -> list[float]:
-    """Median speed-ups of `generate` in the cells of a result that count."""
-    return [cell.speedup.generate.median for cell in result.cells() if cell.counts and cell.speedup is not None]
+    """Median speed-ups of `generate` in the cells of a result that count; those over plain decoding, by drafts, only
+    where there are no others."""
+    cells = [cell for cell in result.cells() if cell.counts and cell.speedup is not None]
+    cells = [cell for cell in cells if cell.drafts is None] or cells
+    return [cell.speedup.generate.median for cell in cells if cell.speedup is not None]
 
 
 def verdict(report: Report) -> str:
@@ -42,6 +46,9 @@ def _praise(result: ModelResult) -> str:
             f"reads {result.stream.tokens:,} tokens with attention sinks at {ratio:.3f} times the perplexity of its "
             "training length"
         )
+    if result.training is not None:
+        factor = result.training.speedup.median
+        words.append(f"trains the same, {factor:.2f} times as fast")
     return f"{result.model} {' and '.join(words)}".rstrip()
 
 
@@ -60,6 +67,8 @@ def complaints(report: Report) -> Iterator[str]:
                 yield f"{result.model}, {cell.name}: {cell.failed or tokens(cell)}"
         if result.stream is not None and not result.stream.passed:
             yield f"{result.model}: the perplexity with attention sinks is not finite"
+        if result.training is not None and not result.training.passed:
+            yield f"{result.model}: {TRAINING_GRADES[result.training.grade]} ({result.training.why})"
     for timed in report.timed():
         if timed.passed is False:
             yield f"{timed.name}: {timed.note}"
@@ -96,7 +105,22 @@ def conditions(report: Report) -> list[tuple[str, str]]:
         if result.stream is not None:
             kept = f"{result.stream.context} tokens kept, {result.stream.sinks} of them sinks"
             lines.append((f"{result.model}, stream", f"{result.stream.text}: {result.stream.tokens:,} tokens, {kept}"))
+        if result.training is not None:
+            lines.append((f"{result.model}, training", _trained(result.training)))
     return lines
+
+
+def _trained(part: Training) -> str:
+    words = [
+        f"{part.text} ({part.text_tokens:,} tokens): {part.steps} steps of {part.batch} × {part.context} tokens",
+        f"AdamW with learning rate {part.lr:g}",
+        f"{part.trained:,} parameters trained" + ("" if part.lora is None else f", LoRA of rank {part.lora}"),
+        *(["documents packed for the patched model, padded for the original"] if part.packed else []),
+        *(["gradient checkpointing"] if part.checkpointing else []),
+        f"seed {part.seed}",
+        "bounds: " + ", ".join(f"{name} {value:g}" for name, value in part.tolerance.items()),
+    ]
+    return "; ".join(words)
 
 
 def _pairs(found: dict) -> str:

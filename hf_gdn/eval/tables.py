@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 
 from .parity_results import Estimate
-from .results import STREAM_WAYS, ModelResult, Report, SpeedCell, Spread, Stream
+from .results import STREAM_WAYS, ModelResult, Report, SpeedCell, Stream
+from .spreads import Spread
+from .training_results import Trained, Training
 
 GRADES = {
     "same": "same model",
@@ -14,6 +16,9 @@ GRADES = {
     "different": "DIFFERENT",
     "not finite": "NOT FINITE",
 }
+
+
+TRAINING_GRADES = {grade: text.replace("model", "training") for grade, text in GRADES.items()}
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,17 @@ def tokens(cell: SpeedCell) -> str:
     """What became of a cell's tokens, in words."""
     found = cell.tokens
     if found is None or found.verdict == "same":
-        return "same tokens"
+        return "same tokens" + _drafts(cell)
     kind = "a tie" if found.verdict == "tie" else "OTHER TOKENS, does not count"
     return f"{kind} from token {found.token} (logits {number(found.gap, 2)} apart)"
+
+
+def _drafts(cell: SpeedCell) -> str:
+    made = cell.drafts
+    if made is None:
+        return ""
+    each = f", {made.accepted / made.count:.1f} a draft" if made.count else ""
+    return f"; {made.accepted} of {made.drafted} drafted accepted{each}"
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -73,6 +86,8 @@ def of_model(result: ModelResult) -> list[TextTable]:
         found.append(_speed_table(result))
     if result.stream is not None:
         found.append(_stream_table(result.model, result.stream))
+    if result.training is not None:
+        found.append(_training_table(result.model, result.training))
     return found
 
 
@@ -83,6 +98,8 @@ def details(result: ModelResult) -> list[TextTable]:
         found.append(_statistics_table(result))
     if result.speed is not None:
         found.append(_spread_table(result))
+    if result.training is not None:
+        found.append(_gradients_table(result.model, result.training))
     found.append(TextTable("Kernels by layer", ("layer", "patched"), list(result.kernels.items())))
     return found
 
@@ -197,6 +214,67 @@ def _stream_table(model: str, stream: Stream) -> TextTable:
             )
         )
     return TextTable(f"{model}: {stream.tokens:,} tokens of {stream.text}", ("read with", *columns), rows)
+
+
+def _training_table(model: str, part: Training) -> TextTable:
+    header = ("", "first loss", "last loss", "held-out PPL", "step, ms", "first step, ms", "peak MiB", "verdict")
+
+    def cells(side: Trained) -> tuple[str, ...]:
+        return (
+            number(side.losses[0], 6),
+            number(side.losses[-1], 6),
+            f"{number(side.ppl_before, 6)} → {number(side.ppl_after, 6)}",
+            _spread(side.step_ms),
+            number(side.first_step_ms, 3),
+            number(side.peak_mib, 3),
+        )
+
+    a, b, worst = part.original, part.patched, part.worst_group()
+    differences = part.loss_differences()
+    apart = (
+        f"{number(differences[0], 2)} off",
+        f"{number(differences[-1], 2)} off",
+        f"ratio {b.ppl_after / a.ppl_after:.7f}",
+        _factor(part.speedup),
+        "",
+        f"{b.peak_mib / a.peak_mib:.2f} of it",
+        TRAINING_GRADES[part.grade],
+    )
+    rows = [("original", *cells(a), ""), ("patched", *cells(b), ""), ("patched to original", *apart)]
+    title = (
+        f"{model}: does it train the same? Gradients are {number(worst.error_before, 2)} off before and "
+        f"{number(worst.error_after, 2)} after {part.steps} steps at most ({worst.name})"
+    )
+    return TextTable(title, header, rows)
+
+
+def _gradients_table(model: str, part: Training) -> TextTable:
+    header = ("parameters", "number", "norm", "error before", "error after", "largest difference of norms at a step")
+    rows: list[tuple[str, ...]] = [
+        (
+            group.name,
+            f"{group.parameters:,}",
+            number(group.norm),
+            number(group.error_before, 2),
+            number(group.error_after, 2),
+            number(group.norm_difference, 2),
+        )
+        for group in part.groups
+    ]
+    return TextTable(f"{model}: gradients on the same weights, before and after training", header, rows)
+
+
+def losses_table(part: Training) -> TextTable:
+    """Both trainings, a row a step."""
+    header = ("step", "loss, original", "loss, patched", "difference", "gradient's norm, original", "patched")
+    figures = (part.original.losses, part.patched.losses, part.loss_differences())
+    rows: list[tuple[str, ...]] = [
+        (str(step), number(a, 7), number(b, 7), number(apart, 2), number(norm_a, 6), number(norm_b, 6))
+        for step, (a, b, apart, norm_a, norm_b) in enumerate(
+            zip(*figures, part.original.norms, part.patched.norms), start=1
+        )
+    ]
+    return TextTable("Losses", header, rows)
 
 
 # ------------------------------------------------------------------------------------------------- kernels and layers

@@ -13,8 +13,10 @@ from typing import Any
 from . import html, plots, summary, tables
 from .parity_results import Estimate
 from .records import as_dict
-from .results import ModelResult, Report, Spread, TailSpread
+from .results import ModelResult, Report
 from .resume import put
+from .spreads import Spread, TailSpread
+from .training_results import Training
 
 
 def to_json(report: Report) -> str:
@@ -81,6 +83,22 @@ def _model_rows(result: ModelResult) -> Iterator[tuple]:
     for way, read in ({} if result.stream is None else result.stream.ways).items():
         for name in ("perplexity", "scored", "ratio", "worst", "bytes", "tokens_s"):
             yield "stream", way, "", name, getattr(read, name), "", "", ""
+    if result.training is not None:
+        yield from _training_rows(result.training)
+
+
+def _training_rows(part: Training) -> Iterator[tuple]:
+    for side, trained in part.sides().items():
+        for step, (loss, norm) in enumerate(zip(trained.losses, trained.norms), start=1):
+            yield "training", f"step {step}", side, "loss", loss, "", "", ""
+            yield "training", f"step {step}", side, "norm", norm, "", "", ""
+        for name in ("ppl_before", "ppl_after", "first_step_ms", "peak_mib"):
+            yield "training", "", side, name, getattr(trained, name), "", "", ""
+        yield "training", "", side, "step_ms", trained.step_ms.median, "", trained.step_ms.low, trained.step_ms.high
+    yield "training", "", "speedup", "step", part.speedup.median, "", part.speedup.low, part.speedup.high
+    for group in part.groups:
+        for name in ("norm", "error_before", "error_after", "norm_difference"):
+            yield "training", group.name, "", name, getattr(group, name), "", "", ""
 
 
 FILES: dict[str, Callable[[Report], str]] = {

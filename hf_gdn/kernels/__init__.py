@@ -18,4 +18,13 @@ STEP_GDN = register_op(Op("step_gdn", reference.step, inputs.for_layer(per_chann
 STEP_KDA = register_op(Op("step_kda", reference.step, inputs.for_layer(per_channel=True, state=True)))
 PROLOGUE_GDN = register_op(Op("prologue_gdn", reference.prologue, inputs.for_layer(per_channel=False, state=False)))
 PROLOGUE_KDA = register_op(Op("prologue_kda", reference.prologue, inputs.for_layer(per_channel=True, state=False)))
+BACKWARD_PROLOGUE_GDN = register_op(
+    Op("backward_prologue_gdn", reference.prologue_backward, inputs.for_backward_prologue(per_channel=False))
+)
+BACKWARD_PROLOGUE_KDA = register_op(
+    Op("backward_prologue_kda", reference.prologue_backward, inputs.for_backward_prologue(per_channel=True))
+)
 GATED_NORM = register_op(Op("gated_norm", reference.gated_norm, inputs.for_gated_norm))
+BACKWARD_GATED_NORM = register_op(
+    Op("backward_gated_norm", reference.gated_norm_backward, inputs.for_backward_gated_norm)
+)

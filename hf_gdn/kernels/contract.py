@@ -15,6 +15,16 @@ The recurrent ops take two more arguments, for decoding:
     inplace=False       write the final state to `initial_state` and return this tensor
     token_states=None   a tensor ``[B, T, HV, K, V]`` in fp32 to which the state after every token is written
 
+Gradients do not go through either: they are refused before anything is written.
+
+Ops that read states can find them in slots of a pool instead: with ``slots=Slots(rows, begun)``, `initial_state` is a
+pool ``[P, HV, K, V]`` and `conv_state` a pool ``[P, C, keep]``, contiguous but for their first dimension, and of the
+states' dtypes. Sequence n starts from slot ``rows[n]``, or from zeros where it has not begun, and its states are
+written to the slot in place; the pool is what the op returns as its state. Packed sequences then read and write a
+convolution state each. A sequence without tokens leaves its slot as it is. Slots of different sequences differ, but for
+a slot whose contents nobody needs. A `Kernel` says whether it takes slots; for others, states are copied around the
+call (`slots`).
+
 The gradients of the chunk ops are ops of their own, ``backward_gdn`` and ``backward_kda``:
 
     fn(q, k, v, g, beta, d_o, d_final_state, *, scale, initial_state=None, cu_seqlens=None, qk_l2norm=False, saved=None)
@@ -34,6 +44,15 @@ The other ops compute the rest of what is between a layer's projections:
     step        fn(projected, weights, spec, conv_state, state)  ->  y
                 everything between a layer's projections, for the next few tokens of a cache; `conv_state` and `state`
                 are updated in place
+
+The gradients of prologue and norm are ops, too. They are given the forward's inputs and the gradients of its results:
+
+    backward prologue    fn(projected, weights, spec, d_q, d_k, d_v, d_g, d_beta, *, cu_seqlens=None, lengths=None)
+                         ->  PrologueGradients
+    backward gated norm  fn(o, z, weight, d_y, spec)  ->  NormGradients
+
+Gradients of weights are sums over all tokens, in an order that depends on the shapes alone. A prologue that continues a
+convolution state has no such op: its gradients go through eager.
 
 Their inputs are the outputs of the projections without a copy: `Projections` holds views with any strides. q, k, v and
 o are rounded to the model's dtype once each, and beta as in transformers; all other values are fp32.
@@ -71,11 +90,38 @@ def check_inplace(state: Tensor | None, dtype: torch.dtype) -> Tensor:
     return state
 
 
+def check_slots(pool: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The pool of a call with slots. Raises ValueError unless it is of `dtype` and each of its states contiguous."""
+    if pool is None:
+        raise ValueError("slots need a pool of states; it is None")
+    if pool.dtype != dtype or (len(pool) > 0 and not pool[0].is_contiguous()):
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"slots need a {name} pool, contiguous but for its first dimension; it is {_layout(pool)}")
+    return pool
+
+
+def check_no_gradients(inplace: bool, token_states: Tensor | None, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError if `inplace` or `token_states` is used and gradients of one of the tensors are needed."""
+    used = inplace or token_states is not None
+    if used and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        name = "inplace=True" if inplace else "token_states"
+        raise RuntimeError(
+            f"{name} has no gradients, and an argument requires grad; leave it out, or call under torch.no_grad()"
+        )
+
+
 def check_token_states(states: Tensor, dtype: torch.dtype) -> None:
     """Raise ValueError unless `states` ``[B, T, HV, K, V]`` is of `dtype`, every ``[K, V]`` contiguous."""
     if states.stride()[3:] != (states.shape[4], 1) or states.dtype != dtype:
         name = str(dtype).removeprefix("torch.")
         raise ValueError(f"token_states needs contiguous {name} [K, V] matrices; it is {_layout(states)}")
+
+
+class Slots(NamedTuple):
+    """Where the states of N sequences are in a pool."""
+
+    rows: Tensor  # [N], int64: the slot of every sequence, a row of the pool
+    begun: Tensor  # [N], bool: whether the slot holds the sequence's state; it starts from zeros where not
 
 
 class Projections(NamedTuple):
@@ -169,3 +215,23 @@ class Gradients(NamedTuple):
     g: Tensor  # [B, T, HV] or [B, T, HV, K]
     beta: Tensor  # [B, T, HV]
     initial_state: Tensor | None  # [N, HV, K, V], None if none was given
+
+
+class PrologueGradients(NamedTuple):
+    """Gradients of a prologue's inputs, contiguous, in their dtypes and shapes."""
+
+    qkv: Tensor  # [B, T, C], of q | k | v
+    a: Tensor
+    b: Tensor  # [B, T, HK, R]
+    conv: Tensor  # [C, width]
+    A_log: Tensor
+    dt_bias: Tensor
+    conv_bias: Tensor | None  # [C]; None if the convolution has no bias
+
+
+class NormGradients(NamedTuple):
+    """Gradients of a gated norm's inputs, contiguous, in their dtypes."""
+
+    o: Tensor  # [B, T, HV, V]
+    z: Tensor  # [B, T, HK, R, V]
+    weight: Tensor  # [V]

@@ -92,8 +92,45 @@ def for_layer(per_channel: bool, state: bool) -> Callable[..., dict[str, Any]]:
     return make_inputs
 
 
+def for_backward_prologue(per_channel: bool) -> Callable[..., dict[str, Any]]:
+    """Return the `make_inputs` of a prologue's gradients."""
+
+    def make_inputs(*, seed=0, **sizes) -> dict[str, Any]:
+        """Random arguments of a call: those of the prologue with the same seed, and the gradients of its results."""
+        inputs = for_layer(per_channel, state=False)(seed=seed, **sizes)
+        q, v = inputs["projected"].q, inputs["projected"].v
+        (B, T, HK, K), (R, V) = q.shape, v.shape[3:]
+        random, HV, fp32 = torch.Generator().manual_seed(seed + 1), HK * R, state_dtype(q.dtype)
+
+        def normal(*shape, dtype=q.dtype):
+            return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype).to(q.device)
+
+        return dict(
+            projected=inputs["projected"],
+            weights=inputs["weights"],
+            spec=inputs["spec"],
+            d_q=normal(B, T, HK, K),
+            d_k=normal(B, T, HK, K),
+            d_v=normal(B, T, HV, V),
+            d_g=normal(B, T, HV, *([K] if per_channel else []), dtype=fp32),
+            d_beta=normal(B, T, HV, dtype=fp32),
+            cu_seqlens=None,
+            lengths=None,
+        )
+
+    return make_inputs
+
+
 def for_gated_norm(**sizes: Any) -> dict[str, Any]:
     """Random arguments of a gated norm; z is a slice of a projection."""
     inputs = for_layer(per_channel=False, state=False)(**sizes)
     projected, weights, spec = inputs["projected"], inputs["weights"], inputs["spec"]
     return dict(o=projected.v.flatten(2, 3).contiguous(), z=projected.z, weight=weights.norm, spec=spec)
+
+
+def for_backward_gated_norm(*, seed: int = 0, **sizes: Any) -> dict[str, Any]:
+    """Random arguments of a gated norm's gradients: those of the norm with the same seed, and the gradient of y."""
+    inputs = for_gated_norm(seed=seed, **sizes)
+    o, random = inputs["o"], torch.Generator().manual_seed(seed + 1)
+    d_y = torch.randn(o.shape, generator=random, dtype=torch.float64).to(o.dtype).to(o.device)
+    return dict(o=o, z=inputs["z"], weight=inputs["weight"], d_y=d_y, spec=inputs["spec"])

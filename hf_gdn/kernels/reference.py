@@ -155,6 +155,36 @@ def gated_norm(o, z, weight, spec):
     return o / (o.pow(2).mean(-1, keepdim=True) + spec.eps).sqrt() * weight * gate
 
 
+def prologue_backward(projected, weights, spec, d_q, d_k, d_v, d_g, d_beta, **options):
+    """Gradients of `prologue` without a convolution state, by autograd.
+
+    Args:
+        d_q, d_k, d_v, d_g, d_beta: gradients of its results.
+
+    Returns:
+        Gradients of q | k | v ``[B, T, C]``, a, b, the weight of the convolution, A_log, dt_bias and the bias of the
+        convolution (None if there is none).
+    """
+    batch, length = projected.q.shape[:2]
+    given = [x.detach().requires_grad_() for x in projected[:5]]
+    held = [None if x is None else x.detach().requires_grad_() for x in weights[:4]]
+    with torch.enable_grad():
+        changed = projected._replace(**dict(zip("qkvab", given)))
+        made = prologue(changed, weights._replace(**dict(zip(weights._fields, held))), spec, **options)[:5]
+        wanted = [*given, *(x for x in held if x is not None)]
+        found = torch.autograd.grad(made, wanted, (d_q, d_k, d_v, d_g, d_beta))
+    d_qkv = torch.cat([x.reshape(batch, length, -1) for x in found[:3]], -1)
+    a, b, conv, *bias, A_log, dt_bias = found[3:]
+    return d_qkv, a, b, conv, A_log, dt_bias, bias[0] if bias else None
+
+
+def gated_norm_backward(o, z, weight, d_y, spec):
+    """Gradients of `gated_norm`'s o, z and weight, by autograd; `d_y` is the gradient of its result."""
+    given = [x.detach().requires_grad_() for x in (o, z, weight)]
+    with torch.enable_grad():
+        return torch.autograd.grad(gated_norm(*given, spec), given, d_y)
+
+
 def step(projected, weights, spec, conv_state, state):
     """Everything between a layer's projections, for tokens that continue a cache. Call it with float64 inputs.
 

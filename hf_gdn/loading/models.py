@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
-from ..errors import UserError, reason
+from ..errors import HfGdnError, UserError, named, reason
 from ..patches import all_families, families_in
 from ..upstream.configs import has_causal_model
 from .quantization import quantize
@@ -18,6 +21,13 @@ from .shapes import ASSETS, CONFIGS, embedded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 T = TypeVar("T")
+# What transformers and the libraries below it raise for files they cannot find, read or make a model of. Those of
+# `_EXPLAINED` explain themselves; the others are named in the message.
+_EXPLAINED = (OSError, ValueError, ImportError, StrictDataclassError)
+_FAILURES = (
+    *_EXPLAINED, SafetensorError, pickle.UnpicklingError, EOFError, MemoryError, RuntimeError, LookupError, TypeError,
+    AttributeError, AssertionError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,20 +96,27 @@ def _path(name: str) -> str:
 def pick_device(name: str | None, given: torch.device | None = None) -> torch.device:
     """The device asked for, or the best there is; with several processes the one `given` by accelerate to this one."""
     if given is not None:
-        if name is not None and torch.device(name).index is not None:
+        if name is not None and _device(name).index is not None:
             raise UserError(f"--device {name} names one device; with several processes give cpu, cuda or nothing")
         return given
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _device(name)
+
+
+def _device(name: str) -> torch.device:
+    """A device that computes here: torch knows others, such as meta, and parses names of those that are not there."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        available = ["cpu"]
-        available += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        available += ["mps"] if torch.backends.mps.is_available() else []
-        raise UserError(f"--device {name} cannot be used; devices here: {', '.join(available)}") from error
-    return device
+        if float(torch.ones(2, device=device).sum()) == 2:
+            return device
+        why = "it computes 1 + 1 wrongly"
+    except (RuntimeError, AssertionError, ImportError, AttributeError, TypeError, ValueError) as error:
+        why = reason(error)
+    available = ["cpu"]
+    available += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    raise UserError(f"--device {name} cannot be used here: {why}; devices here: {', '.join(available)}")
 
 
 def pick_dtype(name: str | None, source: Source, device: torch.device) -> torch.dtype:
@@ -167,11 +184,13 @@ def load(source: Source, device: torch.device, dtype: torch.dtype) -> Loaded:
     where = _path(source.name)
     hub = {} if source.revision is None else {"revision": source.revision}
     tokenizer = _tried(source, "loaded", lambda: AutoTokenizer.from_pretrained(where, **hub))
-    if not tokenizer("text").input_ids:
+    if not _tried(source, "loaded", lambda: tokenizer("text").input_ids):
         raise UserError(f"model {source.name!r} cannot be loaded: it has no tokenizer that reads text")
-    model = _tried(source, "loaded", lambda: auto.from_pretrained(where, dtype=dtype, **hub, **options))
+    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # `_check_weights` refuses them by name
+    model, found = _tried(source, "loaded", lambda: auto.from_pretrained(where, dtype=dtype, **hub, **options))
+    _check_weights(source, found)
     if source.device_map is None and not source.tensor_parallel:
-        model.to(device)
+        _tried(source, f"moved to {device}", lambda: model.to(device))
     quantize(model, source.quantize)
     return Loaded(source, model.eval(), tokenizer, name)
 
@@ -216,8 +235,24 @@ def _setting(config: Any, text: str) -> tuple[str, Any]:
 def _tried(source: Source, verb: str, work: Callable[[], T], hint: str = "") -> T:
     try:
         return work()
-    except (OSError, ValueError, ImportError) as error:  # what transformers raises for what it cannot find or read
-        raise UserError(f"model {source.name!r} cannot be {verb}: {reason(error)}{hint}") from error
+    except HfGdnError:
+        raise
+    except _FAILURES as error:
+        why = reason(error) if isinstance(error, _EXPLAINED) else named(error)
+        raise UserError(f"model {source.name!r} cannot be {verb}: {why}{hint}") from error
+
+
+def _check_weights(source: Source, found: dict[str, Any]) -> None:
+    """Raise UserError for a checkpoint without some of its model's weights, which transformers would make up."""
+    for name, held, wanted in sorted(found["mismatched_keys"], key=str):
+        raise UserError(
+            f"model {source.name!r} cannot be loaded: its file has {name} of {list(held)}, its config makes it "
+            f"{list(wanted)}"
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"model {source.name!r} cannot be loaded: its files lack the weight {missing[0]}{more}")
 
 
 def check_length(loaded: Loaded, tokens: int, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def _read_jsonl(path: Path, text: str, field: str) -> list[str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"text {str(path)!r}, line {number} is no JSON: {reason(error)}") from error
         if not isinstance(row, dict):
             raise UserError(f"text {str(path)!r}, line {number}: expected a JSON object, got {type(row).__name__}")
@@ -103,7 +104,7 @@ def _read_parquet(path: Path, field: str) -> list[str]:
         file = pyarrow.parquet.ParquetFile(path)
         _field(dict.fromkeys(file.schema_arrow.names, ""), field, f"text {str(path)!r}")
         column = file.read(columns=[field]).column(0).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (OSError, MemoryError, pyarrow.ArrowException) as error:
         raise UserError(f"text {str(path)!r} cannot be read as parquet: {reason(error)}") from error
     return [_field({field: value}, field, f"text {str(path)!r}, row {row}") for row, value in enumerate(column)]
 
@@ -120,10 +121,14 @@ def read_dataset(name: str, split: str, field: str = "text") -> Text:
         import datasets
     except ImportError as error:
         raise UserError("--dataset needs the datasets library: pip install 'hf-gdn[eval]'") from error
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # its errors are raised, too
     path, _, config = name.partition(":")
     try:
         found = datasets.load_dataset(path, config or None, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (
+        OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, MemoryError, EOFError,
+        datasets.exceptions.DatasetsError,
+    ) as error:  # fmt: skip
         raise UserError(f"data set {name!r}, split {split!r}, cannot be loaded: {reason(error)}") from error
     _field(dict.fromkeys(found.column_names, ""), field, f"data set {name!r}")
     documents = [

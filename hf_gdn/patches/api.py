@@ -120,7 +120,7 @@ def patch(
         PatchError: the transformers version is unsupported, or a named family (with `strict`, any family) does not fit
             it. Nothing is patched then.
 
-    Example:
+    Examples:
         >>> hf_gdn.patch("qwen3_next", backend="eager").active
         True
         >>> model.generate(**inputs, max_new_tokens=4).shape
@@ -187,7 +187,7 @@ def unpatch(families: Iterable[str] | str | None = None) -> Status:
     Raises:
         ValueError: unknown family.
 
-    Example:
+    Examples:
         >>> hf_gdn.patch().active, hf_gdn.unpatch().active
         (True, False)
     """
@@ -210,7 +210,7 @@ def patched(
 ) -> Iterator[Status]:
     """Context manager that patches like `patch` and restores the previous patches on exit.
 
-    Example:
+    Examples:
         >>> with hf_gdn.patched(strict=True):
         ...     logits = model(**inputs).logits
         >>> hf_gdn.status().active
@@ -224,7 +224,7 @@ def patched(
 def unpatched() -> Iterator[Status]:
     """Context manager that runs the original transformers and restores the previous patches on exit.
 
-    Example:
+    Examples:
         >>> _ = hf_gdn.patch()
         >>> with hf_gdn.unpatched():
         ...     wanted = model(**inputs).logits

@@ -14,10 +14,12 @@ from functools import partial
 from typing import Any
 
 from ..caches import rollback, row_methods
-from ..drafting.prompt_lookup import make_get_candidate_generator
+from ..drafting.candidates import make_get_candidate_generator
+from ..drafting.continued import make_assisted_decoding, make_prepare_inputs
 from ..errors import PatchError
 from ..upstream import cache_names, indexer_positions, seams
-from .families.base import Family
+from . import batching
+from .families.base import MTP, Family
 from .forward import make_forward
 from .plan import Settings
 from .swap import Swap, class_attribute
@@ -86,9 +88,15 @@ def build(
     if stateful is not None:
         others += [
             _swap(stateful, seams.STATEFUL, lambda _: False, current),
-            _swap(stateful, seams.CANDIDATES, make_get_candidate_generator, current),
+            _swap(stateful, seams.CANDIDATES, make_get_candidate_generator(_why_no_mtp(family)), current),
+            _swap(stateful, seams.ASSISTED, make_assisted_decoding, current),
         ]
     return FamilyPatch(family, settings, layer, tuple(others))
+
+
+def _why_no_mtp(family: Family) -> str | None:
+    reason = dict(family.cannot).get(MTP)
+    return None if reason is None else f"{reason} ({family.name})"
 
 
 def rollback_missing() -> str | None:
@@ -102,15 +110,25 @@ def rollback_missing() -> str | None:
 
 @functools.cache
 def cache_swaps() -> tuple[Swap, ...]:
-    """The swaps in caches and ``generate`` that any patched family brings."""
-    mixin, methods = seams.linear_cache_mixin(), dict(row_methods.METHODS)
+    """The swaps in caches, ``generate`` and continuous batching that any patched family brings."""
+    mixin, cache = seams.linear_cache_mixin(), seams.cache_class("Cache")
+    methods: dict[str, Callable[[Any], Any]] = dict(row_methods.METHODS)
+    of_caches: dict[str, Callable[[Any], Any]] = {}
+    places: list[tuple[type, str, Callable[[Any], Any]]] = []
+    if indexer_positions.on_cache():
+        of_caches |= indexer_positions.METHODS
     if rollback_missing() is None:
         methods |= rollback.METHODS
-    places = [(mixin, name, make) for name, make in methods.items()]
-    if indexer_positions.on_cache():
-        places += [(seams.cache_class("Cache"), name, make) for name, make in indexer_positions.METHODS.items()]
+        if isinstance(class_attribute(mixin, "is_compileable"), property):
+            methods["is_compileable"] = rollback.make_is_compileable
+        for name, make in rollback.CACHE_METHODS.items():
+            inner = of_caches.get(name)
+            of_caches[name] = make if inner is None else lambda value, make=make, inner=inner: make(inner(value))
+        places.append((seams.generation_class(), seams.PREPARE, make_prepare_inputs))
+    places += [(mixin, name, make) for name, make in methods.items()]
+    places += [(cache, name, make) for name, make in of_caches.items()]
     if cache_names.name() != cache_names.NAMES[0]:
         places.append((seams.generation_class(), "generate", make_generate))
     return tuple(
         Swap(cls, name, class_attribute(cls, name), make(class_attribute(cls, name))) for cls, name, make in places
-    )
+    ) + tuple(batching.swaps())

@@ -1,7 +1,7 @@
 """The forward of all patched layers. It dispatches each call.
 
-`recording` serves tokens that may be rolled back, `padding` serves masked rows. Both call `mixer`, which serves
-everything else.
+`recording` serves tokens that may be rolled back, `padding` serves masked rows, `paged` serves continuous batching. The
+first two call `mixer`, which serves everything else.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from ..caches import rollback
 from ..errors import BackendError
 from ..log import warn_once
-from ..upstream import cache_names, seams
+from ..upstream import cache_names, paged, seams
 from . import packing
 from .families.base import Family
 from .handover import Handover
 from .mixer import LayerCall, run
 from .padding import hides_nothing, run_padded
+from .paged import ARGUMENT, run_paged
 from .plan import Plans, Settings
 from .recording import run_recorded
 
@@ -53,6 +54,8 @@ def make_forward(family: Family, original: Callable[..., Tensor], settings: Sett
         **kwargs: Any,
     ) -> Tensor:
         cache = cache_names.take(kwargs, cache)  # callers may use the name of another version
+        if paged.is_paged(cache):
+            return run_paged(LayerCall(plans, self, None), cache, hidden_states, kwargs[ARGUMENT])
         try:
             _check_served(self, cache, kwargs)
         except Unserved as reason:
@@ -65,7 +68,7 @@ def make_forward(family: Family, original: Callable[..., Tensor], settings: Sett
         call, cu_seqlens = LayerCall(plans, self, cache), packing.bounds(hidden_states, kwargs)
         if call.states is not None and call.states.record_past:
             rows = 1 if attention_mask is None else len(attention_mask)
-            if cu_seqlens is None and rows == 1 and not torch.is_grad_enabled():
+            if rollback.records(call.states) and cu_seqlens is None and rows == 1 and not torch.is_grad_enabled():
                 return run_recorded(call, hidden_states, attention_mask)
             rollback.discard(call.states)
         if cu_seqlens is None:
@@ -79,5 +82,6 @@ def make_forward(family: Family, original: Callable[..., Tensor], settings: Sett
         packed = hidden_states.reshape(1, -1, hidden_states.shape[2])
         return run(call, packed, cu_seqlens=cu_seqlens).reshape(hidden_states.shape)
 
+    forward.plans = plans  # type: ignore[attr-defined]
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # libraries inspect argument names
     return forward

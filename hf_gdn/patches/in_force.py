@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .. import cuda_graphs
+from . import batching
 from .family_patch import FamilyPatch, cache_swaps
 from .swap import Swap, apply_swaps
 
@@ -51,6 +52,7 @@ def put(wanted: Table, instead_of: Table) -> None:
     """Replace the patches `instead_of` with `wanted`. Idempotent; after an interruption, run it again or reversed."""
     global _table
     with lock:
+        batching.check_not_running(instead_of.patches.keys() - wanted.patches.keys())
         apply_swaps(instead_of.swaps(), wanted.swaps())
         _table = wanted
 

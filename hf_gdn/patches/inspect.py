@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import registry
+from ..gradients import has_backward
 from ..upstream import seams, versions
 from . import in_force
 from .families import all_families
@@ -68,7 +69,7 @@ class Status:
 def status() -> Status:
     """Return which families are patched, and on which backend.
 
-    Example:
+    Examples:
         >>> _ = hf_gdn.patch("kimi_linear")
         >>> [family.name for family in hf_gdn.status().families if family.state == "patched"]
         ['kimi_linear']
@@ -110,14 +111,19 @@ def unpatchable(model: torch.nn.Module) -> str | None:
     return "; ".join(found) or None
 
 
-def layer_kernels(model: torch.nn.Module) -> dict[str, str]:
-    """Return the kernels that the layers of a patched model run on when no gradients are needed.
+def layer_kernels(model: torch.nn.Module, *, needs_grad: bool = False) -> dict[str, str]:
+    """Return the kernels that the layers of a patched model run on.
+
+    Args:
+        model: the model.
+        needs_grad: in training; otherwise without gradients.
 
     Returns:
-        Layer name in the model -> ``"chunk_gdn: triton, step_gdn: triton"``, or ``"original"`` if its class is not
-        patched, or ``"replaced by ..."`` if the layer instance has its own forward.
+        Layer name in the model -> ``"chunk_gdn: triton, step_gdn: triton"`` (in training ``"chunk_gdn: triton,
+        backward_gdn: triton"``, without the second where PyTorch differentiates the first), or ``"original"`` if its
+        class is not patched, or ``"replaced by ..."`` if the layer instance has its own forward.
 
-    Example:
+    Examples:
         >>> from hf_gdn.patches import layer_kernels
         >>> with hf_gdn.patched(backend="eager"):
         ...     print(layer_kernels(model)["model.layers.0.linear_attn"])
@@ -133,15 +139,19 @@ def layer_kernels(model: torch.nn.Module) -> dict[str, str]:
                 layers[name] = "original"
             continue
         theirs = foreign_forward(module, change.layer)
-        layers[name] = f"replaced by {theirs}" if theirs else _kernels(module, change)
+        layers[name] = f"replaced by {theirs}" if theirs else _kernels(module, change, needs_grad)
     return layers
 
 
-def _kernels(layer: Any, change: FamilyPatch) -> str:
+def _kernels(layer: Any, change: FamilyPatch, needs_grad: bool) -> str:
     weight, dims = layer.conv1d.weight, change.family.dims(layer)
     kind, backend = (weight.device.type, weight.dtype, (*dims,)), change.settings.backend
     chunk, recurrent, step = (f"{name}_{change.family.variant}" for name in ("chunk", "recurrent", "step"))
     beta_max = change.family.spec(layer).beta_scale
+    if needs_grad:
+        kernel = registry.resolve_cached(chunk, *kind, backend, True, beta_max)
+        gradients = f", {registry.backward_of(chunk)}: {kernel.backend}" if has_backward(kernel) else ""
+        return f"{chunk}: {kernel.backend}{gradients}"
     prefill, decode = (
         registry.resolve_cached(op, *kind, backend, False, beta_max).backend for op in (chunk, recurrent)
     )

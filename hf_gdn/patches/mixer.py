@@ -89,6 +89,7 @@ def mix(
         cu_seqlens=cu_seqlens,
         lengths=None if real is None else real.sum(1),
         asked=plan.asked,
+        needs_grad=plan.needs_grad,
     )
     inplace = kernel is plan.few.delta_rule and state is not None and not plan.needs_grad and state.is_contiguous()
     o, final = call_delta_rule(
@@ -108,7 +109,7 @@ def mix(
     if norm is None or weights.norm is None:
         module, z = getattr(call.layer, call.family.norm_name), projected.z.reshape(o.shape)
         return module(o.flatten(0, -2), z.flatten(0, -2)).view(batch, length, -1)
-    return call_norm(norm, o, projected.z, weights.norm, plan.spec, plan.asked).flatten(2)
+    return call_norm(norm, o, projected.z, weights.norm, plan.spec, plan.asked, plan.needs_grad).flatten(2)
 
 
 def step_kernel(plan: KernelPlan, length: int, states: Any) -> Kernel | None:

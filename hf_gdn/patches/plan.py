@@ -78,13 +78,11 @@ class KernelPlan:
         return Route(kernel, prologue, norm)
 
     def _companion(self, op: str, kernel: Kernel) -> Kernel | None:
-        """The kernel for `op` of the same backend as `kernel`; None if it has none that serves."""
+        """The kernel for `op` of the same backend as `kernel`; None if it has none that serves, gradients included."""
         device_type, dtype, dims = self._kind
         if op == "gated_norm":
             dims = (dims[1], dims[1], dims[3], dims[3])  # a norm does not depend on the keys
-        found = registry.companion(op, device_type, dtype, dims, kernel.backend)
-        # Backends may have gradients for their delta rule alone.
-        return None if found is not None and self.needs_grad and not found.differentiable else found
+        return registry.companion(op, device_type, dtype, dims, kernel.backend, self.needs_grad)
 
     def _companion_or_eager(self, op: str, kernel: Kernel, serves: bool) -> Kernel:
         found = (self._companion(op, kernel) if serves else None) or registry.get_or_none(op, "eager")
@@ -97,6 +95,7 @@ class Plans:
 
     def __init__(self, family: Family, settings: Settings) -> None:
         self.family, self.settings = family, settings
+        self.layers = 0  # that have run, those freed since included
         self._known: WeakKeyDictionary[nn.Module, dict[Hashable, KernelPlan]] = WeakKeyDictionary()
 
     def of(self, layer: Any, projected: Projections) -> tuple[KernelPlan, Weights]:
@@ -111,6 +110,7 @@ class Plans:
         plans = self._known.get(layer)
         if plans is None:
             plans = self._known[layer] = {}
+            self.layers += 1
         norm = getattr(layer, family.norm_name)
         key = (
             projected.q.device.type,

@@ -19,17 +19,30 @@ MISSING: Any = object()  # stands for an attribute that a class does not define 
 
 @dataclass(frozen=True)
 class Swap:
-    """A class attribute, its original value (MISSING if the class does not define it) and its replacement."""
+    """An attribute of a class or an item of a dict, its original value (MISSING if there is none), its replacement."""
 
-    cls: type
+    cls: Any
     name: str
     original: Any
     replacement: Any
 
 
-def class_attribute(cls: type, name: str) -> Any:
-    """The attribute that a class defines itself, not one it inherits; MISSING if there is none."""
-    return cls.__dict__.get(name, MISSING)
+def class_attribute(cls: Any, name: str) -> Any:
+    """The attribute that a class defines itself, not one it inherits, or a dict's item; MISSING if there is none."""
+    return (cls if isinstance(cls, dict) else cls.__dict__).get(name, MISSING)
+
+
+def _put(cls: Any, name: str, value: Any) -> None:
+    """Set an attribute or an item; MISSING deletes it."""
+    if isinstance(cls, dict):
+        if value is MISSING:
+            del cls[name]
+        else:
+            cls[name] = value
+    elif value is MISSING:
+        delattr(cls, name)
+    else:
+        setattr(cls, name, value)
 
 
 def describe(function: Any) -> str:
@@ -46,8 +59,8 @@ def _value_after_swap(value: Any, old: Swap | None, new: Swap | None) -> Any:
     return value
 
 
-def _by_place(swaps: Iterable[Swap]) -> dict[tuple[type, str], Swap]:
-    return {(swap.cls, swap.name): swap for swap in swaps}
+def _by_place(swaps: Iterable[Swap]) -> dict[tuple[int, str], Swap]:
+    return {(id(swap.cls), swap.name): swap for swap in swaps}
 
 
 def apply_swaps(old: Iterable[Swap], new: Iterable[Swap]) -> None:
@@ -61,21 +74,23 @@ def apply_swaps(old: Iterable[Swap], new: Iterable[Swap]) -> None:
         for place in {**before, **after}
         if before.get(place) is not after.get(place)
     }
-    for (cls, name), (previous, wanted) in changes.items():
+    forwards = {}
+    for (_, name), (previous, wanted) in changes.items():
+        cls = (wanted or previous).cls  # type: ignore[union-attr]
+        if name == "forward":
+            forwards[cls] = previous, wanted
         here = class_attribute(cls, name)
         value = _value_after_swap(here, previous, wanted)
-        if value is MISSING and here is not MISSING:
-            delattr(cls, name)
-        elif value is not here:
-            setattr(cls, name, value)
+        if value is not here:
+            _put(cls, name, value)
         elif wanted is None and previous is not None and here is not previous.original:
             logger.warning(
                 "%s.%s was replaced by %s after hf_gdn patched it; the replacement is left in place",
-                cls.__name__,
+                getattr(cls, "__name__", type(cls).__name__),
                 name,
                 describe(here),
             )
-    _update_bound_instances({cls: pair for (cls, name), pair in changes.items() if name == "forward"})
+    _update_bound_instances(forwards)
 
 
 def _update_bound_instances(changes: dict[type, tuple[Swap | None, Swap | None]]) -> None:

@@ -6,6 +6,7 @@ transformers builds the masks of full attention from them but does not pass them
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -15,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..upstream import cache_names, versions
+from ..caches import rollback
+from ..upstream import cache_names, paged
+from .paged import with_batch
 
 # Called with a text model each time it runs eagerly. If it returns False, the original forward serves the call.
 FirstRun = Callable[[Any], bool]
+_nothing = contextlib.nullcontext()
 
 
 def _restarts(given: dict[str, Any]) -> Tensor | None:
@@ -42,23 +46,6 @@ def _restarts(given: dict[str, Any]) -> Tensor | None:
     return restarts.cumsum(1, dtype=torch.int32) if restarts.any() else None
 
 
-def _check_recording(cache: Any) -> None:
-    """Raise ValueError for a static cache of a hybrid model that records its past, if transformers masks it wrongly.
-
-    If transformers treats a recording cache as not compileable, decode steps get no mask, so queries attend to slots
-    that hold no token yet. The original models have the same problem.
-    """
-    layers = getattr(cache, "layers", ())
-    recording = next((layer for layer in layers if hasattr(layer, "record_past")), None)
-    if recording is None or not recording.record_past or cache.is_compileable:
-        return
-    if any(layer.is_compileable for layer in layers if not hasattr(layer, "record_past")):
-        raise ValueError(
-            f"expected a DynamicCache, got a {type(cache).__name__} that records its past, as in assisted decoding: "
-            f"with a hybrid model it is masked wrongly by {versions.installed()}, decode steps attend to empty slots"
-        )
-
-
 def make_model_forward(original: Callable[..., Any], first_run: FirstRun | None = None) -> Callable[..., Any]:
     """Make the forward that replaces a text model's. If ``position_ids`` restart, it passes ``seq_idx`` to the layers.
 
@@ -75,18 +62,23 @@ def make_model_forward(original: Callable[..., Any], first_run: FirstRun | None 
             return original(self, *args, **kwargs)  # raises TypeError
         given = {**dict(zip(names, args)), **kwargs}
         cache = cache_names.take(given)
+        if paged.is_paged(cache):
+            return original(self, **with_batch(cache, given), **paged.as_argument(cache))
         if cache is not None:
             given[cache_name or cache_names.name()] = cache
-            _check_recording(cache)
+        compiling = torch.compiler.is_compiling()
         if getattr(cache, "plans_forwards", False):
-            out = original(self, **{**given, **cache.begin(self, given)})
-            cache.commit()
-            return out
-        if not torch.compiler.is_compiling():
-            seq_idx = _restarts(given)
-            if seq_idx is not None:
-                given["seq_idx"] = seq_idx
-        return original(self, **given)
+            with _nothing if compiling else rollback.guarded(cache):
+                out = original(self, **{**given, **cache.begin(self, given)})
+                cache.commit()
+                return out
+        if compiling:
+            return original(self, **given)
+        seq_idx = _restarts(given)
+        if seq_idx is not None:
+            given["seq_idx"] = seq_idx
+        with rollback.guarded(cache), rollback.masked_as_static() if rollback.is_static(cache) else _nothing:
+            return original(self, **given)
 
     return forward
 

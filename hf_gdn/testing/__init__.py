@@ -21,7 +21,13 @@ calls. `compiled` compiles Triton kernels for cards that are not there; it needs
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .compare import assert_close, assert_no_worse, assert_same, error
+
+if TYPE_CHECKING:
+    from .case import Case
+    from .kernel_cases import cases, check_kernel
 
 __all__ = ["check_kernel", "cases", "Case", "assert_close", "assert_no_worse", "assert_same", "error"]
 _LAZY = ("check_kernel", "cases", "Case")  # need the kernels' registry; comparing two tensors does not

@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.backends.driver import DriverBase
 
-from ..kernels.triton import chunks, segmented_scan, step
+from ..kernels.triton import chunks, prepared, segmented_scan, step
 from ..upstream.triton_kernels import jit_functions
 from .compiled import SHARED_LIMIT, TARGETS
 
@@ -29,10 +29,12 @@ class Log:
 
     Attributes:
         launches: names of kernels, in order.
+        hashes: of the compiled kernels that were launched, in order.
         compilations: names of kernels and the seconds each took.
     """
 
     launches: list[str] = field(default_factory=list)
+    hashes: list[str] = field(default_factory=list)
     compilations: list[tuple[str, float]] = field(default_factory=list)
 
 
@@ -46,10 +48,11 @@ def _driver(target: str, log: Log) -> Any:
 
     class Launcher:
         def __init__(self, source: Any, metadata: Any) -> None:
-            self.name = metadata.name
+            self.name, self.hash = metadata.name, metadata.hash
 
         def __call__(self, *args: Any) -> None:
             log.launches.append(self.name)
+            log.hashes.append(self.hash)
 
     class Driver(DriverBase):
         def __init__(self) -> None:
@@ -86,7 +89,7 @@ def absent_card(target: str) -> Iterator[Log]:
 
     Kernels that were compiled before, for another driver, are not seen inside, and those of inside not afterwards.
 
-    Example:
+    Examples:
         >>> from hf_gdn import registry
         >>> from hf_gdn.testing.absent_driver import absent_card
         >>> call = registry.ops()["gated_norm"].make_inputs(B=2, T=3, dtype=torch.bfloat16)
@@ -110,7 +113,8 @@ def absent_card(target: str) -> Iterator[Log]:
         for module in (chunks, segmented_scan):
             stack.enter_context(mock.patch.object(module, "shared_memory", lambda device: SHARED_LIMIT[target]))
         stack.enter_context(mock.patch.object(triton.compiler, "compile", timed))
-        stack.enter_context(mock.patch.dict(step._launchers, clear=True))
+        for kept in (step._launchers, prepared._compiled):
+            stack.enter_context(mock.patch.dict(kept, clear=True))
         for kernel in jit_functions():
             caches = kernel.device_caches
             stack.callback(setattr, kernel, "device_caches", caches)

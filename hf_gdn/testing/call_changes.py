@@ -127,13 +127,13 @@ def packed(*bounds: int, state: bool = True, index: torch.dtype = torch.int64) -
 
     def change(call: Call) -> Call:
         call = {**call, "cu_seqlens": torch.tensor(bounds, dtype=index).to(calls.tensors(call)[0].device)}
-        if "keep" not in call:
+        if "initial_state" in call:
             x, random = call["initial_state"], torch.Generator().manual_seed(3)
             states = 0.1 * torch.randn(len(bounds) - 1, *x.shape[1:], generator=random, dtype=x.dtype)
             call["initial_state"] = states.to(x.device) if state else None
             if "d_final_state" in call:
                 call["d_final_state"] = states.flip(0).to(x.device)
-        elif not state:
+        elif "conv_state" in call and not state:
             call["conv_state"] = None
         return call
 
@@ -170,7 +170,33 @@ def padded(*lengths: int, cache: bool = True) -> Callable[[Call], Call]:
     """The call with `lengths` tokens in its rows, and padding behind them."""
 
     def change(call: Call) -> Call:
-        x = call["conv_state"]
-        return {**call, "conv_state": x if cache else None, "lengths": torch.tensor(lengths, device=x.device)}
+        made = {**call, "lengths": torch.tensor(lengths, device=call["projected"].q.device)}
+        return made if cache or "conv_state" not in call else {**made, "conv_state": None}
 
     return change
+
+
+def zero_rows(call: Call) -> Call:
+    """A gated norm's call with rows of zeros, as of padded tokens."""
+    o = call["o"].clone()
+    o[:, ::2] = 0
+    return {**call, "o": o}
+
+
+def far_gates(call: Call) -> Call:
+    """A gated norm's call with gates that are shut or wide open."""
+    z = call["z"].clone()
+    z[..., 0, :] -= 80.0
+    z[..., -1, 1:] += 80.0
+    return {**call, "z": z}
+
+
+def zero_tokens(call: Call) -> Call:
+    """A prologue's call with tokens of zeros, as padded ones are."""
+
+    def cleared(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, 3::2] = 0
+        return x
+
+    return {**call, "projected": calls.mapped(cleared, call["projected"])}

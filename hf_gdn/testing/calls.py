@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import registry
-from ..kernels.contract import DeltaRuleInputs, Gradients, state_dtype
+from ..kernels.contract import DeltaRuleInputs, Gradients, NormGradients, PrologueGradients, state_dtype
 from ..registry import Kernel
 from ..upstream.tensors import tree_map_only
 
@@ -31,12 +31,14 @@ class Signature:
         carried: results that the next tokens of a sequence take as an argument, by the argument's name; both are
             ``[N, ...]``, N the number of sequences.
         in_place: the carried arguments are updated in place, and only the first result is returned.
+        summed: results that are sums over all tokens, as gradients of weights are.
     """
 
     per_token: tuple[str, ...]
     results: tuple[str, ...]
     carried: Mapping[str, str] = field(default_factory=dict)
     in_place: bool = False
+    summed: tuple[str, ...] = ()
 
 
 _DELTA_RULE = Signature(("q", "k", "v", "g", "beta"), ("o", "final_state"), {"initial_state": "final_state"})
@@ -47,6 +49,11 @@ _BACKWARD = Signature(
     {"initial_state": "d_initial_state", "d_final_state": "d_initial_state"},
 )
 _PROLOGUE = Signature(("projected",), DeltaRuleInputs._fields, {"conv_state": "conv_state"})
+_BACKWARD_PROLOGUE = Signature(
+    ("projected", "d_q", "d_k", "d_v", "d_g", "d_beta"),
+    tuple(f"d_{name}" for name in PrologueGradients._fields),
+    summed=("d_conv", "d_A_log", "d_dt_bias", "d_conv_bias"),
+)
 _STEP = Signature(("projected",), ("y", "conv_state", "state"), {"conv_state": "conv_state", "state": "state"}, True)
 SIGNATURES = {
     **dict.fromkeys(("chunk_gdn", "chunk_kda", "recurrent_gdn", "recurrent_kda"), _DELTA_RULE),
@@ -54,6 +61,10 @@ SIGNATURES = {
     **dict.fromkeys(("prologue_gdn", "prologue_kda"), _PROLOGUE),
     **dict.fromkeys(("step_gdn", "step_kda"), _STEP),
     "gated_norm": Signature(("o", "z"), ("y",)),
+    **dict.fromkeys(("backward_prologue_gdn", "backward_prologue_kda"), _BACKWARD_PROLOGUE),
+    "backward_gated_norm": Signature(
+        ("o", "z", "d_y"), tuple(f"d_{name}" for name in NormGradients._fields), summed=("d_weight",)
+    ),
 }
 
 
@@ -108,7 +119,9 @@ def reference(op: str, call: Call) -> Results:
 def result_dtype(op: str, call: Call, result: str) -> torch.dtype:
     """Dtype that the contract prescribes for a result."""
     if op.startswith("backward"):
-        return call[result.removeprefix("d_")].dtype
+        name = "q" if result == "d_qkv" else result.removeprefix("d_")
+        holders = (call, *(call[x]._asdict() for x in ("projected", "weights") if x in call))
+        return next(x[name].dtype for x in holders if name in x)
     kept = result in ("final_state", "state") or (result in ("g", "beta") and "prologue" in op)
     return state_dtype(dtype_of(op, call)) if kept else dtype_of(op, call)
 
@@ -153,5 +166,5 @@ def of_one_projection(op: str, call: Call) -> Call:
 def of_separate_projections(op: str, call: Call) -> Call:
     """q, k, v, a, b and z as contiguous tensors of their own; for a prologue also a transposed conv_state."""
     apart = mapped(lambda x: x.clone(memory_format=torch.contiguous_format), call["projected"])
-    moved = {} if SIGNATURES[op].in_place else {"conv_state": call["conv_state"].mT.contiguous().mT}
+    moved = {"conv_state": call["conv_state"].mT.contiguous().mT} if "keep" in call else {}
     return {**call, "projected": apart, **moved}

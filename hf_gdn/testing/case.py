@@ -12,6 +12,7 @@ from .. import registry
 from ..registry import Kernel, Request
 from .calls import Call
 from .invariants import matches_reference
+from .slots import in_slots
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
@@ -59,6 +60,8 @@ class Case:
     def why_not(self, kernel: Kernel, device_type: str = "cpu") -> str | None:
         """Why a kernel does not serve the call, or None if it does."""
         sizes = {"HK": 2, "HV": 2, "K": 64, "V": 64, "dtype": torch.float32, **self.sizes}
+        if self.invariant is in_slots and self.op.startswith("prologue") and not kernel.slots:
+            return "it takes no slots, and eager's prologue is called instead"
         heads = (sizes[name] for name in ("HK", "HV", "K", "V"))
         return kernel.why_not(Request(self.op, device_type, sizes["dtype"], *heads))
 

@@ -15,7 +15,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
 
     Infinite where the shapes differ or `got` is not finite; the norm of `got` where `wanted` is zero.
 
-    Example:
+    Examples:
         >>> from hf_gdn.testing import error
         >>> wanted = torch.tensor([3.0, 4.0])
         >>> error(torch.tensor([3.0, 4.5]), wanted)
@@ -43,7 +43,7 @@ def assert_close(name: str, got: Tensor, wanted: Tensor, budget: float) -> None:
     Raises:
         AssertionError: another shape, a number that is not finite, or a larger error.
 
-    Example:
+    Examples:
         >>> from hf_gdn.testing import assert_close
         >>> assert_close("o", torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]), 0.2)
         >>> assert_close("o", torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]), 1e-5)
@@ -63,7 +63,7 @@ def assert_same(name: str, got: Tensor, wanted: Tensor) -> None:
     Raises:
         AssertionError: they differ.
 
-    Example:
+    Examples:
         >>> from hf_gdn.testing import assert_same
         >>> assert_same("o", torch.ones(2), torch.ones(2))
         >>> assert_same("o", torch.ones(2), torch.tensor([1.0, 1.5]))
@@ -89,7 +89,7 @@ def assert_no_worse(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> Non
     Raises:
         AssertionError: it is further.
 
-    Example:
+    Examples:
         >>> from hf_gdn.testing import assert_no_worse
         >>> exact = torch.ones(2, dtype=torch.float64)
         >>> assert_no_worse("o", torch.tensor([1.0, 1.03]), torch.tensor([1.0, 1.02]), exact)

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from ..kernels.triton import backward_scans, segmented_scan, step
+from ..kernels.triton import backward_scans, prepared, segmented_scan, step
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),  # A100
@@ -129,7 +129,8 @@ def launches(fn: Callable[..., Any], call: Mapping[str, Any], target: str, segme
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
-        stack.enter_context(mock.patch.dict(step._launchers, clear=True))
+        for kept in (step._launchers, prepared._compiled):
+            stack.enter_context(mock.patch.dict(kept, clear=True))
         for module in (segmented_scan, backward_scans):
             stack.enter_context(mock.patch.object(module, "shared_memory", lambda device: SHARED_LIMIT[target]))
         stack.enter_context(mock.patch.object(torch.version, "hip", "6.0" if target.startswith("gfx") else None))

@@ -60,7 +60,7 @@ def inputs_untouched(kernel: Kernel, call: Call, apart: float = 0.0) -> None:
 
 def batched_equals_single(kernel: Kernel, call: Call, apart: float = 0.0, parts: Sequence[slice] | None = None) -> None:
     """Rows of a batch are what they are without the others; `parts` are the rows to look at, each alone by default."""
-    whole = run(kernel, call)
+    whole = _of_tokens(kernel, run(kernel, call))
     for part in parts or [slice(row, row + 1) for row in range(len(next(iter(whole.values()))))]:
         few = run(kernel, calls.rows(kernel.op, call, part))
         _compare(kernel, call, few, {name: x[part] for name, x in whole.items()}, apart, f", rows {part}")
@@ -72,7 +72,7 @@ def split_equals_whole(kernel: Kernel, call: Call, apart: float = 0.0, *, sizes:
     Chunks are counted from the first token of a call, so chunk kernels get the oracle's budget rather than 0.
     """
     op, signature = kernel.op, SIGNATURES[kernel.op]
-    whole, pieces, rest = run(kernel, call), [], call
+    whole, pieces, rest = _of_tokens(kernel, run(kernel, call)), [], call
     for first, last in pairwise(accumulate(sizes, initial=0)):
         pieces.append(run(kernel, calls.tokens(op, rest, slice(first, last))))
         rest = rest | {argument: pieces[-1][result] for argument, result in signature.carried.items()}
@@ -86,16 +86,16 @@ def split_equals_whole(kernel: Kernel, call: Call, apart: float = 0.0, *, sizes:
 def packed_equals_separate(kernel: Kernel, call: Call, apart: float = 0.0, only: Sequence[int] | None = None) -> None:
     """Sequences packed by `cu_seqlens` are what they are alone; `only` are those to look at, all by default."""
     op, carried = kernel.op, SIGNATURES[kernel.op].carried
-    packed = run(kernel, call)
+    packed = _of_tokens(kernel, run(kernel, call))
     for n, (first, last) in enumerate(pairwise(call["cu_seqlens"].tolist())):
-        if (only is not None and n not in only) or ("keep" in call and first == last):
+        if (only is not None and n not in only) or ("projected" in call and first == last):
             continue
         alone = calls.tokens(op, {**call, "cu_seqlens": None}, slice(first, last))
         if "keep" in call:  # packed sequences do not see a conv_state
             alone |= dict(conv_state=None, keep=0)
-        else:
+        elif carried:
             alone |= {name: None if call[name] is None else call[name][n : n + 1] for name in carried}
-        wanted = run(kernel, alone)
+        wanted = _of_tokens(kernel, run(kernel, alone))
         got = {x: packed[x][n : n + 1] if x in carried.values() else packed[x][:, first:last] for x in wanted}
         _compare(kernel, call, got, wanted, apart, f", sequence {n}")
 
@@ -154,6 +154,11 @@ def host_never_asked(kernel: Kernel, call: Call, apart: float = 0.0) -> None:
         for name in ("tolist", "item", "__int__", "__index__", "__bool__"):
             stack.enter_context(mock.patch.object(torch.Tensor, name, refuse))
         kernel.fn(**call)
+
+
+def _of_tokens(kernel: Kernel, results: Results) -> Results:
+    """The results that are not sums over all tokens of a call."""
+    return {name: x for name, x in results.items() if name not in SIGNATURES[kernel.op].summed}
 
 
 def _compare(kernel: Kernel, call: Call, got: Results, wanted: Results, apart: float, where: str = "") -> None:

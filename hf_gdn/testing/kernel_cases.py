@@ -22,11 +22,14 @@ _TABLES: dict[tuple[str, str], Callable[[str], Iterator[Case]]] = {
         "recurrent": (small_cases.recurrent, real_cases.recurrent),
         "step": (small_cases.step, real_cases.step),
         "prologue": (small_cases.prologue, real_cases.prologue),
+        "backward_prologue": (small_cases.backward_prologue, real_cases.backward_prologue),
     }.items()
     for variant in ("gdn", "kda")
     for device, table in zip(("cpu", "cuda"), tables)
 }
 _TABLES["gated_norm", "cpu"], _TABLES["gated_norm", "cuda"] = small_cases.gated_norm, real_cases.gated_norm
+_TABLES["backward_gated_norm", "cpu"] = small_cases.backward_gated_norm
+_TABLES["backward_gated_norm", "cuda"] = real_cases.gated_norm
 
 
 def check_kernel(kernel: Kernel, device: str = "cpu", apart: float = 0.0, asynchronous: bool | None = None) -> int:
@@ -41,7 +44,7 @@ def check_kernel(kernel: Kernel, device: str = "cpu", apart: float = 0.0, asynch
     Raises:
         AssertionError: an invariant does not hold; the message names the case.
 
-    Example:
+    Examples:
         >>> from hf_gdn import registry
         >>> from hf_gdn.testing import check_kernel
         >>> check_kernel(registry.get("gated_norm", "eager"), apart=1e-6) > 20
@@ -66,7 +69,7 @@ def cases(op: str, device_type: str = "cpu") -> list[Case]:
     Raises:
         KeyError: the table does not have the op.
 
-    Example:
+    Examples:
         >>> from hf_gdn.testing import cases
         >>> print(cases("chunk_gdn")[1])
         chunk_gdn-matches_reference-one_token

@@ -29,7 +29,8 @@ LAYERS = {
 
 def _real(op: str, layer: str = "qwen3_next") -> dict[str, Any]:
     HK, HV, K, V = LAYERS.get(layer, LAYERS["equal_heads"])
-    return dict(HK=HV if op in ("chunk_kda", "backward_kda") else HK, HV=HV, K=K, V=V)
+    one_head = op in ("chunk_kda", "backward_kda", "backward_prologue_kda")
+    return dict(HK=HV if one_head else HK, HV=HV, K=K, V=V)
 
 
 def chunk(op: str) -> Iterator[Case]:
@@ -140,6 +141,23 @@ def prologue(op: str) -> Iterator[Case]:
             parts = dict(parts=[slice(4, 5)])
             yield Case(op, family, same_bits, dict(half, B=9, T=300))
             yield Case(op, family, batched_equals_single, dict(half, B=9, T=300), options=parts)
+        for dtype, name in named_dtypes(DTYPES):
+            yield Case(op, f"{family}_{name}", sizes=dict(sizes, B=2, T=70, dtype=dtype, bias=True, **spec))
+    _, sizes, spec = next(_real_layers(op))
+    for width in (1, 2, 3, 8):
+        half = dict(sizes, B=2, T=70, width=width, dtype=torch.bfloat16, **spec)
+        yield Case(op, f"width_{width}", sizes=half)
+
+
+def backward_prologue(op: str) -> Iterator[Case]:
+    for family, sizes, spec in _real_layers(op):
+        if family in ("qwen3_next", "olmo_hybrid", "kimi_linear"):
+            half = dict(sizes, dtype=torch.bfloat16, **spec)
+            for B, T in ((1, 1), (1, 17), (2, 63), (1, 64), (1, 1000), (8, 512)):
+                yield Case(op, f"{family}_{B}x{T}", sizes=dict(half, B=B, T=T))
+            yield Case(op, f"{family}_padded", sizes=dict(half, B=2, T=200), change=padded(200, 3))
+            yield Case(op, f"{family}_packed", sizes=dict(half, T=200), change=packed(0, 0, 1, 65, 66, 200))
+            yield Case(op, family, same_bits, dict(half, B=9, T=300), options=dict(runs=6))
         for dtype, name in named_dtypes(DTYPES):
             yield Case(op, f"{family}_{name}", sizes=dict(sizes, B=2, T=70, dtype=dtype, bias=True, **spec))
     _, sizes, spec = next(_real_layers(op))

@@ -15,6 +15,7 @@ from .call_changes import (
     equal_keys,
     equal_keys_beta_two,
     extreme_gates,
+    far_gates,
     gate_all,
     gate_average,
     gate_far_beyond,
@@ -32,6 +33,8 @@ from .call_changes import (
     small_decay_after_large_sum,
     some_zero,
     without_conv_state,
+    zero_rows,
+    zero_tokens,
 )
 from .case import DTYPES, FAMILIES, Case, families_of, named_dtypes, named_sizes, norm_spec
 from .invariants import (
@@ -46,6 +49,8 @@ from .invariants import (
     strided_inputs,
     token_states,
 )
+from .slots import in_slots
+from .tolerances import ILL_CONDITIONED
 
 # Also for eager's slabs and GVA with three value heads to a key head; the interpreter has smaller ones beside them.
 _LONGER = {  # B, T, HK, HV, K, V
@@ -138,6 +143,10 @@ def chunk(op: str) -> Iterator[Case]:
     yield Case(op, "of_one_projection", strided_inputs, sizes, options=options)
     yield Case(op, "66", same_bits, dict(one, T=66, HV=2, K=32))
     yield Case(op, "66", inputs_untouched, dict(one, T=66, HV=2, K=32))
+    mixed = (0, 0, 1, 1, 65, 66, 67, 130)
+    for dtype, name in named_dtypes(DTYPES):
+        yield Case(op, name, in_slots, dict(one, T=130, HV=2, dtype=dtype), packed(*mixed, index=torch.int32))
+    yield Case(op, "odd_dims", in_slots, dict(T=66, HK=1, HV=2, K=20, V=36), packed(0, 1, 3, 66))
     if op == "chunk_kda":
         sizes = dict(T=4096, HK=1, HV=1, K=8, V=8, decay=0.0)
         yield Case(op, "no_decay_for_thousands_of_tokens", sizes=sizes, interpret=False)
@@ -174,7 +183,8 @@ def backward(op: str) -> Iterator[Case]:
         yield Case(op, f"l2norm_{name}", sizes=dict(one, T=66, HK=2, HV=4, K=20, dtype=dtype), change=l2norm)
     yield Case(op, "beta_up_to_two", sizes=dict(one, T=130, K=32), change=beta_up_to_two)
     yield Case(op, "equal_keys", sizes=dict(one, T=128), change=equal_keys)
-    yield Case(op, "equal_keys_beta_two", sizes=dict(one, T=128), change=equal_keys_beta_two)
+    hard = dict(factor=ILL_CONDITIONED)
+    yield Case(op, "equal_keys_beta_two", sizes=dict(one, T=128), change=equal_keys_beta_two, options=hard)
     yield Case(op, "keys_and_betas_of_zero", sizes=dict(one, T=70, HV=2), change=some_zero)
     yield Case(op, "small_decay", sizes=dict(one, T=192), change=small_decay_after_large_sum)
     for bounds in ((0, 0, 1, 1, 65, 66, 130, 130), (0, 64, 128), (0, 0)):
@@ -229,6 +239,9 @@ def recurrent(op: str) -> Iterator[Case]:
             case, change = f"{name}{'' if state else '_no_state'}", packed(*bounds, state=state, index=index)
             yield Case(op, case, packed_equals_separate, nine, change)
             yield Case(op, f"packed_{case}", sizes=nine, change=change)
+    for dtype, name in named_dtypes(DTYPES):
+        yield Case(op, name, in_slots, dict(nine, dtype=dtype), packed(0, 3, 3, 4, 9, index=torch.int32))
+    yield Case(op, "rows", in_slots, dict(B=4, T=2, HK=1, HV=2, K=24, V=40))
     yield Case(op, "larger_tensors", strided_inputs, dict(B=2, T=3, HK=1, HV=2, K=24, V=40, dtype=torch.bfloat16))
     yield from _delta_rule(op)
 
@@ -246,8 +259,9 @@ def _layer(op: str, names: str, shapes: Mapping[str, tuple[int, ...]], odd: str,
             bias = "prologue" in op
             yield Case(op, f"{family}_{name}", sizes={**by_name[odd], **spec, "dtype": dtype, "bias": bias})
     for family in {"gdn": ("qwen3_next",), "kda": ("kimi_linear", "glm5_next")}[op[-3:]]:
-        # A prologue returns the decay itself, which fp32 cannot hold in full at -100.
-        for shift in (-60.0 if "prologue" in op else -100.0, -18.0, 25.0, 80.0):
+        # A prologue returns the decay itself, which fp32 cannot hold in full at -100; sums of its gradients at -60.
+        far = () if op.startswith("backward") else (-60.0,) if "prologue" in op else (-100.0,)
+        for shift in (*far, -18.0, 25.0, 80.0):
             sizes = {**by_name[two], **families[family]}
             yield Case(op, f"{family}_gates_{shift:+.0f}", sizes=sizes, change=extreme_gates(shift))
     yield Case(op, "bias", sizes={**by_name[odd], **first, "bias": True})
@@ -277,6 +291,9 @@ def step(op: str) -> Iterator[Case]:
     yield Case(op, "separate", strided_inputs, odd, options=dict(layout=calls.of_separate_projections))
     yield Case(op, "odd_dims", same_bits, odd)
     yield Case(op, "odd_dims", inputs_untouched, odd)
+    for dtype, name in named_dtypes(DTYPES):
+        yield Case(op, name, in_slots, dict(first, B=5, V=24, dtype=dtype))
+    yield Case(op, "two_tokens", in_slots, dict(first, B=3, T=2, V=8, width=3))
     for family, spec in families.items():
         more = dict(B=2, HK=4 if kda else 2, HV=4, K=12, V=20, bias=True, **spec)
         for T in (1, 3):
@@ -319,6 +336,11 @@ def prologue(op: str) -> Iterator[Case]:
     for at in (1, 2, 3, 5, 64, 69):
         sizes = dict(first, B=2, T=70, dtype=torch.bfloat16)
         yield Case(op, f"at_{at}", split_equals_whole, sizes, options=dict(sizes=[at, 70 - at]))
+    mixed = (0, 0, 1, 3, 4, 4, 6, 70, 75)
+    for dtype, name in named_dtypes(DTYPES):
+        yield Case(op, name, in_slots, dict(first, T=75, dtype=dtype, bias=True), packed(*mixed, index=torch.int32))
+    for width in (1, 2, 8):
+        yield Case(op, f"width_{width}", in_slots, dict(first, T=75, width=width), packed(*mixed))
     odd = dict(first, T=70, HK=4 if kda else 2, HV=4, K=24, V=40)
     yield Case(op, "separate", strided_inputs, odd, options=dict(layout=calls.of_separate_projections))
     yield Case(op, "a_token_more", inputs_untouched, more)
@@ -335,6 +357,44 @@ def prologue(op: str) -> Iterator[Case]:
             ("packed", 1, packed(0, 0, 2, 3, 9, state=False)),
         ):
             yield Case(op, f"{family}_{name}", sizes=dict(sizes, B=rows), change=context, interpret=False)
+
+
+def backward_prologue(op: str) -> Iterator[Case]:
+    shapes = {  # B, T, HK, HV, K, V, width
+        "one_token": (2, 1, 2, 4, 16, 16, 4),
+        "fewer_than_the_window": (1, 2, 1, 2, 16, 8, 4),
+        "a_chunk": (1, 64, 1, 1, 8, 8, 4),
+        "a_token_more": (2, 65, 1, 2, 8, 16, 4),
+        "more_than_a_program": (1, 258, 1, 1, 8, 8, 4),
+        "odd_dims": (1, 19, 2, 4, 24, 40, 4),
+        "olmo_dims": (1, 18, 1, 1, 96, 192, 4),
+        "largest_dims": (1, 18, 1, 1, 256, 256, 4),
+        "smallest_dims": (1, 3, 1, 3, 2, 1, 2),  # with K = 1, nothing is left of the gradients of q and k
+        "no_convolution": (1, 5, 1, 2, 8, 8, 1),
+        "width_3": (2, 9, 1, 2, 8, 8, 3),
+        "width_8": (1, 66, 1, 2, 8, 8, 8),
+    }
+    yield from _layer(op, "B T HK HV K V width", shapes, "width_3", "fewer_than_the_window")
+    families, kda = families_of(op), op.endswith("kda")
+    first = dict(HK=2 if kda else 1, HV=2, K=8, V=8, **next(iter(families.values())))
+    for family, spec in families.items():
+        sizes, shut = {**first, **spec, "B": 2, "T": 9}, dict(negligible=1e-30)
+        yield Case(op, f"{family}_gates_-300", sizes=sizes, change=extreme_gates(-300.0), options=shut)
+    yield Case(op, "tokens_of_zero", sizes=dict(first, T=20, bias=True), change=zero_tokens)
+    for lengths in ((66, 1), (64, 65), (0, 3)):
+        name = f"padded_{lengths[0]}_{lengths[1]}"
+        yield Case(op, name, sizes=dict(first, B=2, T=66), change=padded(*lengths))
+    for bounds in ((0, 0, 1, 1, 65, 66, 70), (0, 64, 128), (0, 3, 5, 6, 20, 20)):
+        for index, name in named_dtypes((torch.int32, torch.int64)):
+            case, change, sizes = f"{len(bounds) - 1}_{name}", packed(*bounds, index=index), dict(first, T=bounds[-1])
+            yield Case(op, case, packed_equals_separate, sizes, change)
+            yield Case(op, f"packed_{case}", sizes=sizes, change=change)
+    odd = dict(first, T=9, K=24, V=40)
+    yield Case(op, "separate", strided_inputs, odd, options=dict(layout=calls.of_separate_projections))
+    yield Case(op, "few", inputs_untouched, dict(first, T=9))
+    yield Case(op, "more_than_a_program", same_bits, dict(first, T=258, HK=1, HV=1))
+    yield Case(op, "two", batched_equals_single, dict(first, B=2, T=18))
+    yield Case(op, "packed", host_never_asked, dict(first, T=20), packed(0, 1, 20))
 
 
 def gated_norm(op: str) -> Iterator[Case]:
@@ -359,6 +419,34 @@ def gated_norm(op: str) -> Iterator[Case]:
             yield Case(op, f"{gate}_{'fp32' if fp32 else 'dtype'}", sizes=sizes, interpret=False)
     half = {**by_name["more_than_a_program"], "dtype": torch.bfloat16}
     yield Case(op, "bfloat16", batched_equals_single, half)
+    yield Case(op, "bfloat16", split_equals_whole, half, options=dict(sizes=[1, 66]))
+    yield Case(op, "bfloat16", same_bits, half)
+    yield Case(op, "bfloat16", inputs_untouched, half)
+
+
+def backward_gated_norm(op: str) -> Iterator[Case]:
+    shapes = {  # B, T, HK, HV, V
+        "one_row": (1, 1, 1, 1, 16),
+        "more_than_a_program": (1, 67, 2, 8, 64),
+        "odd_dims": (2, 3, 2, 6, 40),
+        "smallest": (1, 2, 1, 3, 2),  # with one column, nothing is left of the gradient of o
+        "wide": (1, 9, 1, 2, 192),
+        "widest": (1, 3, 1, 2, 256),
+        "no_rows": (1, 0, 1, 2, 16),
+    }
+    by_name = {name: dict(sizes, K=8) for name, sizes in named_sizes("B T HK HV V", shapes)}
+    for name, sizes in by_name.items():
+        yield Case(op, name, sizes=sizes)
+    for family, (_, spec) in FAMILIES.items():
+        for dtype, name in named_dtypes(DTYPES):
+            sizes = {**by_name["odd_dims"], **norm_spec(spec), "dtype": dtype}
+            yield Case(op, f"{family}_{name}", sizes=sizes)
+    for change in (zero_rows, far_gates):
+        for gate in ("silu", "sigmoid"):
+            sizes = dict(by_name["odd_dims"], gate=gate)
+            yield Case(op, f"{change.__name__}_{gate}", sizes=sizes, change=change)
+    half = {**by_name["more_than_a_program"], "dtype": torch.bfloat16}
+    yield Case(op, "bfloat16", batched_equals_single, dict(half, B=2, T=9))
     yield Case(op, "bfloat16", split_equals_whole, half, options=dict(sizes=[1, 66]))
     yield Case(op, "bfloat16", same_bits, half)
     yield Case(op, "bfloat16", inputs_untouched, half)

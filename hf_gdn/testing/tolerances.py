@@ -40,10 +40,22 @@ HARD_CALLS = 2
 # with an error of its own: twice as much again. Measured 1.3e-2 in bf16.
 BACKWARD = {dtype: 2 * bar for dtype, bar in DELTA_RULE.items()}
 
+# Factor on these in fp32 where all keys of a chunk are equal and beta is 2. A chunk's system I + 2 tril(1, -1) then has
+# a condition of the order of 64^2 (both it and its inverse have rows of 64 entries of size 2), so that a solve in fp32
+# may lose 64^2 roundings of 2^-24: 2.4e-4, twelve times the bar. How much of that is lost depends on the order of the
+# sums in the products, hence on the processor: 1e-5 to 1e-4 in the interpreter. `eager` solves in float64 and keeps the
+# bar.
+ILL_CONDITIONED = 12
+
 # Everything before the delta rule, and the gated norm after it. A value is rounded once to the dtype on its way out, z
 # and the norm's weight before that where the family does so; the bars leave four times that and more. In fp32 some
 # thirty roundings of 2^-24 each, those of 8 taps, a sum of squares and two exponentials, make 2e-6.
 PROLOGUE = {_F32: 2e-6, _F16: 1e-3, _BF16: 1.6e-2}
+
+# Gradients of these two. Everything is computed again in fp32, and once more on the way back: twice the roundings of
+# fp32. A result is rounded once to its dtype, that of the convolution's output once before that; sums over tokens are
+# in fp32, whose roundings are independent, like the terms. So the bars of 16 bits are the forward's.
+BACKWARD_PROLOGUE = PROLOGUE | {_F32: 2 * PROLOGUE[_F32]}
 
 # A decode step. fp32: the recurrent rule's 1e-5, to which the convolution, the gates and the norm add a few roundings.
 # fp16, bf16: q, k and v, beta, o and, before the weight, the normed o are rounded to the model's dtype, as transformers
@@ -61,6 +73,9 @@ SAME_SUMS = 1e-6
 # rad on scores of size 1, less on logits.
 LAYER = 1e-5
 
+# Log-probabilities of such a model, absolute: logits of size up to 10 that are LAYER apart.
+LOG_PROBABILITY = 1e-4
+
 # Gradients of such a model: sums over all tokens of products whose factors are LAYER apart.
 GRADIENT = 1e-4
 
@@ -72,6 +87,7 @@ _BY_OP = {
     **dict.fromkeys(("chunk_gdn", "chunk_kda", "recurrent_gdn", "recurrent_kda"), DELTA_RULE),
     **dict.fromkeys(("backward_gdn", "backward_kda"), BACKWARD),
     **dict.fromkeys(("prologue_gdn", "prologue_kda", "gated_norm"), PROLOGUE),
+    **dict.fromkeys(("backward_prologue_gdn", "backward_prologue_kda", "backward_gated_norm"), BACKWARD_PROLOGUE),
     **dict.fromkeys(("step_gdn", "step_kda"), STEP),
 }
 
@@ -88,7 +104,7 @@ def budget(op: str, dtype: torch.dtype, result: str) -> float:
     Raises:
         KeyError: the op is unknown, or no tolerance was derived for this dtype.
 
-    Example:
+    Examples:
         >>> from hf_gdn.testing.tolerances import budget
         >>> budget("recurrent_gdn", torch.bfloat16, "o"), budget("recurrent_gdn", torch.bfloat16, "final_state")
         (0.006, 1e-05)

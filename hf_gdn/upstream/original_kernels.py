@@ -12,13 +12,20 @@ from typing import Any
 
 import torch
 
+from .hub_kernels import wrapped
+
 
 def implementation(function: Any) -> str:
-    """Where one of transformers' kernel functions resolved to: "torch", the package's name, or "hub: ..."."""
-    if isinstance(function, torch.nn.Module):
-        module = type(function).__module__
-        forward = inspect.unwrap(type(function).forward).__module__
-        return "torch" if module.startswith("transformers") and forward.startswith("transformers") else f"hub: {module}"
+    """Where one of transformers' kernel functions resolved to: "torch", the package's name, or "hub: ...".
+
+    "hf_gdn" is `hf_gdn.kernel_mapping`.
+    """
+    if isinstance(function, torch.nn.Module):  # the kernels package made it one, and may have given it another forward
+        forward = getattr(function.forward, "__func__", function.forward)
+        if forward is not type(function).forward:
+            module = inspect.unwrap(forward).__module__
+            return "hf_gdn" if module.startswith("hf_gdn.") else f"hub: {module}"
+        function = wrapped(function)
     bound = inspect.getclosurevars(function).nonlocals.get("implementation", function)
     package = getattr(bound, "__module__", "?").partition(".")[0]
     return "torch" if package == "transformers" else package
@@ -32,6 +39,6 @@ def kernels_of(forward: Callable[..., Any]) -> dict[str, str]:
 
 
 def delta_rule_of(forward: Callable[..., Any]) -> str:
-    """What the delta rule of a layer's original forward runs on: "torch", a package, or "hub: ..."."""
+    """What the delta rule of a layer's original forward runs on: "torch", another package, or "hub: ..."."""
     found = [where for name, where in kernels_of(forward).items() if "delta_" in name]
-    return next((where for where in found if where != "torch"), "torch")
+    return next((where for where in found if where not in ("torch", "hf_gdn")), "torch")

@@ -30,6 +30,8 @@ _LAYER_ATTRIBUTES = (
 )
 STATEFUL = "_is_stateful"  # true if recurrent states cannot be rolled back; generate() then refuses assistants
 CANDIDATES = "_get_candidate_generator"  # the method with which generate() makes the generator of draft tokens
+ASSISTED = "_assisted_decoding"  # the method of generate() that checks draft tokens
+PREPARE = "prepare_inputs_for_generation"  # the method that makes the inputs of each forward in generate()
 _MASK_FUNCTION = "create_recurrent_attention_mask"
 
 
@@ -154,8 +156,12 @@ def check_rollback() -> None:
         raise _misfit("LinearAttentionCacheLayerMixin.crop", _arguments(mixin.crop), ["self", "tokens_to_remove"])
     if not isinstance(getattr(mixin, "is_croppable", None), property):
         raise PatchError(f"LinearAttentionCacheLayerMixin of {versions.installed()} has no property is_croppable")
-    if not hasattr(generation_class(), CANDIDATES):
-        raise PatchError(f"GenerationMixin of {versions.installed()} has no {CANDIDATES}")
+    for name in (CANDIDATES, ASSISTED, PREPARE):
+        if not hasattr(generation_class(), name):
+            raise PatchError(f"GenerationMixin of {versions.installed()} has no {name}")
+    if not {"next_sequence_length", "is_first_iteration"} <= set(_arguments(getattr(generation_class(), PREPARE))):
+        found = _arguments(getattr(generation_class(), PREPARE))
+        raise _misfit(f"GenerationMixin.{PREPARE}", found, ["next_sequence_length", "is_first_iteration", "..."])
     lookup = prompt_lookup_class()
     for name in ("get_candidates", "update_candidate_strategy"):
         if not hasattr(lookup, name):

@@ -24,9 +24,10 @@ from ..errors import BackendError, named, reason
 from ..log import logger
 from ..registry import Kernel, Request
 from . import verdicts
+from .proofs import proof_in_slots
 from .trial import Verdict, check
 
-__all__ = ["why_not", "refuse", "verdict_of", "forget", "MODES"]
+__all__ = ["why_not", "why_not_in_slots", "refuse", "verdict_of", "forget", "MODES"]
 
 MODES = ("0", "1", "always")
 
@@ -65,6 +66,31 @@ def why_not(kernel: Kernel, request: Request) -> str | None:
                 del _known[kind]
                 raise
     return _known[kind]
+
+
+def why_not_in_slots(kernel: Kernel, request: Request, device: torch.device) -> str | None:
+    """Why a compiled kernel must not serve a request with states in slots of a pool; None if it has proven itself.
+
+    These are other compilations of it than those that `why_not` checks. The check is made once in a process.
+
+    Raises:
+        ValueError: HF_GDN_VERIFY has another value than those of `MODES`.
+    """
+    kind = *_kind(kernel, request), "slots", str(device)
+    if not kernel.checked or not kernel.slots or _mode() == "0":
+        return None
+    with _lock:
+        if kind not in _known:
+            _known[kind] = None
+            try:
+                with torch.no_grad():
+                    proof_in_slots(request).check(kernel, device)
+            except AssertionError as error:
+                _known[kind] = f"failed its check with states in slots: {reason(error)}"
+            except BaseException:
+                del _known[kind]
+                raise
+        return _known[kind]
 
 
 def _refusal(kernel: Kernel, request: Request, mode: str) -> str | None:

@@ -17,6 +17,7 @@ from ..registry import Request
 from ..testing import call_changes
 from ..testing.calls import Call
 from ..testing.case import FAMILIES, Case
+from ..testing.slots import in_slots
 
 # The family whose options a layer's kernels are checked with, by variant.
 _FAMILY = {"gdn": "qwen3_next", "kda": "kimi_linear"}
@@ -43,9 +44,22 @@ def _harder(call: Call) -> Call:
     return {**call, "beta": beta}
 
 
+def proof_in_slots(request: Request) -> Case:
+    """The call for a kernel whose states are in slots of a pool: packed sequences, one of them empty, or rows."""
+    kind, _, variant = request.op.partition("_")
+    sizes: dict[str, Any] = {**request.sizes, "dtype": request.dtype}
+    if kind in ("step", "prologue"):
+        sizes |= FAMILIES[_FAMILY[variant]][1]
+    if kind == "step":
+        return Case(request.op, "5 × 1", in_slots, {**sizes, "B": 5, "T": 1})
+    return Case(request.op, "packed", in_slots, {**sizes, "T": 75}, call_changes.packed(0, 1, 3, 70, 70, 75))
+
+
 def proofs(request: Request) -> list[Case]:
     """The calls for a kernel of the request's op, in the request's dtype and with its heads and dimensions."""
     kind, _, variant = request.op.partition("_")
+    if kind == "backward" and "_" in variant:  # of the ops around the delta rule, on the calls of their forwards
+        kind, _, variant = variant.partition("_")
     sizes: dict[str, Any] = {**request.sizes, "dtype": request.dtype}
     if kind in ("chunk", "backward", "recurrent"):
         # Chunk kernels refuse such a beta in 16 bits.
@@ -66,5 +80,6 @@ def proofs(request: Request) -> list[Case]:
         ]
     padded = Case(request.op, "2 × 67, padded", sizes={**sizes, "B": 2, "T": 67}, change=call_changes.padded(67, 30))
     packed = call_changes.packed(0, 1, 30, 30, 67)
-    new = replace(padded, name="1 × 64, no cache", sizes={**sizes, "T": 64}, change=call_changes.without_conv_state)
+    no_cache = None if request.op.startswith("backward") else call_changes.without_conv_state
+    new = replace(padded, name="1 × 64, no cache", sizes={**sizes, "T": 64}, change=no_cache)
     return [new, padded, replace(padded, name="packed", sizes={**sizes, "T": 67}, change=packed)]

@@ -421,13 +421,56 @@ def test_what_is_wrong_changes_nothing():
     model.config._attn_implementation = "flex_attention"  # which transformers refuses for some of these models, too
     with pytest.raises(ValueError, match="flex_attention"):
         model(ids, **tiny.given(cache))
-    for method in (cache.crop, cache.layers[3].crop):
-        with pytest.raises(NotImplementedError, match="cannot be cropped"):
-            method(-1)
+    with pytest.raises(RuntimeError, match="has evicted tokens cannot be cropped: it was given 30 and keeps 12"):
+        cache.crop(-1)
     with pytest.raises(IndexError):
         cache.reorder_cache(torch.tensor([0, 5]))
     assert cache.get_seq_length() == 30
     assert all(map(torch.equal, before, [x for layer in cache.layers for x in _buffers(layer)]))
+
+
+def test_tokens_are_rolled_back_while_none_is_evicted(family):
+    """In every length; what is read then is the same as if they had never been read."""
+    model = tiny.model(family)
+    ids, _ = tiny.batch(1, 16)
+    cache = SinkCache(model.config, SINKS, WINDOW)
+    cache.activate_past_recording()
+    read(model, ids[:, :6], (6,), cache)
+    for count in (1, 2, 5):
+        read(model, ids[:, 16 - count :], (count,), cache)
+        cache.crop(-count)
+        assert cache.get_seq_length() == 6
+    found = read(model, ids[:, 6:], (1, 3, 6), cache)
+    wanted = read(model, ids, (6, 1, 3, 6), SinkCache(model.config, SINKS, WINDOW))
+    assert_close("logits", found, wanted[:, 6:], LAYER)
+    with pytest.raises(RuntimeError, match="it was given 16 and keeps 12"):
+        cache.crop(-1)
+
+
+def test_padded_rows_are_not_rolled_back():
+    model = tiny.model("qwen3_5")
+    ids, _ = tiny.batch(1, 6)
+    cache = SinkCache(model.config, SINKS, WINDOW)
+    cache.activate_past_recording()
+    model(ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]]), **tiny.given(cache))
+    with pytest.raises(RuntimeError, match="padding"):
+        cache.crop(-1)
+
+
+@pytest.mark.parametrize("drafts", ["prompt lookup", "assistant"])
+def test_drafts(family, drafts):
+    """Tokens are those of plain decoding; without room for all of them nothing is read."""
+    model = tiny.model(family)
+    ids = torch.tensor([[5, 6, 7, 8, 9] * 4])
+    given = {"prompt_lookup_num_tokens": 4} if drafts == "prompt lookup" else {"assistant_model": tiny.model(family)}
+    wanted = model.generate(ids, **GENERATE)
+    assert torch.equal(
+        model.generate(ids, **GENERATE, **given, **tiny.given(SinkCache(model.config, SINKS, 36))), wanted
+    )
+    small = SinkCache(model.config, SINKS, 35)
+    with pytest.raises(ValueError, match=r"got 40 tokens for 39 slots \(sink_tokens \+ window\)"):
+        model.generate(ids, **GENERATE, **given, **tiny.given(small))
+    assert small.get_seq_length() == 0
 
 
 def test_unpatched_models_cannot_fill_it():

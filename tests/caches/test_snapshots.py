@@ -129,6 +129,7 @@ def test_a_static_cache_holds_nothing_of_before():
     assert_close("logits", logits(model, ids[:, 10:], cache), full(model, ids)[:, 10:], LAYER)
 
 
+@tiny.mainly("qwen3_next", "glm5_next")
 def test_what_a_cache_is_used_with(family):
     """In inference mode, and while it records its past as assisted decoding has it."""
     hf_gdn.patch()

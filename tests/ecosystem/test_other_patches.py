@@ -1,9 +1,5 @@
-"""Others that change transformers' layers: Liger's patches and Hugging Face's kernels package."""
+"""Others that change transformers' layers: Liger's patches, and forwards bound to layers."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -16,7 +12,6 @@ from tests import tiny_models as tiny
 from tests.ecosystem.common import logits, runs_ours
 
 IDS, _ = tiny.batch()
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -102,60 +97,3 @@ def test_kernelized_layers(family, when):
     hf_gdn.unpatch()
     assert not runs_ours(model, IDS)
     assert torch.equal(logits(model, IDS), wanted)
-
-
-USE_KERNELS = """
-import sys
-from transformers.utils import import_utils
-
-# transformers asks for one range of versions: any will do for what is tested here.
-check = import_utils.is_kernels_available
-getattr(check, "__wrapped__", check).__defaults__ = ("0.17", "99")
-check.cache_clear() if hasattr(check, "cache_clear") else None
-assert check(), "transformers does not see the kernels package"
-
-import torch
-from transformers.models.qwen3_next import modeling_qwen3_next
-import hf_gdn
-from tests import tiny_models as tiny
-from tests.ecosystem.common import logits, runs_ours
-
-torch.set_num_threads(1)
-assert isinstance(modeling_qwen3_next.torch_chunk_gated_delta_rule, torch.nn.Module)  # a replaceable layer
-ids, _ = tiny.batch()
-for family in sys.argv[1:]:
-    wanted = logits(tiny.model(family), ids)
-    for when in ("before", "after"):
-        if when == "before":
-            hf_gdn.patch(strict=True)
-        model = tiny.model(family)
-        model.use_kernels = True
-        assert model._use_kernels
-        hf_gdn.patch(strict=True)
-        assert runs_ours(model, ids), f"{family}, {when}: the patch does not reach the model"
-        assert_close("logits", logits(model, ids), wanted, LAYER)
-        hf_gdn.unpatch()
-        assert not runs_ours(model, ids), f"{family}, {when}: the patch does not leave the model"
-        assert torch.equal(logits(model, ids), wanted)
-print("same")
-"""
-
-
-# The layers of Qwen3.5 are replaceable as a whole; of the other families only the functions that they call are.
-@pytest.mark.parametrize(
-    "families",
-    [
-        ["qwen3_next", "kimi_linear"],
-        ["qwen3_5"],
-    ],
-    ids=["functions", "layers"],
-)
-def test_use_kernels(families):
-    """The package itself, in a process of its own, since transformers decides when it is imported."""
-    pytest.importorskip("kernels")
-    path = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
-    done = subprocess.run(
-        [sys.executable, "-c", USE_KERNELS, *families],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
-    assert done.stdout.strip() == "same", done.stderr[-2000:]

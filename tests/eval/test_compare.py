@@ -126,7 +126,7 @@ def test_reports_that_cannot_be_compared(whole, tmp_path, monkeypatch, capsys):
         compare.main(str(good), str(other), 0.05)
     damaged = tmp_path / "damaged.json"
     damaged.write_text(json.dumps({**whole, "results": [{"model": "x"}]}))
-    with pytest.raises(UserError, match="is damaged: 'name'"):
+    with pytest.raises(UserError, match="is damaged: no 'name'"):
         compare.main(str(damaged), str(good), 0.05)
     with pytest.raises(UserError, match="cannot be read"):
         compare.main(str(bad), str(good), 0.05)

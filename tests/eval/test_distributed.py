@@ -5,46 +5,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from hf_gdn.errors import UserError
 from hf_gdn.eval.distributed import Processes
 from tests import tiny_models as tiny
+from tests.eval.commands import launch
 
 PPL = ["ppl", "--mode", "prefill,mixed", "--context", "64", "--windows", "7", "--batch-size", "2", "--device", "cpu"]
-
-
-def launch(tmp_path, *arguments, script=None):
-    """The command in two processes of accelerate's launcher: exit code, output, error output."""
-    target = [str(script)] if script else ["-m", "hf_gdn.eval"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "0",
-            *target,
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 def parity(folder):
@@ -58,7 +27,7 @@ def test_two_processes_equal_one(tmp_path):
     assert out.count("PASSED") == 1 and out.count("wrote") == 1
     warns = tiny.ON_A_CPU[0] == "eager"  # which is said once, not by every process
     assert err.count("hf_gdn runs on") == int(warns)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = dict(os.environ)
     command = [sys.executable, "-m", "hf_gdn", *PPL, "--quiet", "--output", str(tmp_path / "one")]
     subprocess.run(command, check=True, env=environment)
     (one, a), (two, b) = parity(tmp_path / "one"), parity(tmp_path / "two")
@@ -95,7 +64,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("kind", ["RuntimeError", "UserError"])
+@pytest.mark.parametrize("kind", ["RuntimeError", pytest.param("UserError", marks=pytest.mark.extended)])
 def test_a_failure_in_one_stops_both(kind, tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(kind))

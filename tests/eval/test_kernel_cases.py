@@ -92,7 +92,7 @@ def test_sizes_asked_for():
         (dict(directions=("up",)), "--direction up is not known; directions: forward, backward"),
         (dict(directions=()), "no direction is given; directions: forward, backward"),
         (dict(dtype="int8"), "--dtype int8 is not known; dtypes: float32, bfloat16, float16"),
-        (dict(device="warp"), "--device warp cannot be used; devices here: cpu"),
+        (dict(device="warp"), "--device warp cannot be used here: Expected one of cpu"),
         (dict(batch=(1, 0)), "--batch must be at least 1, got 1, 0"),
         (dict(tokens=(-1,)), "--tokens must be at least 1, got -1"),
         (dict(seconds=0.0), "--seconds must be above 0, got 0.0"),

@@ -8,7 +8,8 @@ import torch
 
 from hf_gdn import registry
 from hf_gdn.errors import UserError
-from hf_gdn.eval import forward_modes, parity, parity_statistics
+from hf_gdn.eval import forward_modes, parity, parity_statistics, verdicts
+from hf_gdn.eval.accuracy import SAME_MODEL
 from hf_gdn.eval.distributed import Processes
 from hf_gdn.eval.options import ParityOptions
 from hf_gdn.eval.parity_results import Estimate
@@ -130,7 +131,7 @@ def test_equal_models_have_no_distance():
     found = parity_statistics.summarize(tokens([-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0]), torch.tensor([0, 1, 2]))
     assert found.ppl_ratio == Estimate(1.0, 0.0) and found.correlation.value == pytest.approx(1.0)
     assert found.rms_dp == Estimate(0.0, 0.0) and found.same_top == Estimate(100.0, 0.0)
-    assert parity_statistics.grade(found, "float32", parity_statistics.bounds("float32")).grade == "same"
+    assert parity_statistics.grade(found, "float32", verdicts.bounds(SAME_MODEL["float32"])).grade == "same"
 
 
 def test_perplexity_overflow():
@@ -166,16 +167,16 @@ def summary(ratio=1.0, kl=0.0, top=100.0, bad=0):
     ],
 )
 def test_grades(statistics, dtype, grade, why):
-    found = parity_statistics.grade(statistics, dtype, parity_statistics.bounds(dtype))
+    found = parity_statistics.grade(statistics, dtype, verdicts.bounds(SAME_MODEL[dtype]))
     assert found.grade == grade and why in found.why
 
 
 def test_bounds_can_be_changed():
-    assert parity_statistics.bounds("float32", ("kl_mean=1", "same_top=0"))["kl_mean"] == 1.0
+    assert verdicts.bounds(SAME_MODEL["float32"], ("kl_mean=1", "same_top=0"))["kl_mean"] == 1.0
     with pytest.raises(UserError, match="no bound 'kl'; bounds: ppl_ratio, kl_mean, same_top"):
-        parity_statistics.bounds("float32", ("kl=1",))
+        verdicts.bounds(SAME_MODEL["float32"], ("kl=1",))
     with pytest.raises(UserError, match="expected NAME=NUMBER"):
-        parity_statistics.bounds("float32", ("kl_mean=small",))
+        verdicts.bounds(SAME_MODEL["float32"], ("kl_mean=small",))
 
 
 def undecayed(op, eager):

@@ -14,8 +14,9 @@ from hf_gdn.errors import UserError
 from hf_gdn.eval import generation, lookup, speed
 from hf_gdn.eval.distributed import Processes
 from hf_gdn.eval.options import SpeedOptions
-from hf_gdn.eval.results import Spread, TokenMatch
+from hf_gdn.eval.results import TokenMatch
 from hf_gdn.eval.resume import Journal, Work
+from hf_gdn.eval.spreads import Spread
 from hf_gdn.loading import models, texts
 from tests import tiny_models as tiny
 from tests.fake_cuda_graph import Tape
@@ -31,15 +32,22 @@ def test_turns_alternate():
     order = []
 
     def run(name):
-        def one():
-            order.append(name)
+        def one(turn):
+            order.append((name, turn))
             return call([[1]])
 
         return one
 
     steps = []
     calls = speed.in_turns({"a": run("a"), "b": run("b")}, 1, 2, steps.append)
-    assert order == ["a", "b"] * 3 and len(calls["a"]) == 3 and sum(steps) == 6
+    assert order == [(name, turn) for turn in (0, 0, 1) for name in "ab"]
+    assert len(calls["a"]) == 3 and sum(steps) == 6
+
+
+def test_calls_with_the_same_prompt_are_compared():
+    same = [call([[1]]), call([[1]]), call([[2]]), call([[1]]), call([[2]])]  # a warm-up, two prompts in turns
+    assert speed._repeated(same, 1, 2)
+    assert not speed._repeated(same, 1, 1) and not speed._repeated([call([[3]]), *same[1:]], 1, 2)
 
 
 def test_figures_by_hand():
@@ -65,9 +73,8 @@ def test_times_are_those_of_generate(family):
     assert found.tokens.shape == (2, 5) and len(found.between) == 4 and min(found.between) > 0
     assert 0 < found.first < found.seconds and found.first + sum(found.between) <= found.seconds
     assert found.peak_mib is None or found.peak_mib > 50
-    wanted = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=5, min_new_tokens=5
-    )
+    model.generation_config.eos_token_id = None  # nothing ends a text early
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=5)
     assert torch.equal(found.tokens, wanted[:, 20:])
 
 
@@ -104,7 +111,7 @@ def run(options, backend="auto", folder=None, source=None, ids=None):
 
 
 def test_every_combination_is_a_cell(tmp_path):
-    options = SpeedOptions((1, 2), (8, 16), 4, 2, ("eager", "static"))
+    options = SpeedOptions((1, 2), (8, 16), 3, 1, ("eager", "static"))
     found = run(options, folder=tmp_path)
     cells = [(cell.variant, cell.batch, cell.prompt) for cell in found.cells]
     assert cells == [(v, b, p) for v in ("eager", "static") for b in (1, 2) for p in (8, 16)]
@@ -186,12 +193,14 @@ def test_what_cannot_be_compiled_is_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", models.embedded())
-def test_lookup_drafts_on_four_kinds_of_prompts(name, tmp_path):
+def test_drafts_on_all_kinds_of_prompts(name, tmp_path):
     loaded = models.load(models.Source(name), CPU, torch.float32)
     ids = texts.tokenize(loaded.tokenizer, texts.embedded())
-    options = SpeedOptions((1, 2), (24,), 8, 1, ("eager", "lookup"))
+    options = SpeedOptions((1, 2), (24,), 8, 1, ("eager", "lookup", "mtp"))
     found = speed.measure(loaded, ids, options, "auto", Work(Processes(), Journal(tmp_path, {})))
     kinds = [f"lookup-{kind}" for kind in lookup.PROMPTS]
+    if name == "qwen3_next-tiny":  # the other has no head
+        kinds += ["mtp-text", "mtp-refused"]
     assert [(cell.variant, cell.batch) for cell in found.cells] == [
         ("eager", 1),
         ("eager", 2),
@@ -200,6 +209,16 @@ def test_lookup_drafts_on_four_kinds_of_prompts(name, tmp_path):
     for cell in found.cells:
         assert cell.failed is None and cell.counts and cell.tokens.verdict in ("same", "tie")
         assert cell.patched.decode_tokens_s.low > 0 and cell.speedup.generate.median > 0
+        assert (cell.drafts is None) == (cell.variant == "eager")
+    if name == "qwen3_next-tiny":
+        text, refused = (cell.drafts for cell in found.cells[-2:])
+        assert 0 < text.accepted <= text.drafted and refused.drafted > 0 and refused.accepted < text.accepted
+
+
+def test_mtp_alone_needs_a_head(tmp_path):
+    loaded = models.load(models.Source("kimi_linear-tiny"), CPU, torch.float32)
+    with pytest.raises(UserError, match="of kimi_linear-tiny has no multi-token-prediction head"):
+        speed.measure(loaded, None, SpeedOptions(variants=("mtp",)), "auto", Work(Processes(), Journal(tmp_path, {})))
 
 
 def test_tokens_that_leave_together_share_their_time():

@@ -24,6 +24,7 @@ from hf_gdn.testing.call_changes import packed, padded
 from hf_gdn.testing.calls import tensors
 from hf_gdn.testing.case import FAMILIES
 from hf_gdn.testing.compiled import TARGETS, Launch, check, launches, transposed_products
+from hf_gdn.testing.slots import in_slots_of_a_pool
 
 # Bytes per thread that may be spilled, by kernel, target, K and V; V is None where it does not matter.
 SPILLS: dict[tuple, int] = {
@@ -86,7 +87,7 @@ def launched(op: str, target: str, change=None, segments=None, token_states=Fals
     """Launches of an op on bf16 tensors with a cache, A_log in fp32 as in models."""
     sizes = {"HK": 32 if op.endswith("kda") else 16, "HV": 32, "K": 128, "V": 128, "dtype": torch.bfloat16, **sizes}
     call = registry.ops()[op].make_inputs(**sizes, device="meta")
-    if "weights" in call and op != "gated_norm":
+    if "weights" in call:
         call["weights"] = call["weights"]._replace(A_log=call["weights"].A_log.float())
     call = call if change is None else change(call)
     if token_states:
@@ -338,10 +339,63 @@ def test_prologue_of_packed_and_padded_rows(variant):
     check_all(f"prologue_{variant}", "sm_90", padded(1000, 300), B=2, T=1000, width=8)
 
 
+# ------------------------------------------------------------------------------------------------------ states in slots
+
+
+@pytest.mark.parametrize("target", FIRST_TARGETS)
+@pytest.mark.parametrize(
+    "op", ["step_gdn", "step_kda", "recurrent_gdn", "recurrent_kda", "prologue_gdn", "prologue_kda"]
+)
+def test_states_in_slots(op, target):
+    change = None if op.startswith("step") else packed(0, 300, 301, 1000)
+    sizes = dict(B=MANY, T=1) if op.startswith("step") else dict(T=1000)
+    check_all(op, target, lambda call: in_slots_of_a_pool(op, change(call) if change else call), **sizes)
+
+
+@pytest.mark.parametrize("target", FIRST_TARGETS)
+@pytest.mark.parametrize("name", ["gdn scan", "kda scan"])
+def test_scan_with_states_in_slots(name, target):
+    cut = packed(0, 300, 301, 1000)
+    check_chunks(name, target, change=lambda call: in_slots_of_a_pool(KERNELS[name][0], cut(call)))
+
+
 @targets
 @pytest.mark.parametrize("V", [128, 256])
 def test_gated_norm(target, V):
     check_all("gated_norm", target, B=3, T=5, HK=16, V=V)
+
+
+@targets
+@variants
+def test_backward_prologue(target, variant):
+    check_all(f"backward_prologue_{variant}", target, T=1000)
+
+
+@pytest.mark.parametrize(
+    ("target", "variant", "K", "V"),
+    [
+        ("sm_80", "kda", 256, 256),
+        ("sm_90", "gdn", 96, 192),
+        ("gfx942", "kda", 256, 256),
+        ("sm_100", "kda", 64, 64),
+        ("sm_100", "gdn", 32, 32),
+        ("sm_90", "kda", 16, 16),
+    ],
+)
+@pytest.mark.extended
+def test_backward_prologue_of_other_heads(target, variant, K, V):
+    check_all(f"backward_prologue_{variant}", target, T=1000, K=K, V=V, bias=True)
+
+
+def test_backward_prologue_of_packed_and_padded_rows():
+    check_all("backward_prologue_gdn", "sm_90", packed(0, 300, 1000), T=1000)
+    check_all("backward_prologue_kda", "sm_90", padded(1000, 300), B=2, T=1000, width=8, lower_bound=-5.0)
+
+
+@targets
+@pytest.mark.parametrize("V", [128, 256])
+def test_backward_gated_norm(target, V):
+    check_all("backward_gated_norm", target, B=3, T=5, HK=16, V=V)
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

@@ -12,6 +12,7 @@ from hf_gdn import operators, registry
 from hf_gdn.kernels.contract import DeltaRuleInputs
 from hf_gdn.testing import assert_close, assert_same
 from hf_gdn.testing import invariants as holds
+from hf_gdn.testing.call_changes import equal_keys_beta_two
 from hf_gdn.testing.calls import mapped
 from hf_gdn.testing.case import FAMILIES, HALF
 from hf_gdn.testing.tolerances import SAME_SUMS
@@ -38,6 +39,13 @@ def layer_call(kind, family, **sizes):
 
 
 # --------------------------------------------------------------------------------------------------------- delta rule
+
+
+@pytest.mark.parametrize("op", ["backward_gdn", "backward_kda"])
+def test_an_ill_conditioned_chunk_keeps_the_bar(op):
+    """It is solved in float64."""
+    call = equal_keys_beta_two(registry.ops()[op].make_inputs(HK=1, HV=1, K=16, V=16, T=128))
+    holds.matches_reference(eager(op), call)
 
 
 @every_rule

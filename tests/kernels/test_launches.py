@@ -16,7 +16,7 @@ if INTERPRET or not HAS_TRITON:
 
 from triton.runtime.errors import OutOfResources
 
-from hf_gdn.kernels.triton import step
+from hf_gdn.kernels.triton import gated_norm, prepared, step
 from hf_gdn.testing.absent_driver import absent_card
 
 SIZES = dict(HK=16, HV=16, K=16, V=16, dtype=torch.bfloat16)
@@ -63,6 +63,39 @@ def test_a_step_does_not_mix_up_layouts(variant, card):
         assert len(step._launchers) == made + number
 
 
+def test_a_launch_is_of_the_kernel_that_triton_would_take(card):
+    """Among calls that differ in one thing each, those that share a kernel are those that share it in Triton."""
+    made = registry.ops()["gated_norm"].make_inputs(B=2, T=32, V=32, HK=2, HV=4, dtype=torch.bfloat16)
+    room = torch.empty(made["o"].numel() + 8, dtype=torch.bfloat16)
+    changes = {
+        "same": {},
+        "another address": dict(o=made["o"].clone()),
+        "longer": {name: torch.cat((made[name],) * 2, 1) for name in ("o", "z")},
+        "address not divisible by 16": dict(o=room[1 : 1 + made["o"].numel()].view(made["o"].shape)),
+        "fp16": {name: made[name].half() for name in ("o", "z", "weight")},
+        "fp32 weight": dict(weight=made["weight"].float()),
+        "strided gate": dict(z=torch.cat((made["z"],) * 2, -1)[..., :32]),
+        "another gate": dict(spec=made["spec"]._replace(gate="silu" if made["spec"].gate == "sigmoid" else "sigmoid")),
+    }
+    kernel, run = gated_norm._gated_norm_kernel, gated_norm.gated_norm
+
+    def launched(change):
+        prepared._compiled.clear()
+        run(**{**made, **changes[change]})
+        return next(iter(prepared._compiled.values())).hash
+
+    alone = {change: launched(change) for change in changes}
+    prepared._compiled.clear()
+    for turn in range(2):
+        for change in changes:
+            card.hashes.clear()
+            run(**{**made, **changes[change]})
+            assert card.hashes == [alone[change]], (change, turn)
+    shared = [change for change in changes if alone[change] == alone["same"]]
+    assert shared == ["same", "another address", "longer", "strided gate"]
+    assert len(set(alone.values())) == len(kernel.device_caches[0][0]) == 5
+
+
 @pytest.mark.parametrize(("batch", "heads"), [(1, 2), (3, 16)])
 @VARIANTS
 def test_a_prefill_compiles_once_for_all_lengths(variant, batch, heads, card):
@@ -74,6 +107,17 @@ def test_a_prefill_compiles_once_for_all_lengths(variant, batch, heads, card):
         if tokens == 64:
             first = len(card.compilations)
     assert first and len(card.compilations) == first, card.compilations[first:]
+
+
+@VARIANTS
+def test_gradients_around_the_rule_compile_once_for_all_lengths(variant, card):
+    around = (f"backward_prologue_{variant}", "backward_gated_norm")
+    for tokens in (64, 1, 63, 100, 127, 128, 2047):
+        for op in around:
+            triton_call(op, B=3, T=tokens)
+        if tokens == 64:
+            assert len(card.launches) == len(card.compilations) == 6
+    assert len(card.compilations) == 6, card.compilations[6:]
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from hf_gdn import registry
 ROOT = Path(hf_gdn.kernels.__file__).parent
 BACKENDS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 FILES = sorted(ROOT.rglob("*.py"))
+TRITON = [file for file in FILES if file.parent.name == "triton"]
 TREES = {file: ast.parse(file.read_text("utf-8")) for file in FILES}
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 
@@ -38,23 +39,35 @@ def test_an_op_has_the_same_file_in_every_backend():
 
 
 def launches(tree: ast.AST, under: bool = False):
-    """Every ``kernel[(grid,)](...)``, and whether it stands in ``with on_device(...)``."""
+    """Every ``launch(kernel, grid, ...)``, and whether it stands in ``with on_device(...)``."""
     if isinstance(tree, ast.With):
         contexts = [item.context_expr for item in tree.items]
         under |= any(isinstance(c, ast.Call) and getattr(c.func, "id", "") == "on_device" for c in contexts)
-    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Subscript) and isinstance(tree.func.slice, ast.Tuple):
+    if isinstance(tree, ast.Call) and getattr(tree.func, "id", "") == "launch":
         yield tree, under
     for child in ast.iter_child_nodes(tree):
         yield from launches(child, under)
 
 
-@every_file
+@pytest.mark.parametrize("file", TRITON, ids=lambda file: file.stem)
 def test_launches_are_on_the_tensors_device_and_by_keyword(file):
     """Read off the source: no machine here has two GPUs."""
     for launch, under in launches(TREES[file]):
         assert under, f"{file.name}, line {launch.lineno}: not under on_device(): the current device may be another one"
-        assert not launch.args, f"{file.name}, line {launch.lineno}: arguments by position"
+        assert len(launch.args) == 2, f"{file.name}, line {launch.lineno}: a kernel, its grid, and arguments by name"
 
 
 def test_launches_are_found():
-    assert sum(len(list(launches(tree))) for tree in TREES.values()) >= 8
+    assert sum(len(list(launches(TREES[file]))) for file in TRITON) >= 20
+
+
+@pytest.mark.parametrize("file", TRITON, ids=lambda file: file.stem)
+def test_pointers_are_named_as_pointers(file):
+    """`prepared.launch` tells them by their names; all other arguments are part of what a kernel is kept by."""
+    for kernel in ast.walk(TREES[file]):
+        if isinstance(kernel, ast.FunctionDef) and kernel.name.endswith("_kernel"):
+            names = [x.arg for x in kernel.args.args if not x.annotation]
+            others = [name for name in names if not name.startswith(("p_", "stride_"))]
+            loaded = {ast.unparse(call.args[0]) for call in ast.walk(kernel) if isinstance(call, ast.Call) and call.args
+                      and ast.unparse(call.func) in ("tl.load", "tl.store")}  # fmt: skip
+            assert not loaded & set(others), f"{kernel.name} loads from or stores to {loaded & set(others)}"

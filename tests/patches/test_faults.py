@@ -410,23 +410,31 @@ def hooked(monkeypatch):
 
 
 @remember
-def changed_places() -> list[tuple[type, str]]:
-    """Classes and names of all attributes that patching changes."""
+def changed_places() -> list[tuple[type | dict, str]]:
+    """Classes and names of all attributes that patching changes, and dicts and keys of items."""
     with hf_gdn.patched(FAMILIES, cuda_graphs=True):
         return [(change.cls, change.name) for change in in_force.current().swaps()]
 
 
-def attributes() -> dict[tuple[type, str], object]:
-    """All attributes of classes that patching changes."""
-    return {place: swap.class_attribute(*place) for place in changed_places()}
+def attributes() -> list[object]:
+    """All attributes and items that patching changes, in the order of `changed_places`."""
+    return [swap.class_attribute(*place) for place in changed_places()]
+
+
+def changed_names() -> list[tuple[object, str]]:
+    """`changed_places` by what can be a key of a dict."""
+    return [(id(owner) if isinstance(owner, dict) else owner, name) for owner, name in changed_places()]
 
 
 def put_back(originals) -> None:
-    for (cls, name), value in originals.items():
-        if value is not swap.MISSING:
-            setattr(cls, name, value)
-        elif name in cls.__dict__:
-            delattr(cls, name)
+    for (owner, name), value in zip(changed_places(), originals, strict=True):
+        if isinstance(owner, dict):
+            owner.pop(name, None)
+            owner.update({} if value is swap.MISSING else {name: value})
+        elif value is not swap.MISSING:
+            setattr(owner, name, value)
+        elif name in owner.__dict__:
+            delattr(owner, name)
     in_force._table = in_force.Table()
 
 
@@ -499,7 +507,7 @@ def test_an_interruption_at_any_line_leaves_all_as_it_was(does, stand, error, ho
 
     def reset():
         put_back(originals)
-        hooked._old_forward = originals[type(hooked), "forward"].__get__(hooked)
+        hooked._old_forward = dict(zip(changed_names(), originals))[type(hooked), "forward"].__get__(hooked)
         monkeypatch.setattr(in_force, "lock", threading.RLock())
         STANDS[stand]()
         return standing(hooked)
@@ -520,7 +528,7 @@ def test_an_interruption_at_any_line_leaves_all_as_it_was(does, stand, error, ho
             left.append(f"{here}: {', '.join(w for w, x, y in zip(what, now, before) if x != y)}")
             continue
         assert hf_gdn.patch(FAMILIES, cuda_graphs=True).active
-        assert all(swap.class_attribute(*place) is not original for place, original in originals.items())
+        assert all(now is not original for now, original in zip(attributes(), originals, strict=True))
         hf_gdn.unpatch()
         assert standing(hooked)[0] == originals
     assert not left, "not as before: " + "; ".join(left)

@@ -1,6 +1,5 @@
 """Prefill of patched layers on the Triton kernels, in the interpreter: what runs, and that it is the original."""
 
-import dataclasses
 import functools
 from itertools import pairwise
 
@@ -9,12 +8,12 @@ import torch
 from transformers import DynamicCache
 
 import hf_gdn
-from hf_gdn import operators, patches, registry
+from hf_gdn import operators, registry
 from hf_gdn.kernels.triton.runtime import INTERPRET
 from hf_gdn.testing import assert_close
-from hf_gdn.testing.tolerances import GRADIENT, LAYER
+from hf_gdn.testing.tolerances import LAYER
 from tests import tiny_models as tiny
-from tests.patches.layer_runs import PRODUCTS, ComputedOperators, states
+from tests.patches.layer_runs import PRODUCTS, ComputedOperators, launched, states
 
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")]
 
@@ -108,43 +107,9 @@ def test_compiles_as_operators_without_a_break(family, layer):
     torch._dynamo.reset()
 
 
-@some
-@pytest.mark.parametrize("trained", ["all", "gates"])
-def test_training(family, layer, trained, monkeypatch):
-    """The delta rule runs on triton both ways, all around it on eager; also where only what is behind the projections
-    is trained."""
-    gates = {name: p for name, p in layer.named_parameters() if name.rpartition(".")[2] in ("A_log", "dt_bias")}
-    parameters = dict(layer.named_parameters()) if trained == "all" else gates
-    for name, parameter in layer.named_parameters():
-        parameter.requires_grad_(name in parameters)
-    x = torch.randn(1, 70, 32)
-    with hf_gdn.patched(family, backend="eager"):
-        wanted = torch.autograd.grad(layer(x).square().sum(), [*parameters.values()])
-    backward = registry.get(f"backward_{patches.all_families()[family].variant}", "triton")
-    ran = []
-    counted = dataclasses.replace(backward, fn=lambda *a, **b: ran.append(1) or backward.fn(*a, **b))
-    monkeypatch.setitem(registry._table, (backward.op, "triton"), counted)
-    with on_triton(family):
-        got = torch.autograd.grad(layer(x).square().sum(), [*parameters.values()])
-    assert ran
-    whole = torch.cat([x.flatten() for x in wanted]).norm()
-    for name, x, y in zip(parameters, got, wanted):  # gates: remainders of terms that cancel, as in test_models.py
-        off = (x - y).norm()
-        assert off <= GRADIENT * y.norm() + 1e-7 * whole, f"gradient of {name}: off by {off:.1e} of {whole:.1e}"
-
-
 def test_prefill_is_the_projections_and_few_launches(family, layer, monkeypatch):
     """Nothing else is computed, cast or copied: no cat, no split that copies, no fp32 activations."""
-    from triton.runtime.interpreter import GridExecutor
-
-    launches, execute, x = [], GridExecutor.__call__, torch.randn(2, 40, 32)
-
-    def counted(self, *args, **kwargs):
-        launches.append(self.fn.__name__)
-        with torch.utils._python_dispatch._disable_current_modes():  # what the interpreter does is none of ours
-            return execute(self, *args, **kwargs)
-
-    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    launches, x = launched(monkeypatch), torch.randn(2, 40, 32)
     with on_triton(family), ComputedOperators() as seen, torch.no_grad():
         layer(x)
     op = hf_gdn.patches.all_families()[family].variant

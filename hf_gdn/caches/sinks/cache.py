@@ -54,6 +54,7 @@ class SinkLayer(CacheLayerMixin):
 
     is_compileable = True
     is_sliding = False
+    is_croppable = True  # `SinkCache.crop` says when it is not
     supports_early_init = False
 
     def __init__(self, cache: SinkCache) -> None:
@@ -126,12 +127,16 @@ class SinkLayer(CacheLayerMixin):
                 self.batch_size = len(getattr(self, name))
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.cache.crop(tokens_to_remove)  # raises an error
+        """Nothing: slots behind the counters, which `SinkCache.crop` moves back, are not read."""
 
 
 def _rows(held: Tensor, index: Tensor, dim: int) -> Tensor:
     chosen = held[(slice(None),) * dim + (index.to(held.device),)]
     return held.copy_(chosen) if chosen.shape == held.shape else chosen
+
+
+def _new_layers(cache: SinkCache, full_attention: list[bool]) -> list[Any]:
+    return [SinkLayer(cache) if full else LinearAttentionLayer() for full in full_attention]
 
 
 class SinkCache(Cache):
@@ -157,7 +162,7 @@ class SinkCache(Cache):
         TypeError: a size is not an integer.
         ValueError: a size is too small, or the model type or rotary type is not supported.
 
-    Example:
+    Examples:
         >>> from hf_gdn.caches import SinkCache
         >>> cache = SinkCache(model.config, sink_tokens=2, window=6)
         >>> with hf_gdn.patched():
@@ -192,11 +197,7 @@ class SinkCache(Cache):
         self.plan: SingleTokenPlan | MultiTokenPlan | None = None  # plan of the current forward
         self._counts: Tensor | None = None  # [3, B]: columns read, tokens read (without padding), base of positions
         self._taken: tuple[int, Tensor | int] = (0, 0)  # columns and tokens of the current forward
-        super().__init__(
-            layers=[
-                LinearAttentionLayer() if kind == "linear_attention" else SinkLayer(self) for kind in text.layer_types
-            ]
-        )
+        super().__init__(layers=_new_layers(self, [kind != "linear_attention" for kind in text.layer_types]))
 
     # ----------------------------------------------------------------------------------------------- around a forward
 
@@ -275,8 +276,10 @@ class SinkCache(Cache):
             counts = self._counts = torch.zeros(3, batch, dtype=torch.long, device=device)
             if not torch.compiler.is_compiling():
                 mark_static_address(counts)
-            for index, layer in enumerate(self.layers):
-                self.layers[index] = SinkLayer(self) if isinstance(layer, SinkLayer) else LinearAttentionLayer()
+            recording = any(getattr(layer, "record_past", False) for layer in self.layers)
+            self.layers = _new_layers(self, [isinstance(layer, SinkLayer) for layer in self.layers])
+            if recording:
+                self.activate_past_recording()
         return counts
 
     def _set_back(self, counts: Tensor, hosted: bool) -> None:
@@ -327,8 +330,36 @@ class SinkCache(Cache):
             self._rows(rows, lambda layer: layer.batch_repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Not supported: overwritten tokens cannot be restored."""
-        raise NotImplementedError("a SinkCache cannot be cropped: tokens that it has overwritten cannot be restored")
+        """Roll back the last `-tokens_to_remove` tokens, as long as no token has been evicted.
+
+        Raises:
+            RuntimeError: tokens have been evicted, rows have padding, or linear layers have not recorded so many
+                tokens (``activate_past_recording``). Nothing is changed.
+        """
+        if tokens_to_remove != 0 and self._counts is not None:
+            self._check_crop(*(row.tolist() for row in self._counts[:2]))
+        super().crop(tokens_to_remove)
+        if self._counts is not None:
+            self._counts[:2] += tokens_to_remove
+
+    def _check_crop(self, columns: list[int], tokens: list[int]) -> None:
+        slots = self.sizes.slots
+        if max(tokens) > slots:
+            raise RuntimeError(
+                f"a SinkCache that has evicted tokens cannot be cropped: it was given {max(tokens)} and keeps {slots}"
+            )
+        if columns != tokens:
+            raise RuntimeError(
+                f"a SinkCache whose rows have padding cannot be cropped: of {columns} columns, {tokens} are tokens"
+            )
+
+    def check_drafts(self, length: int) -> None:
+        """Raise ValueError unless tokens of a text of `length` can be drafted and rolled back all along."""
+        if length > self.sizes.slots:
+            raise ValueError(
+                f"assisted decoding with a SinkCache needs room for the prompt and all new tokens, since rejected "
+                f"tokens are rolled back; got {length} tokens for {self.sizes.slots} slots (sink_tokens + window)"
+            )
 
     def _rows(self, index: Tensor, linear: Any) -> None:
         if self._counts is None:

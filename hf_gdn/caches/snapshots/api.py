@@ -107,7 +107,7 @@ def snapshot(cache: Cache, model: nn.Module | str | None = None) -> Snapshot:
         SnapshotError: a layer is of a class that snapshots do not support, or the cache offloads layers.
         TypeError: not a cache with layers.
 
-    Example:
+    Examples:
         >>> from transformers import DynamicCache
         >>> from hf_gdn.caches import restore, snapshot
         >>> cache = DynamicCache(config=model.config)
@@ -140,7 +140,7 @@ def restore(cache: Cache, snapshot: Snapshot, model: nn.Module | str | None = No
             from the cache's, or it is longer than a StaticCache. The cache is unchanged.
         TypeError: not a cache with layers, or not a snapshot.
 
-    Example:
+    Examples:
         >>> from transformers import DynamicCache, StaticCache
         >>> from hf_gdn.caches import restore, snapshot
         >>> cache = DynamicCache(config=model.config)
@@ -206,7 +206,7 @@ def fork(cache: Cache, n: int, *, rows: bool = False) -> list[Cache] | Cache:
         SnapshotError: as for `snapshot`.
         ValueError: n is less than 1.
 
-    Example:
+    Examples:
         >>> from transformers import DynamicCache
         >>> from hf_gdn.caches import fork
         >>> cache = DynamicCache(config=model.config)

@@ -36,7 +36,7 @@ def save(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written. A previous file is kept.
         SafetensorError: a tensor cannot be written. A previous file is kept.
 
-    Example:
+    Examples:
         >>> from transformers import DynamicCache
         >>> from hf_gdn.caches import load, save, snapshot
         >>> cache = DynamicCache(config=model.config)
@@ -76,7 +76,7 @@ def load(
         SnapshotError: the file is not a snapshot, is truncated or damaged, or has another version or model.
         OSError: the file cannot be opened.
 
-    Example:
+    Examples:
         >>> from hf_gdn.caches import load
         >>> load("nothing.safetensors", model)
         Traceback (most recent call last):

@@ -51,7 +51,7 @@ def fingerprint(model: nn.Module) -> str:
     Args:
         model: a transformers model, bare or wrapped (PEFT, `torch.compile`).
 
-    Example:
+    Examples:
         >>> from hf_gdn.caches import fingerprint
         >>> fingerprint(model).partition(":")[0]
         'qwen3_next'

@@ -69,10 +69,11 @@ def transitions(
     reads = (torch.stack((k, q), -3) * products.from_start.unsqueeze(-3)).flatten(-3, -2).flatten(1, 2)
     writes = (k * products.to_end).flatten(1, 2)
     kk, qk, whole = (x.flatten(1, 2) for x in (products.kk, products.qk, products.whole))
-    # With unitriangular=True, solve_triangular reads only the part below the diagonal.
-    solved = torch.linalg.solve_triangular(
-        kk * beta[..., None], torch.diag_embed(beta), upper=False, unitriangular=True
-    )
+    # In float64 where there is one: with equal keys and a beta of 2 the condition of the system is 4 * 64^2, which
+    # leaves 1e-4 of fp32. With unitriangular=True, solve_triangular reads only the part below the diagonal.
+    exact = torch.float64 if kk.device.type != "mps" else kk.dtype
+    system, right = (kk * beta[..., None]).to(exact), torch.diag_embed(beta).to(exact)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).to(kk.dtype)
     return Transitions(q, k, v, g, products, reads, writes, kk, qk, whole, solved)
 
 

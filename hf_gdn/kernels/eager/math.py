@@ -47,6 +47,24 @@ def writing_strength(spec: LayerSpec, projected: Projections) -> Tensor:
     return beta if spec.beta_scale == 1.0 else beta * spec.beta_scale
 
 
+def sigmoid_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    """sigmoid(x) and its derivative; 1 - sigmoid(x) would lose the derivative where it is small. Both are new."""
+    s = x.sigmoid()
+    return s, (-x).sigmoid_().mul_(s)
+
+
+def zero_padding(g: Tensor, beta: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """``[B, T, ...]`` of gates, or gradients of them, with zeros after the first `lengths` tokens of each row."""
+    padding = torch.arange(g.shape[1], device=g.device) >= lengths[:, None]
+    g = g.masked_fill(padding.view(*padding.shape, *[1] * (g.dim() - 2)), 0.0)
+    return g, beta.masked_fill(padding[..., None], 0.0)
+
+
+def packed_sequence(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Index of the packed sequence of each of `length` tokens."""
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(length, device=cu_seqlens.device), right=True)
+
+
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, length: int, sequence: Tensor | None) -> Tensor:
     """Depthwise causal convolution as shifted multiply-adds, in fp32.
 

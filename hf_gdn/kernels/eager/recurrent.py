@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
+from ..contract import check_no_gradients
 from .math import l2norm
 from .runtime import why_not, without_autocast
 from .sequences import one_after_another, starting_state
@@ -39,6 +40,7 @@ def recurrent(
     token_states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated delta rule token by token, one decay per head or per channel. Contract: `hf_gdn.kernels.contract`."""
+    check_no_gradients(inplace, token_states, q, k, v, g, beta, initial_state)
     if cu_seqlens is not None:
         return one_after_another(
             recurrent,

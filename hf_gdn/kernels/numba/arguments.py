@@ -73,10 +73,13 @@ NORM_BLOCK = 64  # rows of a task of the gated norm
 # Projections: strides over sequences, tokens, key heads, and value heads of a key head.
 _PROJECTIONS = {"q": "bth", "k": "bth", "v": "bthr", "a": "bthr", "b": "bthr"}
 _WEIGHTS = {"conv": "", "conv_bias": "", "A_log": "", "dt_bias": ""}
+# States: the stride over sequences, or over slots of a pool; which slot a sequence has, and whether it has begun.
+_STATES = {"conv_state": "b", "state": "b"}
+_SLOTS = {"slots": "", "begun": ""}
 _SIZES = ("B", "T", "HK", "R", "K", "V", "width", "keep", "is_kda", "decay_dtype", "has_lower_bound")
 
 STEP = Layout(
-    {**_PROJECTIONS, "z": "bthr", **_WEIGHTS, "norm": "", "conv_state": "", "state": "", "y": ""},
+    {**_PROJECTIONS, "z": "bthr", **_WEIGHTS, "norm": "", **_STATES, "y": "", **_SLOTS},
     (*_SIZES, "norm_in_fp32", "gate_is_silu"),
     ("lower_bound", "beta_scale", "eps", "scale"),
 )
@@ -84,10 +87,11 @@ PROLOGUE = Layout(
     {
         **_PROJECTIONS,
         **_WEIGHTS,
-        "conv_state": "",
+        "conv_state": "b",
         "bounds": "",
         "lengths": "",
         **dict.fromkeys(("out_q", "out_k", "out_v", "out_g", "out_beta", "recent"), ""),
+        **_SLOTS,
     },
     (*_SIZES, "blocks"),
     ("lower_bound", "beta_scale"),
@@ -95,8 +99,10 @@ PROLOGUE = Layout(
 RECURRENT = Layout(
     {
         **dict.fromkeys(("q", "k", "v", "g", "beta"), "bth"),
-        **dict.fromkeys(("initial", "final", "bounds", "o"), ""),
+        **dict.fromkeys(("initial", "final"), "b"),
+        **dict.fromkeys(("bounds", "o"), ""),
         "states": "bth",
+        **_SLOTS,
     },
     ("N", "T", "HK", "HV", "K", "V", "is_kda", "qk_l2norm"),
     ("scale",),

@@ -11,5 +11,5 @@ from ...registry import Kernel, register
 from .recurrent import recurrent
 from .runtime import why_not
 
-register(Kernel("chunk_gdn", "numba", recurrent, why_not, fast_on=("cpu",)))
-register(Kernel("chunk_kda", "numba", recurrent, why_not, fast_on=("cpu",)))
+register(Kernel("chunk_gdn", "numba", recurrent, why_not, fast_on=("cpu",), slots=True))
+register(Kernel("chunk_kda", "numba", recurrent, why_not, fast_on=("cpu",), slots=True))

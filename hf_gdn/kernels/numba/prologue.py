@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
-from ..contract import DeltaRuleInputs, LayerSpec, Projections, Weights, state_dtype
+from ..contract import DeltaRuleInputs, LayerSpec, Projections, Slots, Weights, check_slots, state_dtype
+from ..slots import write
 from .arguments import BLOCK, CODES, LANES, PROLOGUE_BLOCK, padded
 from .runtime import launch, why_not
 
@@ -28,6 +29,7 @@ def prologue(
     keep: int = 0,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
+    slots: Slots | None = None,
 ) -> DeltaRuleInputs:
     """Everything before the delta rule, without gradients. All arithmetic is fp32, or float64 for float64.
 
@@ -40,6 +42,7 @@ def prologue(
         keep: columns of the returned convolution state, which ends at each row's last token; 0 for none.
         cu_seqlens: ``[N + 1]`` boundaries of sequences packed along T, B = 1; the convolution stays inside each.
         lengths: ``[B]``, number of tokens in each row. Padding follows them; it gets zero log-decay and beta.
+        slots: conv_state is a pool ``[P, C, keep]``, and packed sequences read and write their slots.
 
     Returns:
         q, k and v in the model's dtype, g and beta in the arithmetic's dtype, and the convolution state, all new and
@@ -54,13 +57,20 @@ def prologue(
     HV, width, dtype = HK * R, weights.conv.shape[1], state_dtype(q.dtype)
     is_kda = a.dim() == 3
     a = projected.decay_by_head()
+    rows = B
+    if slots is not None:
+        # A sequence may begin in two tasks, so the pool is written when all are done.
+        assert cu_seqlens is not None
+        conv_state, rows = check_slots(conv_state, q.dtype), len(slots.rows)
+    elif conv_state is not None:
+        conv_state = conv_state.contiguous()
     made = DeltaRuleInputs(
         q=torch.empty(B, T, HK, K, dtype=q.dtype),
         k=torch.empty(B, T, HK, K, dtype=q.dtype),
         v=torch.empty(B, T, HV, V, dtype=q.dtype),
         g=torch.empty(B, T, HV, *([K] if is_kda else []), dtype=dtype),
         beta=torch.empty(B, T, HV, dtype=dtype),
-        conv_state=torch.empty(B, 2 * HK * K + HV * V, keep, dtype=q.dtype) if keep else None,
+        conv_state=torch.empty(rows, 2 * HK * K + HV * V, keep, dtype=q.dtype) if keep else None,
     )
     blocks = max(1, -(-T // PROLOGUE_BLOCK))
     KP, D = padded(K), padded(max(K, V))
@@ -72,10 +82,11 @@ def prologue(
         D * (3 * width + BLOCK + PROLOGUE_BLOCK) + 2 * KP + 4 * LANES,
         (
             q, k, v, a, b, weights.conv, weights.conv_bias, weights.A_log, weights.dt_bias,
-            None if conv_state is None else conv_state.contiguous(),
+            conv_state,
             None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous(),
             None if lengths is None else lengths.to(torch.int64).contiguous(),
             *made,
+            *(slots or (None, None)),
         ),
         B, T, HK, R, K, V, width, keep, is_kda,
         CODES[q.dtype] if spec.decay_in_dtype else 0,
@@ -84,8 +95,11 @@ def prologue(
         spec.lower_bound or 0.0,
         spec.beta_scale,
     )  # fmt: skip
-    return made
+    if slots is None or conv_state is None or made.conv_state is None:
+        return made
+    write(conv_state, slots, made.conv_state, cu_seqlens)
+    return made._replace(conv_state=conv_state)
 
 
-register(Kernel("prologue_gdn", "numba", prologue, why_not, fast_on=("cpu",)))
-register(Kernel("prologue_kda", "numba", prologue, why_not, fast_on=("cpu",)))
+register(Kernel("prologue_gdn", "numba", prologue, why_not, fast_on=("cpu",), slots=True))
+register(Kernel("prologue_kda", "numba", prologue, why_not, fast_on=("cpu",), slots=True))

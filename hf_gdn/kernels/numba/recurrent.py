@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
-from ..contract import check_inplace, check_token_states, state_dtype
+from ..contract import Slots, check_inplace, check_no_gradients, check_slots, check_token_states, state_dtype
 from .arguments import BLOCK, LANES, padded
 from .runtime import launch, why_not
 
@@ -32,6 +32,7 @@ def recurrent(
     qk_l2norm: bool = False,
     inplace: bool = False,
     token_states: Tensor | None = None,
+    slots: Slots | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated delta rule token by token, in one compiled function, without gradients.
 
@@ -51,6 +52,7 @@ def recurrent(
         inplace: write the final state to `initial_state` and return this tensor.
         token_states: ``[B, T, HV, K, V]`` in the arithmetic's dtype, each ``[K, V]`` contiguous; receives the state
             after every token.
+        slots: `initial_state` is a pool ``[P, HV, K, V]``, read and written in place.
 
     Returns:
         ``(o, final_state)``: ``[B, T, HV, V]`` in v's dtype and ``[N, HV, K, V]`` in the arithmetic's dtype.
@@ -61,11 +63,14 @@ def recurrent(
 
     Source: Gated Delta Networks (arXiv 2412.06464), equation 10; Kimi Linear (arXiv 2510.26692), equation 1.
     """
+    check_no_gradients(inplace, token_states, q, k, v, g, beta, initial_state)
     B, T, HK, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     dtype = state_dtype(v.dtype)
-    if inplace:
+    if slots is not None:
+        final_state = initial_state = check_slots(initial_state, dtype)
+    elif inplace:
         final_state = check_inplace(initial_state, dtype)
     else:
         final_state = torch.empty(N, HV, K, V, dtype=dtype)
@@ -81,7 +86,7 @@ def recurrent(
         N * HV,
         HV * K * V * max(B * T, N),
         KP * LANES + 5 * BLOCK * KP + 2 * BLOCK * VP + KP + 2 * BLOCK + 2 * LANES,
-        (q, k, v, g, beta, initial_state, final_state, bounds, o, token_states),
+        (q, k, v, g, beta, initial_state, final_state, bounds, o, token_states, *(slots or (None, None))),
         N, T, HK, HV, K, V, g.dim() == 4, qk_l2norm, scale,
     )  # fmt: skip
     return o, final_state
@@ -89,5 +94,5 @@ def recurrent(
 
 # No chunk kernel is faster (`chunk`).
 ANY_LENGTH = 2**63 - 1
-register(Kernel("recurrent_gdn", "numba", recurrent, why_not, fast_on=("cpu",), max_tokens=ANY_LENGTH))
-register(Kernel("recurrent_kda", "numba", recurrent, why_not, fast_on=("cpu",), max_tokens=ANY_LENGTH))
+for _op in ("recurrent_gdn", "recurrent_kda"):
+    register(Kernel(_op, "numba", recurrent, why_not, fast_on=("cpu",), max_tokens=ANY_LENGTH, slots=True))

@@ -16,12 +16,19 @@ import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
-from ..contract import LayerSpec, Projections, Weights, state_dtype
+from ..contract import LayerSpec, Projections, Slots, Weights, check_slots, state_dtype
 from .arguments import BLOCK, CODES, LANES, padded
 from .runtime import launch, why_not
 
 
-def step(projected: Projections, weights: Weights, spec: LayerSpec, conv_state: Tensor, state: Tensor) -> Tensor:
+def step(
+    projected: Projections,
+    weights: Weights,
+    spec: LayerSpec,
+    conv_state: Tensor,
+    state: Tensor,
+    slots: Slots | None = None,
+) -> Tensor:
     """Process the next few tokens of a layer, without gradients; conv_state and state are updated in place.
 
     All arithmetic is fp32, or float64 for float64.
@@ -33,6 +40,7 @@ def step(projected: Projections, weights: Weights, spec: LayerSpec, conv_state: 
         conv_state: ``[B, C, width]`` in the model's dtype, contiguous: the last inputs of the convolution, oldest
             first, over q | k | v, as transformers keeps them.
         state: ``[B, HV, K, V]``, contiguous, in the arithmetic's dtype.
+        slots: both states are pools, ``[P, C, width]`` and ``[P, HV, K, V]``, read and written in place.
 
     Returns:
         ``[B, T, HV, V]`` in the model's dtype, normed and gated, for the output projection.
@@ -46,6 +54,9 @@ def step(projected: Projections, weights: Weights, spec: LayerSpec, conv_state: 
     HV, width = HK * R, weights.conv.shape[1]
     is_kda = a.dim() == 3
     a = projected.decay_by_head()
+    if slots is not None:
+        check_slots(conv_state, q.dtype)
+        check_slots(state, state_dtype(q.dtype))
     y = torch.empty(B, T, HV, V, dtype=v.dtype)
     KP, VP = padded(K), padded(V)
     shared = KP * LANES + max(KP, VP) * (width + 1) + BLOCK * VP + KP + 2 * VP + 5 * BLOCK * KP + BLOCK * VP + 3 * BLOCK
@@ -54,11 +65,11 @@ def step(projected: Projections, weights: Weights, spec: LayerSpec, conv_state: 
         "step",
         state_dtype(q.dtype),
         B * HK,
-        state.numel() * T,
+        B * HV * K * V * T,
         shared + convolution + 2 * LANES,
         (
             q, k, v, a, b, z, weights.conv, weights.conv_bias, weights.A_log, weights.dt_bias, weights.norm,
-            conv_state, state, y,
+            conv_state, state, y, *(slots or (None, None)),
         ),
         B, T, HK, R, K, V, width, conv_state.shape[2], is_kda,
         CODES[q.dtype] if spec.decay_in_dtype else 0,
@@ -73,5 +84,5 @@ def step(projected: Projections, weights: Weights, spec: LayerSpec, conv_state: 
     return y
 
 
-register(Kernel("step_gdn", "numba", step, why_not, fast_on=("cpu",)))
-register(Kernel("step_kda", "numba", step, why_not, fast_on=("cpu",)))
+register(Kernel("step_gdn", "numba", step, why_not, fast_on=("cpu",), slots=True))
+register(Kernel("step_kda", "numba", step, why_not, fast_on=("cpu",), slots=True))

@@ -30,7 +30,8 @@ from .chunk_gdn import prepare
 from .chunks import CHUNK, chunks_of, locate_chunk, padded
 from .l2norm_backward import outside
 from .math import LOG2E, dot, input_precision
-from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton, why_not_chunk
+from .prepared import launch
+from .runtime import NOT_MEASURED, LaunchConfig, cdiv, on_device, strides, tl, triton, why_not_chunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +339,9 @@ def backward_gdn(
                 **shape,
             )
             BV = min(padded(V), SCORES_CONFIG.BV)
-            _score_gradients_kernel[(chunks.programs, HV)](
+            launch(
+                _score_gradients_kernel,
+                (chunks.programs, HV),
                 p_v=v,
                 p_g=g,
                 p_p=made.p,
@@ -352,8 +355,11 @@ def backward_gdn(
                 num_stages=1,
                 **common,
             )
-            common |= dict(BK=min(BK, KEYS_CONFIG.BK), BV=min(padded(V), KEYS_CONFIG.BV))
-            _key_gradients_kernel[(chunks.programs, HK, triton.cdiv(K, common["BK"]))](
+            BK = min(BK, KEYS_CONFIG.BK)
+            common |= dict(BK=BK, BV=min(padded(V), KEYS_CONFIG.BV))
+            launch(
+                _key_gradients_kernel,
+                (chunks.programs, HK, cdiv(K, BK)),
                 p_dq=d_q,
                 p_dk=d_k,
                 num_warps=KEYS_CONFIG.num_warps,

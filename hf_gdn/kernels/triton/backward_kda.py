@@ -29,7 +29,8 @@ from .chunk_kda import prepare
 from .chunks import CHUNK, chunks_of, locate_chunk, padded
 from .l2norm_backward import outside
 from .math import LOG2E, dot, input_precision
-from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton, why_not_chunk
+from .prepared import launch
+from .runtime import NOT_MEASURED, LaunchConfig, cdiv, on_device, strides, tl, triton, why_not_chunk
 
 _BLOCK = tl.constexpr(16)
 
@@ -349,7 +350,9 @@ def backward_kda(
                 **chunks.arguments(),
                 **shape,
             )
-            _score_gradients_kernel[(chunks.programs, HV)](
+            launch(
+                _score_gradients_kernel,
+                (chunks.programs, HV),
                 p_v=v,
                 p_p=made.p,
                 p_n=made.n,
@@ -364,7 +367,9 @@ def backward_kda(
                 **common,
             )
             BK = min(CHANNELS_CONFIG.BK, BK)
-            _channel_gradients_kernel[(chunks.programs, HK, triton.cdiv(K, BK))](
+            launch(
+                _channel_gradients_kernel,
+                (chunks.programs, HK, cdiv(K, BK)),
                 p_q=q,
                 p_k=k,
                 p_g=g,

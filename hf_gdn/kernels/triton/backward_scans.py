@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .chunks import CHUNK, Chunks, locate_sequence, padded, scan_config, shared_memory
 from .math import dot, input_precision
-from .runtime import on_device, strides, tl, triton
+from .prepared import launch
+from .runtime import cdiv, on_device, strides, tl, triton
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -250,7 +251,9 @@ def scans(
         num_stages=stages,
     )
     with on_device(v):
-        states_kernel[(triton.cdiv(V, BV) * N * HV,)](
+        launch(
+            states_kernel,
+            (cdiv(V, BV) * N * HV,),
             p_v=v,
             p_initial=None if initial_state is None else initial_state.contiguous(),
             p_states=states,
@@ -258,7 +261,9 @@ def scans(
             **strides(v=v),
             **common,
         )
-        reverse_kernel[(triton.cdiv(V, BV) * N * HV,)](
+        launch(
+            reverse_kernel,
+            (cdiv(V, BV) * N * HV,),
             p_q=q,
             p_p=made.p,
             p_qin=made.qin,

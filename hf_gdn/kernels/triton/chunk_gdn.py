@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
+from ..contract import Slots, check_slots
 from .chunk_gdn_prepare import HALF, PREPARE_CONFIGS, prepare_kernel
 from .chunks import CHUNK, Chunks, chunks_of, padded
 from .math import dot, input_precision
+from .prepared import launch
 from .runtime import on_device, strides, tl, triton, why_not_chunk
 from .segmented_scan import load_state, locate_segment, scan, store_state
 from .triangular_inverse import OPERANDS
@@ -42,11 +44,14 @@ def _scan_kernel(
     p_states,  # [slots, HV, K, V + K], or None without segments
     p_final,  # [N, HV, K, V] contiguous, or None
     p_o,  # [B, T, HV, V] contiguous, or None to compute only the states of segments
+    p_slots,  # [N] rows of p_initial and p_final, one pool whose rows are strided; or None for rows 0, 1, ...
+    p_begun,  # [N], whether these hold states; or None
     p_bounds,  # [N + 1], or None
     p_first,  # [N], or None
     p_long,  # [sequences that may be long], or None
     sequences,
     minimum,
+    stride_pool,
     T,
     stride_qb,
     stride_qt,
@@ -85,7 +90,16 @@ def _scan_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
     dtype = p_v.dtype.element_ty
-    b_s = load_state(p_initial, p_states, i_n, i_s, i_slot, i_h, o_k, o_v, HV, K, V, SEGMENTS, STATE_ONLY)
+    if p_slots is not None:
+        i_row = tl.load(p_slots + i_n)
+        p_initial += i_row * stride_pool
+        p_final += i_row * stride_pool
+        b_s = load_state(p_initial, p_states, i_n * 0, i_s, i_slot, i_h, o_k, o_v, HV, K, V, SEGMENTS, STATE_ONLY)
+        b_s = tl.where(tl.load(p_begun + i_n) != 0, b_s, 0.0)  # what a slot holds otherwise may be NaN
+        is_last = is_last & (i_t < end)
+        i_n = i_n * 0
+    else:
+        b_s = load_state(p_initial, p_states, i_n, i_s, i_slot, i_h, o_k, o_v, HV, K, V, SEGMENTS, STATE_ONLY)
 
     p_k += i_b * stride_kb + i_hk * stride_kh
     p_v += i_b * stride_vb + i_h * stride_vh
@@ -145,7 +159,9 @@ def prepare(
     decay = torch.empty(chunks.programs, HV, dtype=torch.float32, device=v.device)
     with on_device(v):
         if B * T > 0:
-            prepare_kernel[(chunks.programs, HK)](
+            launch(
+                prepare_kernel,
+                (chunks.programs, HK),
                 p_q=q,
                 p_k=k,
                 p_g=g,
@@ -186,6 +202,7 @@ def chunk_gdn(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     qk_l2norm: bool = False,
+    slots: Slots | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chunked gated delta rule, one decay per head.
 
@@ -199,6 +216,7 @@ def chunk_gdn(
         initial_state: ``[N, HV, K, V]``; zeros when None.
         cu_seqlens: ``[N + 1]`` boundaries of N sequences packed along T (then B is 1), on the tensors' device.
         qk_l2norm: L2-normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
+        slots: `initial_state` is a pool fp32 ``[P, HV, K, V]``, read and written in place.
 
     Returns:
         ``(o, final_state)``: ``[B, T, HV, V]`` in v's dtype and ``[N, HV, K, V]`` in fp32.
@@ -208,7 +226,10 @@ def chunk_gdn(
     chunks = chunks_of(B, T, cu_seqlens)
     made = prepare(q, k, v, g, beta, chunks, scale, qk_l2norm)
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
-    final_state = torch.empty(N, HV, K, V, dtype=torch.float32, device=v.device)
+    if slots is not None:
+        final_state = check_slots(initial_state, torch.float32)
+    else:
+        final_state = torch.empty(N, HV, K, V, dtype=torch.float32, device=v.device)
     if N > 0:
         gates = dict(p_kin=made.kin, p_kout=made.kout, p_decay=made.decay)
         scan(
@@ -219,9 +240,10 @@ def chunk_gdn(
             initial_state=initial_state,
             final_state=final_state,
             chunks=chunks,
+            slots=slots,
             key_tiles=2,
         )
     return o, final_state
 
 
-register(Kernel("chunk_gdn", "triton", chunk_gdn, why_not_chunk, checked=True))
+register(Kernel("chunk_gdn", "triton", chunk_gdn, why_not_chunk, checked=True, slots=True))

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
+from ..contract import Slots, check_slots
 from .chunk_kda_prepare import PREPARE_CONFIG, WIDEST, prepare_kernel
 from .chunk_kda_strong_decay import INVERSE_CONFIG, SCORES_CONFIG, inverse_kernel, scores_kernel
 from .chunks import CHUNK, Chunks, chunks_of, padded
 from .math import dot, input_precision
+from .prepared import launch
 from .runtime import on_device, strides, tl, triton, why_not_chunk
 from .segmented_scan import load_state, locate_segment, scan, store_state
 from .triangular_inverse import OPERANDS
@@ -42,11 +44,14 @@ def _scan_kernel(
     p_states,  # [slots, HV, K, V + K], or None without segments
     p_final,  # [N, HV, K, V] contiguous, or None
     p_o,  # [B, T, HV, V] contiguous, or None to compute only the states of segments
+    p_slots,  # [N] rows of p_initial and p_final, one pool whose rows are strided; or None for rows 0, 1, ...
+    p_begun,  # [N], whether these hold states; or None
     p_bounds,  # [N + 1], or None
     p_first,  # [N], or None
     p_long,  # [sequences that may be long], or None
     sequences,
     minimum,
+    stride_pool,
     T,
     stride_vb,
     stride_vt,
@@ -77,7 +82,16 @@ def _scan_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
     dtype = p_v.dtype.element_ty
-    b_s = load_state(p_initial, p_states, i_n, i_s, i_slot, i_h, o_k, o_v, HV, K, V, SEGMENTS, STATE_ONLY)
+    if p_slots is not None:
+        i_row = tl.load(p_slots + i_n)
+        p_initial += i_row * stride_pool
+        p_final += i_row * stride_pool
+        b_s = load_state(p_initial, p_states, i_n * 0, i_s, i_slot, i_h, o_k, o_v, HV, K, V, SEGMENTS, STATE_ONLY)
+        b_s = tl.where(tl.load(p_begun + i_n) != 0, b_s, 0.0)  # what a slot holds otherwise may be NaN
+        is_last = is_last & (i_t < end)
+        i_n = i_n * 0
+    else:
+        b_s = load_state(p_initial, p_states, i_n, i_s, i_slot, i_h, o_k, o_v, HV, K, V, SEGMENTS, STATE_ONLY)
 
     p_v += i_b * stride_vb + i_h * stride_vh
     for i_c in range(tl.cdiv(end - i_t, BT)):
@@ -148,7 +162,9 @@ def prepare(
     shape = dict(T=T, HV=HV, BT=CHUNK)
     with on_device(v):
         if B * T > 0:
-            prepare_kernel[(chunks.programs, HV)](
+            launch(
+                prepare_kernel,
+                (chunks.programs, HV),
                 p_q=q,
                 p_k=k,
                 p_g=g,
@@ -176,7 +192,9 @@ def prepare(
                 **chunks.arguments(),
                 **shape,
             )
-            scores_kernel[(chunks.programs * (CHUNK // SCORES_CONFIG.BC), HV)](
+            launch(
+                scores_kernel,
+                (chunks.programs * (CHUNK // SCORES_CONFIG.BC), HV),
                 p_q=q,
                 p_k=k,
                 p_g=g,
@@ -197,7 +215,9 @@ def prepare(
                 **chunks.arguments(),
                 **shape,
             )
-            inverse_kernel[(chunks.programs, HV)](
+            launch(
+                inverse_kernel,
+                (chunks.programs, HV),
                 p_k=k,
                 p_g=g,
                 p_beta=beta,
@@ -230,6 +250,7 @@ def chunk_kda(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     qk_l2norm: bool = False,
+    slots: Slots | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chunked gated delta rule, one decay per channel; the decay may be of any size.
 
@@ -243,6 +264,7 @@ def chunk_kda(
         initial_state: ``[N, HV, K, V]``; zeros when None.
         cu_seqlens: ``[N + 1]`` boundaries of N sequences packed along T (then B is 1), on the tensors' device.
         qk_l2norm: L2-normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
+        slots: `initial_state` is a pool fp32 ``[P, HV, K, V]``, read and written in place.
 
     Returns:
         ``(o, final_state)``: ``[B, T, HV, V]`` in v's dtype and ``[N, HV, K, V]`` in fp32.
@@ -252,7 +274,10 @@ def chunk_kda(
     chunks = chunks_of(B, T, cu_seqlens)
     prepared = prepare(q, k, v, g, beta, chunks, scale, qk_l2norm)
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
-    final_state = torch.empty(N, HV, K, V, dtype=torch.float32, device=v.device)
+    if slots is not None:
+        final_state = check_slots(initial_state, torch.float32)
+    else:
+        final_state = torch.empty(N, HV, K, V, dtype=torch.float32, device=v.device)
     if N > 0:
         scan(
             _scan_kernel,
@@ -269,9 +294,10 @@ def chunk_kda(
             initial_state=initial_state,
             final_state=final_state,
             chunks=chunks,
+            slots=slots,
             key_tiles=3,
         )
     return o, final_state
 
 
-register(Kernel("chunk_kda", "triton", chunk_kda, why_not_chunk, checked=True))
+register(Kernel("chunk_kda", "triton", chunk_kda, why_not_chunk, checked=True, slots=True))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .runtime import NOT_MEASURED, LaunchConfig, tl, triton
+from .runtime import NOT_MEASURED, LaunchConfig, cdiv, next_power_of_2, tl, triton
 
 CHUNK = 64
 _CHUNK = tl.constexpr(CHUNK)
@@ -69,9 +69,9 @@ class Chunks(NamedTuple):
 def chunks_of(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
     """The chunks of B sequences of T tokens, or of the sequences that `cu_seqlens` packs into T tokens."""
     if cu_seqlens is None:
-        return Chunks(B * triton.cdiv(T, CHUNK), None, None, None)
+        return Chunks(B * cdiv(T, CHUNK), None, None, None)
     sequences = len(cu_seqlens) - 1
-    programs = triton.cdiv(T, CHUNK) + sequences
+    programs = cdiv(T, CHUNK) + sequences
     counts = (cu_seqlens.diff() + (CHUNK - 1)) // CHUNK
     ends = counts.cumsum(0)
     numbers = torch.arange(programs, device=cu_seqlens.device)
@@ -95,7 +95,7 @@ def shared_memory(device: torch.device) -> int:
 
 def padded(size: int) -> int:
     """Tile size for a whole head dimension: a power of two that tensor cores support."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))
 
 
 def scan_config(heads: int, V: int, BK: int, itemsize: int, shared: int, key_tiles: int) -> tuple[int, int, int]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from ...registry import Kernel, register
 from ..contract import LayerSpec
 from .math import norm_and_gate
-from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton, why_not
+from .prepared import launch
+from .runtime import NOT_MEASURED, LaunchConfig, cdiv, next_power_of_2, on_device, strides, tl, triton, why_not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +81,14 @@ def gated_norm(o: Tensor, z: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
     o = o.contiguous()
     y = torch.empty_like(o)
     rows, (HV, V) = o.shape[:3].numel(), o.shape[2:]
-    BV = triton.next_power_of_2(V)
+    BV = next_power_of_2(V)
     BR = GATED_NORM_CONFIG.elements // BV
     if rows == 0:
         return y
     with on_device(o):
-        _gated_norm_kernel[(triton.cdiv(rows, BR),)](
+        launch(
+            _gated_norm_kernel,
+            (cdiv(rows, BR),),
             p_o=o,
             p_z=z,
             p_w=weight,

@@ -20,19 +20,20 @@ import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
-from ..contract import DeltaRuleInputs, LayerSpec, Projections, Weights
+from ..contract import DeltaRuleInputs, LayerSpec, Projections, Slots, Weights, check_slots
 from .chunks import CHUNK, chunks_of, locate_chunk
-from .math import conv_silu_tile, l2norm_rows, log_decay, writing_strength
-from .runtime import NOT_MEASURED, LaunchConfig, on_device, strides, tl, triton, why_not
+from .math import conv_silu_tile, l2norm_rows, log_decay, only_if, writing_strength
+from .prepared import launch
+from .runtime import NOT_MEASURED, LaunchConfig, next_power_of_2, on_device, strides, tl, triton, why_not
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrologueConfig(LaunchConfig):
-    """Launch parameters of the prologue.
+    """Launch parameters of the prologue, and of the gradients of its heads.
 
     Args:
         max_dim: maximum padded head dimension (the larger of K and V) for which this row is used.
-        BT: tokens per program.
+        BT: tokens per tile.
     """
 
     max_dim: int
@@ -49,21 +50,29 @@ PROLOGUE_CONFIGS = (
 )
 
 
-def prologue_config(BK: int, BV: int) -> PrologueConfig:
+def prologue_config(configs: tuple[PrologueConfig, ...], BK: int, BV: int) -> PrologueConfig:
     """The launch parameters for padded head dimensions BK and BV."""
-    return next(config for config in PROLOGUE_CONFIGS if max(BK, BV) <= config.max_dim)
+    return next(config for config in configs if max(BK, BV) <= config.max_dim)
+
+
+def in_words(weight: Tensor) -> bool:
+    """Whether a channel's weights ``[C, WIDTH]`` are one number of 64 bits, which is one load instead of four."""
+    return weight.shape[1] == 4 and weight.element_size() == 2 and weight.data_ptr() % 8 == 0
 
 
 @triton.jit
-def _last_inputs(p_x, stride_t, p_conv_state, p_recent, length, m_c, KEEP: tl.constexpr, BW: tl.constexpr):
-    """Store the convolution state after `length` tokens. Pointers point to the channels."""
+def _last_inputs(p_x, stride_t, p_conv_state, p_recent, start, end, m_c, m_state, KEEP: tl.constexpr, BW: tl.constexpr):
+    """Store the convolution state after the tokens from start to end. Pointers point to the channels, p_x to token 0;
+    p_recent may be p_conv_state. m_state: channels that have a state before."""
     o_w = tl.arange(0, BW)
-    o_from = length - KEEP + o_w[None, :]
+    o_from = end - KEEP + o_w[None, :]
+    o_old = o_from - start + KEEP
     m = m_c[:, None] & (o_w < KEEP)[None, :]
-    b_x = tl.load(p_x[:, None] + o_from * stride_t, mask=m & (o_from >= 0), other=0.0)
+    b_x = tl.load(p_x[:, None] + o_from * stride_t, mask=m & (o_from >= start), other=0.0)
     if p_conv_state is not None:
-        m_old = m & (o_from < 0) & (o_from + KEEP >= 0)
-        b_x = tl.where(o_from < 0, tl.load(p_conv_state[:, None] + KEEP + o_from, mask=m_old, other=0.0), b_x)
+        m_old = m & m_state[:, None] & (o_from < start) & (o_old >= 0)
+        b_x = tl.where(o_from < start, tl.load(p_conv_state[:, None] + o_old, mask=m_old, other=0.0), b_x)
+        tl.debug_barrier()  # a column may be read by one thread and written by another
     tl.store(p_recent[:, None] + o_w[None, :], b_x, mask=m)
 
 
@@ -89,6 +98,8 @@ def _prologue_kernel(
     p_bounds,  # [N + 1], or None
     p_first,  # [N], or None
     p_sequence,  # [chunks], or None
+    p_slots,  # [N] rows of p_conv_state, which p_recent then is, and whose rows are strided; or None
+    p_begun,  # [N], whether these hold states; or None
     beta_scale,
     T,
     stride_qb,
@@ -109,6 +120,7 @@ def _prologue_kernel(
     stride_bt,
     stride_bh,
     stride_br,
+    stride_conv,
     HK: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -119,6 +131,7 @@ def _prologue_kernel(
     WIDTH: tl.constexpr,
     KEEP: tl.constexpr,
     BW: tl.constexpr,
+    WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     LOWER_BOUND: tl.constexpr,
     IS_KDA: tl.constexpr,
@@ -133,7 +146,8 @@ def _prologue_kernel(
     if i_t >= end:
         return
     if p_bounds is not None:
-        start = tl.load(p_bounds + tl.load(p_sequence + i_chunk)).to(tl.int64)
+        i_n = tl.load(p_sequence + i_chunk)
+        start = tl.load(p_bounds + i_n).to(tl.int64)
         is_first = i_tile == 0
         p_context = None  # packed sequences do not read the convolution state
     else:
@@ -143,15 +157,27 @@ def _prologue_kernel(
     length = i_b * 0 + T
     if p_lengths is not None:
         length = tl.load(p_lengths + i_b).to(tl.int64)
+    # The tokens after which the convolution state is stored.
+    first, after = i_b * 0, length
+    i_channel = i_b * (2 * HK * K + HV * V)
+    has_begun = None
+    if p_slots is not None:  # but for those whose states are in slots
+        is_first = i_t == start
+        i_slot = tl.load(p_slots + i_n)
+        p_conv_state += i_slot * stride_conv
+        p_recent += i_slot * stride_conv
+        p_context = p_conv_state
+        has_begun = tl.load(p_begun + i_n) != 0
+        first, after = start, end
     dtype = p_oq.dtype.element_ty
     o_t = i_t + tl.arange(0, BT)
     m_t = o_t < end
     o_row = i_b * T + o_t
-    i_channel = i_b * (2 * HK * K + HV * V)
     # Block sizes differ, so the branches must not share variable names (Triton would unify their types).
     if i_h < HK:
         o_k = tl.arange(0, BK)
         m_k = o_k < K
+        m_ck = m_k if has_begun is None else only_if(m_k, has_begun)
         m_tk = m_t[:, None] & m_k[None, :]
         o_q = i_h * K + o_k
         o_key = HK * K + o_q
@@ -167,9 +193,11 @@ def _prologue_kernel(
             start,
             end,
             m_k,
+            m_ck,
             BT,
             WIDTH,
             KEEP,
+            WORDS,
         )
         o_out = (o_row * HK + i_h)[:, None] * K + o_k[None, :]
         tl.store(p_oq + o_out, l2norm_rows(b_q).to(dtype), mask=m_tk)
@@ -183,9 +211,11 @@ def _prologue_kernel(
             start,
             end,
             m_k,
+            m_ck,
             BT,
             WIDTH,
             KEEP,
+            WORDS,
         )
         tl.store(p_ok + o_out, l2norm_rows(b_k).to(dtype), mask=m_tk)
         if p_recent is not None and is_first:
@@ -194,8 +224,10 @@ def _prologue_kernel(
                 stride_qt,
                 None if p_conv_state is None else p_conv_state + (i_channel + o_q) * KEEP,
                 p_recent + (i_channel + o_q) * KEEP,
-                length,
+                first,
+                after,
                 m_k,
+                m_ck,
                 KEEP,
                 BW,
             )
@@ -204,8 +236,10 @@ def _prologue_kernel(
                 stride_kt,
                 None if p_conv_state is None else p_conv_state + (i_channel + o_key) * KEEP,
                 p_recent + (i_channel + o_key) * KEEP,
-                length,
+                first,
+                after,
                 m_k,
+                m_ck,
                 KEEP,
                 BW,
             )
@@ -214,6 +248,7 @@ def _prologue_kernel(
         i_hk, i_r = i_value // (HV // HK), i_value % (HV // HK)
         o_v = tl.arange(0, BV)
         m_v = o_v < V
+        m_cv = m_v if has_begun is None else only_if(m_v, has_begun)
         o_value = 2 * HK * K + i_value * V + o_v
         p_xv = p_v + i_b * stride_vb + i_hk * stride_vh + i_r * stride_vr + o_v
         b_v = conv_silu_tile(
@@ -226,9 +261,11 @@ def _prologue_kernel(
             start,
             end,
             m_v,
+            m_cv,
             BT,
             WIDTH,
             KEEP,
+            WORDS,
         )
         o_head = o_row * HV + i_value
         tl.store(p_ov + o_head[:, None] * V + o_v[None, :], b_v.to(dtype), mask=m_t[:, None] & m_v[None, :])
@@ -238,8 +275,10 @@ def _prologue_kernel(
                 stride_vt,
                 None if p_conv_state is None else p_conv_state + (i_channel + o_value) * KEEP,
                 p_recent + (i_channel + o_value) * KEEP,
-                length,
+                first,
+                after,
                 m_v,
+                m_cv,
                 KEEP,
                 BW,
             )
@@ -273,6 +312,7 @@ def prologue(
     keep: int = 0,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
+    slots: Slots | None = None,
 ) -> DeltaRuleInputs:
     """Everything before the delta rule, in one launch, without gradients. All arithmetic is fp32.
 
@@ -285,6 +325,7 @@ def prologue(
         keep: columns of the returned convolution state, which ends at each row's last token; 0 for none.
         cu_seqlens: ``[N + 1]`` boundaries of sequences packed along T, B = 1; the convolution stays inside each.
         lengths: ``[B]``, number of tokens in each row. Padding follows them; it gets zero log-decay and beta.
+        slots: conv_state is a pool ``[P, C, keep]``, and packed sequences read and write their slots in place.
 
     Returns:
         q, k and v in the model's dtype, g and beta in fp32, and the convolution state, all new and contiguous.
@@ -308,19 +349,27 @@ def prologue(
         v=empty(B, T, HV, V, dtype=q.dtype),
         g=empty(B, T, HV, K) if is_kda else empty(B, T, HV),
         beta=empty(B, T, HV),
-        conv_state=empty(B, C, keep, dtype=q.dtype) if keep else None,
+        conv_state=empty(B, C, keep, dtype=q.dtype) if keep and slots is None else None,
     )
+    if slots is not None:
+        assert cu_seqlens is not None
+        conv_state = check_slots(conv_state, q.dtype)
+        made = made._replace(conv_state=conv_state)
+    elif conv_state is not None:
+        conv_state = conv_state.contiguous()
     chunks = chunks_of(B, T, cu_seqlens)
-    BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
-    config = prologue_config(BK, BV)
+    BK, BV = next_power_of_2(K), next_power_of_2(V)
+    config = prologue_config(PROLOGUE_CONFIGS, BK, BV)
     with on_device(q):
-        _prologue_kernel[(chunks.programs * (CHUNK // config.BT) * (HK + HV),)](
+        launch(
+            _prologue_kernel,
+            (chunks.programs * (CHUNK // config.BT) * (HK + HV),),
             p_q=q,
             p_k=k,
             p_v=v,
             p_a=a,
             p_b=b,
-            p_conv_state=None if conv_state is None else conv_state.contiguous(),
+            p_conv_state=conv_state,
             p_weight=weights.conv,
             p_bias=weights.conv_bias,
             p_A_log=weights.A_log,
@@ -332,10 +381,13 @@ def prologue(
             p_og=made.g,
             p_obeta=made.beta,
             p_recent=made.conv_state,
+            p_slots=None if slots is None else slots.rows,
+            p_begun=None if slots is None else slots.begun,
             beta_scale=spec.beta_scale,
             T=T,
             **strides(q=q, k=k),
             **strides("bthr", v=v, a=a, b=b),
+            stride_conv=None if slots is None or conv_state is None else conv_state.stride(0),
             HK=HK,
             HV=HV,
             K=K,
@@ -345,7 +397,8 @@ def prologue(
             BV=BV,
             WIDTH=weights.conv.shape[1],
             KEEP=keep,
-            BW=triton.next_power_of_2(max(keep, 1)),
+            BW=next_power_of_2(max(keep, 1)),
+            WORDS=in_words(weights.conv),
             CHUNK=CHUNK,
             LOWER_BOUND=spec.lower_bound,
             IS_KDA=is_kda,
@@ -356,5 +409,5 @@ def prologue(
     return made
 
 
-register(Kernel("prologue_gdn", "triton", prologue, why_not, checked=True))
-register(Kernel("prologue_kda", "triton", prologue, why_not, checked=True))
+register(Kernel("prologue_gdn", "triton", prologue, why_not, checked=True, slots=True))
+register(Kernel("prologue_kda", "triton", prologue, why_not, checked=True, slots=True))

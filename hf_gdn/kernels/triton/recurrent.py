@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
-from ..contract import check_inplace, check_token_states
-from .math import l2norm
-from .runtime import on_device, strides, tl, triton, why_not
+from ..contract import Slots, check_inplace, check_no_gradients, check_slots, check_token_states
+from .math import l2norm, only_if
+from .prepared import launch
+from .runtime import cdiv, next_power_of_2, on_device, strides, tl, triton, why_not
 from .tokens import FP_FUSION, delta_rule_token, tile_config
 
 
@@ -33,6 +34,8 @@ def _recurrent_kernel(
     p_final,  # [N, HV, K, V] contiguous
     p_tokens,  # [B, T, HV, K, V], or None
     p_bounds,  # [N + 1] with B = 1, or None with N = B
+    p_slots,  # [N] rows of p_initial and p_final, one pool whose rows are strided; or None for rows 0, 1, ...
+    p_begun,  # [N], whether these hold states; or None
     p_o,  # [B, T, HV, V] contiguous
     scale,
     T,
@@ -54,6 +57,7 @@ def _recurrent_kernel(
     stride_sb,
     stride_st,
     stride_sh,
+    stride_pool,
     HK: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -83,7 +87,13 @@ def _recurrent_kernel(
     m_k, m_v = o_k < K, o_v < V
     m_s = m_k[:, None] & m_v[None, :]
     o_s = o_k[:, None] * V + o_v[None, :]
-    if p_initial is not None:
+    m_final = m_s
+    if p_slots is not None:
+        i_slot = tl.load(p_slots + i_n)
+        p_final += i_slot * stride_pool + i_h * K * V
+        b_s = tl.load(p_final + o_s, mask=only_if(m_s, tl.load(p_begun + i_n) != 0), other=0.0)
+        m_final = only_if(m_s, length > 0)
+    elif p_initial is not None:
         p_initial += i_nh * K * V
         b_s = tl.load(p_initial + o_s, mask=m_s, other=0.0).to(tl.float32)
     else:
@@ -122,8 +132,9 @@ def _recurrent_kernel(
         p_g += stride_gt
         p_beta += stride_bt
         p_o += HV * V
-    p_final += i_nh * K * V
-    tl.store(p_final + o_s, b_s, mask=m_s)
+    if p_slots is None:
+        p_final += i_nh * K * V
+    tl.store(p_final + o_s, b_s, mask=m_final)
 
 
 def recurrent(
@@ -139,6 +150,7 @@ def recurrent(
     qk_l2norm: bool = False,
     inplace: bool = False,
     token_states: Tensor | None = None,
+    slots: Slots | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated delta rule token by token, in one kernel, without gradients.
 
@@ -156,6 +168,7 @@ def recurrent(
         qk_l2norm: L2-normalise q and k over K first, x / sqrt(sum x^2 + 1e-6).
         inplace: write the final state to `initial_state` and return this tensor.
         token_states: fp32 ``[B, T, HV, K, V]``, each ``[K, V]`` contiguous; receives the state after every token.
+        slots: `initial_state` is a pool fp32 ``[P, HV, K, V]``, read and written in place.
 
     Returns:
         ``(o, final_state)``: ``[B, T, HV, V]`` in v's dtype and fp32 ``[N, HV, K, V]``.
@@ -166,10 +179,13 @@ def recurrent(
 
     Source: Gated Delta Networks (arXiv 2412.06464), equation 10; Kimi Linear (arXiv 2510.26692), equation 1.
     """
+    check_no_gradients(inplace, token_states, q, k, v, g, beta, initial_state)
     B, T, HK, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    if inplace:
+    if slots is not None:
+        final_state = check_slots(initial_state, torch.float32)
+    elif inplace:
         final_state = check_inplace(initial_state, torch.float32)
     else:
         final_state = torch.empty(N, HV, K, V, dtype=torch.float32, device=q.device)
@@ -182,7 +198,9 @@ def recurrent(
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=q.device)
     BV, num_warps = tile_config(N * HV, K, V)
     with on_device(q):
-        _recurrent_kernel[(N * HV * triton.cdiv(V, BV),)](
+        launch(
+            _recurrent_kernel,
+            (N * HV * cdiv(V, BV),),
             p_q=q,
             p_k=k,
             p_v=v,
@@ -192,6 +210,8 @@ def recurrent(
             p_final=final_state,
             p_tokens=token_states,
             p_bounds=cu_seqlens,
+            p_slots=None if slots is None else slots.rows,
+            p_begun=None if slots is None else slots.begun,
             p_o=o,
             scale=float(scale),
             T=T,
@@ -199,11 +219,12 @@ def recurrent(
             stride_sb=stride_sb,
             stride_st=stride_st,
             stride_sh=stride_sh,
+            stride_pool=None if slots is None else final_state.stride(0),
             HK=HK,
             HV=HV,
             K=K,
             V=V,
-            BK=triton.next_power_of_2(K),
+            BK=next_power_of_2(K),
             BV=BV,
             IS_KDA=g.dim() == 4,
             QK_L2NORM=qk_l2norm,
@@ -213,5 +234,5 @@ def recurrent(
     return o, final_state
 
 
-register(Kernel("recurrent_gdn", "triton", recurrent, why_not, checked=True))
-register(Kernel("recurrent_kda", "triton", recurrent, why_not, checked=True))
+register(Kernel("recurrent_gdn", "triton", recurrent, why_not, checked=True, slots=True))
+register(Kernel("recurrent_kda", "triton", recurrent, why_not, checked=True, slots=True))

@@ -26,9 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract import Slots
 from .chunks import CHUNK, Chunks, locate_sequence, padded, scan_config, shared_memory
 from .math import dot, input_precision, only_if
-from .runtime import NOT_MEASURED, LaunchConfig, on_device, tl, triton
+from .prepared import launch
+from .runtime import NOT_MEASURED, LaunchConfig, cdiv, on_device, tl, triton
 
 # Minimum number of tokens of a sequence that is split: at least four chunks per segment. Predicted, not measured: the
 # scan of two heads and 4096 tokens takes 106 us unsplit; split, 18 us for both passes and about 30 us for 14 steps of
@@ -278,6 +280,7 @@ def scan(
     final_state: Tensor,
     chunks: Chunks,
     key_tiles: int,
+    slots: Slots | None = None,
 ) -> None:
     """Scan prepared chunks; long sequences are split into segments.
 
@@ -290,27 +293,33 @@ def scan(
         final_state: ``[N, HV, K, V]``, the output for final states.
         chunks: the call's chunks.
         key_tiles: ``[64, BK]`` tiles that the scan reads per chunk.
+        slots: both states are one pool, read and written in place. Its sequences are not split: the last segment would
+            write a state that the first one may not have read yet.
     """
-    (T, HV, V), (N, _, K, _) = v.shape[1:], final_state.shape
+    (T, HV, V), K = v.shape[1:], final_state.shape[2]
+    N = len(final_state) if slots is None else len(slots.rows)
     BK, precision = padded(K), input_precision(v.dtype)
-    segments = segment_count(HV, V, v.device) if T >= MINIMUM else 1
-    long, states, slots = None, None, 0
+    segments = segment_count(HV, V, v.device) if T >= MINIMUM and slots is None else 1
+    long, states, between = None, None, 0
     if segments > 1:
         # T bounds the number of packed sequences that can be long, and so memory and programs.
         candidates = N if chunks.bounds is None else min(N, T // MINIMUM)
         if chunks.bounds is not None:
             long = chunks.bounds.diff().topk(candidates, sorted=False).indices
-        slots = candidates * (segments - 1)
-        states = torch.empty(slots, HV, K, V + K, dtype=torch.float32, device=v.device)
+        between = candidates * (segments - 1)
+        states = torch.empty(between, HV, K, V + K, dtype=torch.float32, device=v.device)
     tables = dict(p_bounds=chunks.bounds, p_first=chunks.first, p_long=long)
     shape = dict(T=T, HV=HV, K=K, V=V, BT=CHUNK, BK=BK)
 
-    # Bits must not depend on the batch, and slots grow with it: with segments, always use the narrowest tile.
+    # Bits must not depend on the batch, and these states grow with it: with segments, always use the narrowest tile.
     heads = N * HV if segments == 1 else 1
     BV, warps, stages = scan_config(heads, V, BK, v.element_size(), shared_memory(v.device), key_tiles)
     common = dict(
         inputs,
-        p_initial=None if initial_state is None else initial_state.contiguous(),
+        p_initial=initial_state if initial_state is None or slots is not None else initial_state.contiguous(),
+        p_slots=None if slots is None else slots.rows,
+        p_begun=None if slots is None else slots.begun,
+        stride_pool=None if slots is None else final_state.stride(0),
         p_states=states,
         sequences=N,
         minimum=MINIMUM,
@@ -324,8 +333,10 @@ def scan(
     )
     with on_device(v):
         if segments > 1:
-            kernel[(triton.cdiv(V + K, BV) * slots * HV,)](p_final=None, **dict.fromkeys(outputs), **common)
-            _merge_kernel[(triton.cdiv(V, MERGE_CONFIG.BV) * candidates * HV,)](
+            launch(kernel, (cdiv(V + K, BV) * between * HV,), p_final=None, **dict.fromkeys(outputs), **common)
+            launch(
+                _merge_kernel,
+                (cdiv(V, MERGE_CONFIG.BV) * candidates * HV,),
                 p_states=states,
                 minimum=MINIMUM,
                 BV=MERGE_CONFIG.BV,
@@ -337,4 +348,4 @@ def scan(
                 **tables,
                 **shape,
             )
-        kernel[(triton.cdiv(V, BV) * (N + slots) * HV,)](p_final=final_state, **outputs, **common)
+        launch(kernel, (cdiv(V, BV) * (N + between) * HV,), p_final=final_state, **outputs, **common)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .math import sum_rows
-from .runtime import LaunchConfig, tl, triton
+from .runtime import LaunchConfig, next_power_of_2, tl, triton
 
 # Off, because which products the compiler fuses with additions, and so the bits, depends on the tile.
 FP_FUSION = False
@@ -44,7 +44,7 @@ def tile_config(heads: int, K: int, V: int) -> tuple[int, int]:
     config = next(config for config in TOKEN_CONFIGS if heads <= config.max_heads)
     # Above K = 128, half the columns, so that a thread holds as many state values as at 128.
     BV = config.BV if K <= 128 else config.BV // 2
-    return min(BV, triton.next_power_of_2(V)), config.num_warps
+    return min(BV, next_power_of_2(V)), config.num_warps
 
 
 @triton.jit

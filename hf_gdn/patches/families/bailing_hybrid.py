@@ -17,6 +17,10 @@ class BailingHybrid(KimiLinear):
     class_name = "BailingHybridDeltaAttention"
     model_name = "BailingHybridModel"
     about = "bounded decay or softplus, full-rank gates"
+    cannot = (
+        *((feature, why) for feature, why in KimiLinear.cannot if feature != "MTP"),
+        ("MTP", "its head is a layer of the model's own kind, with latent attention"),
+    )
 
     def spec(self, layer: Any) -> LayerSpec:
         gate = layer.forget_gate

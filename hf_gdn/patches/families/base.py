@@ -22,8 +22,10 @@ class Dims(NamedTuple):
 
 
 # Features of patched families and the tests that cover them. docs/models.md is generated from this.
+MTP = "MTP"
 FEATURES = {
-    "padding anywhere": "tests/patches/test_padding.py",
+    "padding, left and right": "tests/patches/test_padding.py",
+    "padding inside a row": "tests/patches/test_padding.py",
     "packed by bounds": "tests/patches/test_packing.py",
     "packed by `position_ids`": "tests/patches/test_packing.py",
     "cache continued": "tests/patches/test_padding.py",
@@ -32,6 +34,8 @@ FEATURES = {
     "`torch.compile(fullgraph=True)`": "tests/patches/test_models.py",
     "CUDA graphs": "tests/test_graphs.py",
     "assistants, tokens rolled back": "tests/caches/test_rollback.py",
+    MTP: "tests/drafting/test_mtp.py",
+    "continuous batching": "tests/serving/test_families.py",
 }
 
 
@@ -87,6 +91,17 @@ class Family(ABC):
     def dims(self, layer: Any) -> Dims:
         """Heads and dimensions of a layer."""
         return Dims(layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
+
+    def dims_of_config(self, config: Any) -> Dims:
+        """Heads and dimensions of the layers of a text model's config."""
+        if self.variant == "kda":
+            return Dims(*[config.linear_num_heads] * 2, *[config.linear_head_dim] * 2)
+        return Dims(
+            config.linear_num_key_heads,
+            config.linear_num_value_heads,
+            config.linear_key_head_dim,
+            config.linear_value_head_dim,
+        )
 
     @abstractmethod
     def project(self, layer: Any, x: Tensor) -> Projections:

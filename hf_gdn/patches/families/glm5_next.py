@@ -17,8 +17,11 @@ class Glm5Next(KimiLinear):
     masks_always = True
     about = "bounded decay or softplus; text tower"
     cannot = (
+        ("padding inside a row", "its full attention pools neighbouring keys, padding included"),
         ("packed by `position_ids`", "its full attention attends across sequence boundaries"),
         ("CUDA graphs", "the indexer of its full attention reads the set of valid keys back from the device"),
+        ("continuous batching", "the paged cache of transformers does not know indexed attention"),
+        ("MTP", "its head is a layer with an indexer, which no head here has"),
     )
 
     def spec(self, layer: Any) -> LayerSpec:

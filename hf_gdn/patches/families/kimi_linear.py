@@ -18,6 +18,13 @@ class KimiLinear(Family):
     model_name = "KimiLinearModel"
     variant = "kda"
     about = "softplus decay"
+    cannot: tuple[tuple[str, str], ...] = (
+        (
+            "continuous batching",
+            "the paged cache of transformers has no room for the compressed vectors of its latent attention",
+        ),
+        ("MTP", "its checkpoints have no such head"),
+    )
     norm_name, output_name = "o_norm", "o_proj"
     direct = ("conv1d", "forget_gate", "o_norm")
 

@@ -15,7 +15,11 @@ class LaraMini(Qwen3_5):
     class_name = "LaraMiniGatedDeltaNet"
     model_name = "LaraMiniModel"
     about = "sliding-window attention beside it"
-    cannot = (("CUDA graphs", "its sliding-window layers count tokens in Python, which a replay does not run"),)
+    cannot = (
+        ("padding inside a row", "its sliding windows count padding"),
+        ("CUDA graphs", "its sliding-window layers count tokens in Python, which a replay does not run"),
+        ("MTP", "its checkpoints have no such head"),
+    )
 
     def spec(self, layer: Any) -> LayerSpec:
         return super().spec(layer)._replace(norm_in_fp32=True)

@@ -18,6 +18,7 @@ class OlmoHybrid(Family):
     model_name = "OlmoHybridModel"
     variant = "gdn"
     about = "β up to 2, K ≠ V"
+    cannot = (("MTP", "its checkpoints have no such head"),)
     norm_name, output_name = "o_norm", "o_proj"
 
     def project(self, layer: Any, x: Tensor) -> Projections:

@@ -13,9 +13,12 @@ class Qwen4Exp(Qwen3_5):
     model_name = "Qwen4ExpTextModel"
     about = "silu or sigmoid output gate; text tower"
     cannot = (
+        ("padding inside a row", "its n-gram embeddings read the tokens before, padding included"),
         ("packed by `position_ids`", "its full attention attends across sequence boundaries"),
         ("`torch.compile(fullgraph=True)`", "the indexer of its full attention branches on data"),
         ("CUDA graphs", "the indexer's positions grow from step to step"),
+        ("continuous batching", "the paged cache of transformers does not know indexed attention"),
+        ("MTP", "its head joins its two inputs by hyper-connections"),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numba
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..arguments import BFLOAT16, FLOAT16, FLOAT32
@@ -216,6 +217,43 @@ def copy_bytes(source, target, size):
     a, b = pointer(source, types.int16), pointer(target, types.int16)
     for i in range(size // 2):
         b[i] = a[i]
+
+
+@intrinsic
+def move_bytes(typingctx, source, target, size):
+    """Copy `size` bytes; source and target may overlap."""
+
+    def codegen(context, builder, signature, args):
+        a, b = (builder.inttoptr(x, ir.IntType(8).as_pointer()) for x in args[:2])
+        cgutils.raw_memmove(builder, b, a, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@jit
+def _spread(a, b, step, n):
+    for i in range(n):
+        b[i * step] = a[i]
+
+
+@jit
+def write_column(source, target, step, size, n):
+    """Copy n numbers of `size` bytes; in the target they are `step` numbers apart."""
+    if size == 4:
+        _spread(pointer(source, types.int32), pointer(target, types.int32), step, n)
+    elif size == 2:
+        _spread(pointer(source, types.int16), pointer(target, types.int16), step, n)
+    else:
+        _spread(pointer(source, types.int64), pointer(target, types.int64), step, n)
+
+
+@jit
+def zero_bytes(target, size):
+    """Zero `size` bytes, an even number."""
+    p = pointer(target, types.int16)
+    for i in range(size // 2):
+        p[i] = 0
 
 
 @jit

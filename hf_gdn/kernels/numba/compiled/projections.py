@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from .lanes import LANES, at, first, load, splat, store
+from numba import types
+
+from .lanes import LANES, at, first, load, pointer, splat, store
 from .math import convolve, exp_of, log_decay
 from .memory import copy_row, jit, read_one, read_row, size_of, zero_row
+
+
+@jit
+def slot_of(x, n, has_states):
+    """The row of a sequence's states, and whether it has a state there; `has_states` if rows are not slots."""
+    if x.slots == 0:
+        return n, has_states
+    return pointer(x.slots, types.int64)[n], pointer(x.begun, types.int8)[n] != 0
 
 
 @jit
@@ -32,28 +42,29 @@ def read_weights(x, channel, D, weights, bias, room):
 
 
 @jit
-def read_context(x, n, channel, channels, D, address, dtype, stride, token, with_state, rows):
+def read_context(x, row_of_state, channel, D, address, dtype, stride, start, token, with_state, rows):
     """The last inputs of the convolution before a token: of earlier tokens, of conv_state before these, or zeros.
 
     Args:
-        n: row of conv_state.
-        channel: the head's first channel, of `channels`.
+        row_of_state: row of conv_state.
+        channel: the head's first channel.
         address, dtype, stride: of the channels of token 0, and the distance of tokens in bytes.
+        start: the first token of the sequence that conv_state belongs to.
         with_state: whether there is a conv_state that belongs to these tokens.
         rows: ``[width - 1, D]``, rows padded; receives them, oldest first.
     """
     DP, before = (D + LANES - 1) // LANES * LANES, x.width - 1
     for w in range(before):
         row, at_token = at(rows, w * DP), token - before + w
-        column = x.keep + at_token
-        if at_token >= 0:
+        column = x.keep + at_token - start
+        if at_token >= start:
             read_row(address + at_token * stride, dtype, D, row)
         elif with_state and column >= 0:
             size = size_of(x.conv_state_dtype)
-            start = x.conv_state + ((n * channels + channel) * x.keep + column) * size
+            place = x.conv_state + row_of_state * x.conv_state_b + (channel * x.keep + column) * size
             zero_row(row, D)
             for i in range(D):
-                row[i] = read_one(start + i * x.keep * size, x.conv_state_dtype, rows)
+                row[i] = read_one(place + i * x.keep * size, x.conv_state_dtype, rows)
         else:
             zero_row(row, D)
 

@@ -8,51 +8,71 @@ from ..arguments import BLOCK, PROLOGUE_BLOCK
 from .entry import arguments, next_task, scratch_of_thread
 from .lanes import LANES, at, pointer
 from .math import l2norm, writing_strength
-from .memory import copy_bytes, jit, size_of, write_row, zero_row
-from .projections import convolve_tokens, decay_bias, read_context, read_decay, read_weights
+from .memory import copy_bytes, jit, size_of, write_row, zero_bytes, zero_row
+from .projections import convolve_tokens, decay_bias, read_context, read_decay, read_weights, slot_of
 
 
 @jit
-def _last_inputs(x, n, channel, channels, D, address, stride, length):
-    """Write the convolution state of D channels after `length` tokens to `recent`."""
+def _last_inputs(x, n, slot, with_state, channel, channels, D, address, stride, start, end):
+    """Write the convolution state of D channels after the tokens of sequence n, `start` to `end`, to `recent`."""
     size, keep = size_of(x.recent_dtype), x.keep
     for i in range(D):
-        row = ((n * channels + channel) + i) * keep * size
+        row = (channel + i) * keep * size
         for j in range(keep):
-            at_token = length - keep + j
-            target = x.recent + row + j * size
-            if at_token >= 0:
+            at_token = end - keep + j
+            target = x.recent + n * channels * keep * size + row + j * size
+            if at_token >= start:
                 copy_bytes(address + at_token * stride + i * size, target, size)
-            elif x.conv_state != 0 and at_token + keep >= 0:
-                copy_bytes(x.conv_state + row + (at_token + keep) * size, target, size)
+            elif with_state and at_token - start + keep >= 0:
+                copy_bytes(x.conv_state + slot * x.conv_state_b + row + (at_token - start + keep) * size, target, size)
             else:
-                zeros = pointer(target, types.int16)
-                for b in range(size // 2):
-                    zeros[b] = 0
+                zero_bytes(target, size)
+
+
+@jit
+def _last_inputs_of_packed(x, channel, channels, D, address, stride, first, last):
+    """The same for every packed sequence whose last token is one of those from `first` to `last`."""
+    bounds = pointer(x.bounds, types.int64)
+    n = 0
+    while bounds[n + 1] <= first:
+        n += 1
+    while bounds[n] < last:
+        if first < bounds[n + 1] <= last and bounds[n] < bounds[n + 1]:
+            slot, has_begun = slot_of(x, n, False)
+            _last_inputs(x, n, slot, has_begun, channel, channels, D, address, stride, bounds[n], bounds[n + 1])
+        if bounds[n + 1] >= last:
+            break
+        n += 1
 
 
 @jit
 def _end_of_run(x, bounds, first, last):
-    """Where a run of tokens from `first` on ends that belong to one sequence, and which taps its first token has."""
+    """The sequence of the token `first`, where its run ends, and how many taps its first token has without a state."""
     if x.bounds == 0:
-        return last, x.width
+        return 0, last, x.width
     n = 0
     while bounds[n + 1] <= first:
         n += 1
-    return min(bounds[n + 1], last), min(first - bounds[n] + 1, x.width)
+    return n, min(bounds[n + 1], last), min(first - bounds[n] + 1, x.width)
 
 
 @jit
 def _convolve_head(x, n, channel, D, address, dtype, stride, first, last, weights, bias, rows, room, out):
     """silu of the convolution at tokens from `first` to `last` of a head: ``[last - first, D]``, rows padded."""
-    DP, channels = (D + LANES - 1) // LANES * LANES, 2 * x.HK * x.K + x.HK * x.R * x.V
+    DP = (D + LANES - 1) // LANES * LANES
     read_weights(x, channel, D, weights, bias, room)
     with_state = x.conv_state != 0 and x.bounds == 0
-    read_context(x, n, channel, channels, D, address, dtype, stride, first, with_state, rows)
+    read_context(x, n, channel, D, address, dtype, stride, 0, first, with_state, rows)
     bounds = pointer(x.bounds, types.int64)
     t = first
     while t < last:
-        end, taps = _end_of_run(x, bounds, t, min(last, t + BLOCK))
+        sequence, end, taps = _end_of_run(x, bounds, t, min(last, t + BLOCK))
+        if x.slots != 0:
+            if t == first or t == bounds[sequence]:
+                slot, has_begun = slot_of(x, sequence, False)
+                begin = bounds[sequence]
+                read_context(x, slot, channel, D, address, dtype, stride, begin, t, has_begun, rows)
+            taps = x.width
         place = at(out, (t - first) * DP)
         convolve_tokens(address + t * stride, dtype, stride, end - t, taps, x.width, D, weights, bias, rows, place)
         t = end
@@ -89,14 +109,18 @@ def prologue(block):
                 row = at(out, (t - first) * KP)
                 l2norm(row, K)
                 write_row(row, target + ((n * T + t) * x.HK + i_k) * K * size, x.out_q_dtype, K, room)
-            if first == 0 and x.recent != 0:
-                _last_inputs(x, n, channel, channels, K, address, stride, length)
+            if x.slots != 0:
+                _last_inputs_of_packed(x, channel, channels, K, address, stride, first, last)
+            elif first == 0 and x.recent != 0:
+                _last_inputs(x, n, n, x.conv_state != 0, channel, channels, K, address, stride, 0, length)
         for r in range(R):
             h = i_k * R + r
             channel, address = 2 * x.HK * K + h * V, x.v + n * x.v_b + i_k * x.v_h + r * x.v_r
             _convolve_head(x, n, channel, V, address, x.v_dtype, x.v_t, first, last, weights, bias, rows, room, out)
-            if first == 0 and x.recent != 0:
-                _last_inputs(x, n, channel, channels, V, address, x.v_t, length)
+            if x.slots != 0:
+                _last_inputs_of_packed(x, channel, channels, V, address, x.v_t, first, last)
+            elif first == 0 and x.recent != 0:
+                _last_inputs(x, n, n, x.conv_state != 0, channel, channels, V, address, x.v_t, 0, length)
             rate = decay_bias(x, h, decay_bias_of_head)
             a, b = x.a + n * x.a_b + i_k * x.a_h + r * x.a_r, x.b + n * x.b_b + i_k * x.b_h + r * x.b_r
             for t in range(first, last):

@@ -9,6 +9,7 @@ from .entry import arguments, next_task, scratch_of_thread
 from .lanes import LANES, at, is_single, pointer, pointer_like
 from .math import dot, l2norm, multiply_by_decay
 from .memory import read_one, read_row, size_of, write_row
+from .projections import slot_of
 from .tokens import delta_rule
 
 
@@ -32,8 +33,9 @@ def recurrent(block):
         g, kq = at(o, BLOCK * VP), at(o, BLOCK * VP + KP)
         beta, room = at(kq, BLOCK), at(kq, 2 * BLOCK)
 
-        final = at(pointer_like(x.final, P), (n * HV + h) * K * V)
-        S = final if x.initial == 0 else at(pointer_like(x.initial, P), (n * HV + h) * K * V)
+        slot, has_begun = slot_of(x, n, x.initial != 0)
+        final = at(pointer_like(x.final + slot * x.final_b, P), h * K * V)
+        S = final if x.initial == 0 else at(pointer_like(x.initial + slot * x.initial_b, P), h * K * V)
         if begin == end and x.initial != x.final:
             for i in range(K * V):
                 final[i] = S[i] if x.initial != 0 else 0.0
@@ -56,7 +58,7 @@ def recurrent(block):
                     g[0] = read_one(address, x.g_dtype, g)
                 multiply_by_decay(x.is_kda, g, k_t, q_t, K, at(d, t * KP), at(dk, t * KP), at(dq, t * KP))
                 beta[t] = read_one(x.beta + row * x.beta_b + token * x.beta_t + h * x.beta_h, x.beta_dtype, beta)
-            has_state = x.initial != 0 or start > begin
+            has_state = has_begun or start > begin
             states = pointer_like(x.states + row * x.states_b + start * x.states_t + h * x.states_h, P)
             stride = x.states_t // (4 if is_single(P) else 8)
             delta_rule(

@@ -6,13 +6,14 @@ from ..arguments import BLOCK
 from .entry import arguments, next_task, scratch_of_thread
 from .lanes import LANES, at, load, pointer_like, store
 from .math import dot, l2norm, multiply_by_decay, norm_and_gate, writing_strength
-from .memory import copy_bytes, jit, read_row, rounded_to, size_of, write_row
+from .memory import jit, move_bytes, read_row, rounded_to, size_of, write_column, write_row, zero_bytes
 from .projections import (
     convolve_tokens,
     decay_bias,
     read_context,
     read_decay,
     read_weights,
+    slot_of,
 )
 from .tokens import delta_rule
 
@@ -24,16 +25,16 @@ def _round_rows(rows, n, dtype):
 
 
 @jit
-def _shift_conv_state(x, n, channel, channels, D, address, stride):
+def _shift_conv_state(x, slot, has_begun, channel, D, address, stride):
     """Shift the convolution state of D channels by T tokens, in place; the tokens are at `address`, stride apart."""
     size, keep, T = size_of(x.conv_state_dtype), x.keep, x.T
-    row = x.conv_state + (n * channels + channel) * keep * size
-    for i in range(D):
-        if keep > T:
-            copy_bytes(row + T * size, row, (keep - T) * size)
-        for j in range(max(keep - T, 0), keep):
-            copy_bytes(address + (T - keep + j) * stride + i * size, row + j * size, size)
-        row += keep * size
+    state = x.conv_state + slot * x.conv_state_b + channel * keep * size
+    if not has_begun:
+        zero_bytes(state, D * keep * size)
+    elif keep > T:  # all channels at once: what comes from the next channel is replaced below
+        move_bytes(state + T * size, state, (D * keep - T) * size)
+    for j in range(max(keep - T, 0), keep):
+        write_column(address + (T - keep + j) * stride, state + j * size, keep, size, D)
 
 
 def step(block):
@@ -44,7 +45,7 @@ def step(block):
         D = max(KP, VP)
         n, i_k = task // x.HK, task % x.HK
         HV = x.HK * R
-        channels = 2 * x.HK * K + HV * V
+        slot, has_begun = slot_of(x, n, True)
         before = width - 1
 
         # Scratch memory: P, room for conversions, then what belongs to q, k and each value head.
@@ -70,14 +71,14 @@ def step(block):
         x_v = x.v + n * x.v_b + i_k * x.v_h
         read_weights(x, channel_q, K, weights_q, bias_q, room)
         read_weights(x, channel_k, K, weights_k, bias_k, room)
-        read_context(x, n, channel_q, channels, K, x_q, x.q_dtype, x.q_t, 0, True, rows_q)
-        read_context(x, n, channel_k, channels, K, x_k, x.k_dtype, x.k_t, 0, True, rows_k)
+        read_context(x, slot, channel_q, K, x_q, x.q_dtype, x.q_t, 0, 0, has_begun, rows_q)
+        read_context(x, slot, channel_k, K, x_k, x.k_dtype, x.k_t, 0, 0, has_begun, rows_k)
         read_row(x.norm, x.norm_dtype, V, norm)
         for r in range(R):
             head, channel = at(heads, r * per_head), channel_v + r * V
             read_weights(x, channel, V, head, at(head, width * VP), room)
             read_context(
-                x, n, channel, channels, V, x_v + r * x.v_r, x.v_dtype, x.v_t, 0, True, at(head, (width + 1) * VP)
+                x, slot, channel, V, x_v + r * x.v_r, x.v_dtype, x.v_t, 0, 0, has_begun, at(head, (width + 1) * VP)
             )
             tail = at(head, (width + 1 + before + BLOCK) * VP)
             tail[0] = decay_bias(x, i_k * R + r, at(tail, LANES))
@@ -109,9 +110,10 @@ def step(block):
                     multiply_by_decay(x.is_kda, g, at(k, row), at(q, row), K, at(d, row), at(dk, row), at(dq, row))
                     b = x.b + n * x.b_b + token * x.b_t + i_k * x.b_h + r * x.b_r
                     beta[t] = writing_strength(g, b, x.b_dtype, x.beta_scale)
-                state = pointer_like(x.state, P)
-                S = at(state, (n * HV + h) * K * V)
-                delta_rule(S, S, True, S, False, 0, count, K, V, k, dk, dq, d, kq, beta, v, o, x.scale, P)
+                S = at(pointer_like(x.state + slot * x.state_b, P), h * K * V)
+                delta_rule(
+                    S, S, has_begun or start > 0, S, False, 0, count, K, V, k, dk, dq, d, kq, beta, v, o, x.scale, P
+                )
                 _round_rows(o, count * VP, x.y_dtype)
                 for t in range(count):
                     token = start + t
@@ -120,8 +122,8 @@ def step(block):
                     norm_and_gate(y, z, norm, V, x.eps, x.y_dtype, x.norm_in_fp32, x.gate_is_silu)
                     write_row(y, x.y + (((n * T + token) * HV + h) * V) * size, x.y_dtype, V, room)
 
-        _shift_conv_state(x, n, channel_q, channels, K, x_q, x.q_t)
-        _shift_conv_state(x, n, channel_k, channels, K, x_k, x.k_t)
+        _shift_conv_state(x, slot, has_begun, channel_q, K, x_q, x.q_t)
+        _shift_conv_state(x, slot, has_begun, channel_k, K, x_k, x.k_t)
         for r in range(R):
-            _shift_conv_state(x, n, channel_v + r * V, channels, V, x_v + r * x.v_r, x.v_t)
+            _shift_conv_state(x, slot, has_begun, channel_v + r * V, V, x_v + r * x.v_r, x.v_t)
         task = next_task(block)

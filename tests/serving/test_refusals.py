@@ -1,0 +1,202 @@
+"""What continuous batching cannot do is refused in a sentence, and other requests do not notice."""
+
+import dataclasses
+
+import pytest
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_gdn
+from hf_gdn import registry
+from hf_gdn.errors import BatchingError, PatchError
+from hf_gdn.kernels import slots as in_slots
+from hf_gdn.patches import batching
+from hf_gdn.upstream import paged
+from tests import tiny_models as tiny
+from tests.serving import runs
+
+NAME = "qwen3_next"
+
+
+def test_a_version_without_the_seams_is_named(monkeypatch):
+    hf_gdn.patch()
+    if paged.missing() is None:
+        monkeypatch.setattr(paged, "missing", lambda: f"needs transformers >= {paged.FIRST}")
+    with pytest.raises(BatchingError, match=f"transformers >= {paged.FIRST}"):
+        tiny.model(NAME).generate_batch([[3, 4]], generation_config=runs.GREEDY)
+
+
+@runs.needs_seams
+def test_unpatching_takes_the_allocator_out():
+    table = paged.allocators()
+    assert paged.LINEAR not in table
+    hf_gdn.patch(NAME)
+    assert paged.LINEAR in table
+    hf_gdn.unpatch()
+    assert paged.LINEAR not in table
+    with pytest.raises(ValueError, match="Invalid layer type: linear_attention"):
+        tiny.model(NAME).generate_batch([[3, 4]], generation_config=runs.GREEDY)
+
+
+@runs.needs_seams
+def test_a_family_that_is_not_patched_is_refused():
+    hf_gdn.patch("kimi_linear")
+    with pytest.raises(BatchingError, match="qwen3_next is not patched"):
+        tiny.model(NAME).generate_batch([[3, 4]], generation_config=runs.GREEDY)
+
+
+@runs.needs_seams
+def test_a_layer_with_a_forward_of_its_own_is_refused():
+    hf_gdn.patch()
+    model = tiny.model(NAME)
+    tiny.mixer(model).forward = lambda *args, **kwargs: None
+    with pytest.raises(BatchingError, match=r"layers\.0\.linear_attn runs .* instead of hf_gdn's forward"):
+        model.generate_batch([[3, 4]], generation_config=runs.GREEDY)
+
+
+@runs.needs_seams
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(use_cuda_graph=True), "expected use_cuda_graph=None or False, got True"),
+        (dict(use_cuda_graph=(False, True)), "expected use_cuda_graph=None or False, got True"),
+        (dict(use_async_batching=True), "expected use_async_batching=None or False, got True"),
+    ],
+)
+def test_settings_that_cannot_be_served(changes, message):
+    hf_gdn.patch()
+    settings = runs.settings(**changes)
+    with pytest.raises(BatchingError, match=message):
+        tiny.model(NAME).generate_batch([[3, 4]], generation_config=runs.GREEDY, continuous_batching_config=settings)
+    assert settings.use_async_batching == changes.get("use_async_batching")  # the caller's object is as it was
+
+
+@runs.needs_seams
+def test_a_model_in_several_processes_is_refused(monkeypatch):
+    hf_gdn.patch()
+    monkeypatch.setattr(paged, "tensor_parallel_size", lambda model: 2)
+    with pytest.raises(BatchingError, match="the model is tensor-parallel"):
+        tiny.model(NAME).generate_batch([[3, 4]], generation_config=runs.GREEDY)
+
+
+@runs.needs_seams
+@pytest.mark.parametrize("op", ["step_gdn", "prologue_gdn", "recurrent_gdn"])
+def test_a_compiled_kernel_that_is_wrong_in_slots_is_refused(op, monkeypatch):
+    """It is right without slots, so its other check lets it pass; and it is checked before anything runs."""
+    monkeypatch.setenv("HF_GDN_VERIFY", "1")
+    right = registry.get(op, "eager")
+
+    def wrong(*args, slots=None, **kwargs):
+        if slots is None:
+            return right.fn(*args, **kwargs)
+        kernel = dataclasses.replace(right, slots=False)
+        moved = slots._replace(begun=torch.ones_like(slots.begun))  # reads what others left in a new request's slot
+        if op.startswith("step"):
+            return in_slots.step(kernel, *args, **kwargs, slots=moved)
+        return (
+            right.fn(*args, **kwargs, slots=moved)
+            if op.startswith("prologue")
+            else in_slots.delta_rule(kernel, *args, **kwargs, slots=moved)
+        )
+
+    registry.unregister(op, "eager")
+    registry.register(dataclasses.replace(right, fn=wrong, checked=True, slots=True))
+    try:
+        hf_gdn.patch(backend="eager")
+        with pytest.raises(BatchingError, match=f"{op} of backend 'eager' failed its check with states in slots"):
+            tiny.model(NAME).generate_batch([[3, 4]], generation_config=runs.GREEDY)
+    finally:
+        registry.unregister(op, "eager")
+        registry.register(right)
+
+
+@runs.needs_seams
+def test_states_of_an_unknown_model():
+    with pytest.raises(BatchingError, match="expected a model of one of the families .* got 'llama'"):
+        batching.states_of(LlamaConfig())
+
+
+@runs.needs_seams
+def test_models_without_linear_attention_are_left_alone():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    model, (prompt,) = LlamaForCausalLM(config).eval(), runs.prompts((9,))
+    hf_gdn.patch()
+    out = model.generate_batch([prompt], generation_config=runs.GREEDY, continuous_batching_config=runs.settings())
+    assert out["req_0"].generated_tokens == runs.alone(model, prompt)
+
+
+# ------------------------------------------------------------------------------------------------------- while it runs
+
+
+@runs.needs_seams
+def test_a_request_that_can_never_fit_fails_alone():
+    model, (long, short) = tiny.model(NAME), runs.prompts((1200, 6))
+    hf_gdn.patch()
+    with runs.manager(model, num_blocks=14) as made:
+        ids = [made.add_request(short), made.add_request(long), made.add_request(short, max_new_tokens=2000)]
+        ids.append(made.add_request(short))
+        out = runs.results(made, ids)
+        cache = runs.cache_of(made)
+    for request, tokens in ((ids[1], "1200 prompt tokens and up to 12"), (ids[2], "6 prompt tokens and up to 2000")):
+        assert f"expected a request that fits in the cache, got {tokens}" in out[request].error
+    for request in (ids[0], ids[3]):
+        assert out[request].generated_tokens == runs.alone(model, short)
+    runs.assert_nothing_held(cache)
+
+
+@runs.needs_seams
+def test_a_pool_too_small_for_any_request():
+    hf_gdn.patch()
+    out = tiny.model(NAME).generate_batch(
+        [[3, 4]], generation_config=runs.GREEDY, continuous_batching_config=runs.settings(num_blocks=1)
+    )
+    assert "expected a request that fits in the cache" in out["req_0"].error
+
+
+@runs.needs_seams
+def test_an_unknown_sampling_option_fails_alone():
+    model, (prompt,) = tiny.model(NAME), runs.prompts((6,))
+    hf_gdn.patch()
+    with runs.manager(model, per_request_processors=True) as made:
+        ids = [made.add_request(prompt, heat=2.0), made.add_request(prompt)]
+        out = runs.results(made, ids)
+    assert "heat" in out[ids[0]].error
+    assert out[ids[1]].generated_tokens == runs.alone(model, prompt)
+
+
+@runs.needs_seams
+def test_unpatching_while_a_manager_runs_is_refused_and_changes_nothing():
+    model, (prompt,) = tiny.model(NAME), runs.prompts((6,))
+    hf_gdn.patch()
+    with runs.manager(model) as made:
+        ids = [made.add_request(prompt, max_new_tokens=100, eos_token_id=-1)]
+        with pytest.raises(PatchError, match=r"qwen3_next: a manager of continuous batching runs .* call its stop\(\)"):
+            hf_gdn.unpatch()
+        with pytest.raises(PatchError, match="a manager of continuous batching runs"), hf_gdn.unpatched():
+            pass
+        hf_gdn.unpatch("olmo_hybrid")  # no model of it runs
+        assert hf_gdn.status().active
+        assert len(runs.results(made, ids)[ids[0]].generated_tokens) == 100
+    hf_gdn.unpatch()
+    assert not hf_gdn.status().active
+
+
+@runs.needs_seams
+def test_patching_again_while_a_manager_runs():
+    """Kernels change between two steps; answers do not."""
+    model, (prompt,) = tiny.model(NAME), runs.prompts((6,))
+    hf_gdn.patch()
+    with runs.manager(model) as made:
+        ids = [made.add_request(prompt, max_new_tokens=100, eos_token_id=-1)]
+        hf_gdn.patch(backend="eager")
+        out = runs.results(made, ids)[ids[0]]
+    assert out.generated_tokens == runs.alone(model, prompt, max_new_tokens=100, eos_token_id=-1)
+
+
+def test_the_version_that_first_serves():
+    served = paged.missing() is None
+    assert served == (transformers.__version__ >= paged.FIRST)

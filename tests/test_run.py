@@ -1,0 +1,127 @@
+"""hf-gdn run: a program that knows nothing of hf_gdn runs patched, and otherwise as ``python PROGRAM`` runs it."""
+
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import hf_gdn
+from hf_gdn import cli
+
+PROGRAM = """
+import sys
+import beside
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({model!r})
+import torch
+seen = (sys.argv, __name__, sys.modules["__main__"].seen_before, sys.path[0])
+print(seen, type(model.model.layers[0].linear_attn).forward.__module__)
+print(model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=5, do_sample=False)[0].tolist())
+def fail():
+    raise SystemExit(7) if "exit" in sys.argv else ZeroDivisionError("of the program")
+if "well" not in sys.argv:
+    fail()
+""".replace("import sys\n", "import sys\nseen_before = 1\n", 1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    from hf_gdn.loading.models import ASSETS
+
+    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "program.py").write_text(PROGRAM.format(model=str(ASSETS / "qwen3_next-tiny")))
+    return tmp_path
+
+
+def run(folder, *arguments, **environment):
+    folders = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": folders, **environment}
+    words = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.run(words, capture_output=True, text=True, cwd=folder, env=env)
+
+
+def errors(done) -> str:
+    """What a program wrote to stderr, without progress bars and transformers' own words."""
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    return "\n".join(line for line in lines if "Loading weights" not in line and "[transformers]" not in line)
+
+
+def test_output_exit_code_and_traceback_are_pythons(folder):
+    wanted = run(folder, "program.py", "--epochs", "3")
+    done = run(folder, "-m", "hf_gdn", "run", "--summary", "program.py", "--epochs", "3")
+    assert wanted.returncode == done.returncode == 1
+    assert wanted.stdout.replace("transformers.models.qwen3_next.modeling_qwen3_next", "hf_gdn.patches.forward") == (
+        done.stdout
+    )
+    *mine, summary = errors(done).splitlines()
+    assert "\n".join(mine) == errors(wanted).replace(str(folder) + os.sep, "")
+    assert summary.startswith("hf_gdn: ") and "qwen3_next 3 layers; " in summary and "step_gdn: " in summary
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
+def test_launchers_patch_every_process(folder, launcher):
+    """On a CPU accelerate starts one."""
+    processes = 2 if launcher == "torch.distributed.run" else 1
+    options = ["--nproc_per_node", "2"] if processes == 2 else ["--num_processes", "1", "--cpu"]
+    done = run(folder, "-m", launcher, *options, "-m", "hf_gdn", "run", "program.py", "well")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("hf_gdn.patches.forward") == processes
+
+
+def test_the_environment_patches(folder):
+    code = "import hf_gdn; print(hf_gdn.status().active)"
+    assert run(folder, "-c", code, HF_GDN_PATCH="1").stdout == "True\n"
+    assert run(folder, "-c", code, HF_GDN_PATCH="0").stdout == "False\n"
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """`run` in this process, and everything put back."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-gdn", "run", *arguments])
+        cli.main()
+
+    return call
+
+
+SMALL = "import sys, hf_gdn\nprint(sys.argv, __name__, hf_gdn.status().active)\nsys.exit(3)\n"
+
+
+def test_a_module_a_folder_and_an_archive(here, tmp_path, capsys):
+    (tmp_path / "small_program.py").write_text(SMALL)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "__main__.py").write_text(SMALL)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("__main__.py", SMALL)
+    for words in (["-m", "small_program"], ["folder"], ["all.zip"], ["--strict", "small_program.py"]):
+        with pytest.raises(SystemExit) as stopped:
+            here(*words, "--strict", "x")
+        assert stopped.value.code == 3
+        assert capsys.readouterr().out.endswith("'--strict', 'x'] __main__ True\n")
+        hf_gdn.unpatch()
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ([], "expected a PROGRAM, or -m MODULE"),
+        (["--summary"], "expected a PROGRAM, or -m MODULE"),
+        (["nothing.py"], "program 'nothing.py' cannot be read: No such file"),
+        (["--backend", "other", "small.py"], "--backend: unknown backend 'other'; valid backends: "),
+        (["--no-such-option", "small.py"], "unrecognized arguments: --no-such-option"),
+    ],
+)
+def test_mistakes_are_said_before_anything_runs(here, tmp_path, capsys, arguments, text):
+    (tmp_path / "small.py").write_text("raise AssertionError('it ran')")
+    with pytest.raises(SystemExit) as stopped:
+        here(*arguments)
+    assert stopped.value.code == 2 and text in capsys.readouterr().err
+    assert not hf_gdn.status().active
