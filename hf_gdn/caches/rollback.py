@@ -14,7 +14,8 @@ Convolution states are replayed together with recurrent states and keep their wi
 The drafts of `generate` record only the forwards that read a draft (`record_forwards`): others have nothing to reject.
 
 A forward or a `crop` that raises half-way, Ctrl-C included, has moved some layers and not others. `guarded` notices it;
-the cache is then refused until it is reset or restored.
+the cache is then refused until it is reset or restored. What raises between the two, a streamer for example, would
+leave a draft in the cache that nobody has verified: `assisted` rolls it back.
 """
 
 from __future__ import annotations
@@ -42,9 +43,16 @@ Replay = Callable[[Any, Tensor, Tensor], Any]
 
 @dataclass
 class _Assisted:
-    """A call of assisted decoding; `recorded`: whether its next forward has to be recorded."""
+    """A call of assisted decoding.
+
+    Attributes:
+        recorded: whether the next forward has to be recorded.
+        unverified: the cache whose last forward may have read a draft, and the number of tokens it held before; None
+            after its `crop`.
+    """
 
     recorded: bool = True
+    unverified: tuple[Any, int] | None = None
 
 
 _assisted: ContextVar[_Assisted | None] = ContextVar("hf_gdn_assisted", default=None)
@@ -53,11 +61,24 @@ _assisted: ContextVar[_Assisted | None] = ContextVar("hf_gdn_assisted", default=
 @contextlib.contextmanager
 def assisted() -> Iterator[None]:
     """Assisted decoding, in which `record_forwards` has an effect."""
-    token = _assisted.set(_Assisted())
+    now = _Assisted()
+    token = _assisted.set(now)
     try:
         yield
+    except BaseException:
+        if now.unverified is not None:
+            take_back(*now.unverified)
+        raise
     finally:
         _assisted.reset(token)
+
+
+def take_back(cache: Any, length: int) -> None:
+    """Roll a cache back to a number of tokens; where that fails, it is refused from then on."""
+    try:
+        cache.crop(length - int(cache.get_seq_length()))
+    except Exception:
+        _tear(_recording_layers(cache))
 
 
 def record_forwards(needed: bool) -> None:
@@ -246,6 +267,18 @@ def check_whole(layers: list[Any]) -> None:
         )
 
 
+def check_cache(cache: Any) -> None:
+    """`check_whole` for the layers of a cache that record their past."""
+    check_whole(_recording_layers(cache))
+
+
+def _tear(layers: list[Any]) -> None:
+    """Refuse the cache of these layers until it is reset or restored."""
+    for layer in layers:
+        discard(layer)
+        vars(layer)[_TORN] = True
+
+
 def _progress(cache: Any) -> list[Any]:
     """A value for each layer that changes when the layer takes or loses tokens."""
     found = []
@@ -272,15 +305,16 @@ def guarded(cache: Any) -> Iterator[None]:
     check_whole(layers)
     for layer in layers:
         vars(layer).pop(_TORN, None)  # of a cache that was reset since
-    before = _progress(cache)
+    before, call = _progress(cache), _assisted.get()
+    unverified = (cache, int(cache.get_seq_length())) if call is not None and call.recorded else None
     try:
         yield
     except BaseException:
         if _progress(cache) != before:
-            for layer in layers:
-                discard(layer)
-                vars(layer)[_TORN] = True
+            _tear(layers)
         raise
+    if call is not None:
+        call.unverified = unverified
 
 
 def _check_crop(layer: Any, count: int) -> None:
@@ -302,7 +336,8 @@ def make_cache_crop(original: Callable[[Any, int], None]) -> Callable[[Any, int]
     @functools.wraps(original)
     def crop(self: Any, tokens_to_remove: int) -> None:
         if isinstance(tokens_to_remove, int) and tokens_to_remove == 0:
-            return original(self, 0)  # shortens what holds more than it needs
+            original(self, 0)  # shortens what holds more than it needs
+            return _verified(self)
         with guarded(self):
             recording = _recording_layers(self) if tokens_to_remove <= 0 else []
             for layer in recording:
@@ -314,8 +349,16 @@ def make_cache_crop(original: Callable[[Any, int], None]) -> Callable[[Any, int]
                 name = type(lost[0]).__name__
                 raise RuntimeError(f"crop({tokens_to_remove}): a {name} whose window has moved on cannot be cropped")
             original(self, tokens_to_remove)
+        _verified(self)
 
     return crop
+
+
+def _verified(cache: Any) -> None:
+    """The cache holds no draft any more."""
+    call = _assisted.get()
+    if call is not None and call.unverified is not None and call.unverified[0] is cache:
+        call.unverified = None
 
 
 def make_crop(original: Callable[[Any, int], None]) -> Callable[[Any, int], None]:

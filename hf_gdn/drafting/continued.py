@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..caches import rollback
 from ..upstream import cache_names, seams
+from .stopping import stop_in_drafts
 
 # The cache from which assisted decoding continues, during `generate`; None otherwise.
 _continued: ContextVar[Any] = ContextVar("hf_gdn_continued", default=None)
@@ -37,13 +38,21 @@ def _would_be_cut(input_ids: Tensor, mask: Tensor) -> bool:
     return True
 
 
+def _check_processors(processors: Any) -> None:
+    """Raise ValueError for a processor that reads the text with a cache of its own, which cannot roll tokens back."""
+    if any(isinstance(one, seams.guidance_class()) for one in processors or ()):
+        raise ValueError("guidance_scale cannot be used with drafts: its own cache of the text is not rolled back")
+
+
 def make_assisted_decoding(_: Any) -> Callable[..., Any]:
     """Make the method of a patched family that overrides GenerationMixin's."""
     original = getattr(seams.generation_class(), seams.ASSISTED)
 
     @functools.wraps(original)  # generate() looks at its arguments
     def assisted_decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache, mask, embeds = cache_names.look(kwargs), kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+        _check_processors(kwargs.get("logits_processor"))
+        given = cache = cache_names.look(kwargs)
+        mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
         length = getattr(kwargs.get("generation_config"), "_mask_length", None) if mask is None else mask.shape[1]
         if mask is not None and _would_be_cut(input_ids, mask):
             del kwargs["attention_mask"]
@@ -58,12 +67,14 @@ def make_assisted_decoding(_: Any) -> Callable[..., Any]:
                 f"assisted decoding from a cache that holds {held} tokens needs a prompt of these tokens and at least "
                 f"one more, got {prompt.shape[1]}"
             )
+        stopping = stop_in_drafts(kwargs, input_ids.shape[1])
         token = _continued.set(cache)
         try:
             with rollback.assisted():
-                return getattr(seams.generation_class(), seams.ASSISTED)(self, input_ids, *args, **kwargs)
+                out = getattr(seams.generation_class(), seams.ASSISTED)(self, input_ids, *args, **kwargs)
         finally:
             _continued.reset(token)
+        return out if stopping is None else stopping.cut(out, given)
 
     return assisted_decoding
 

@@ -180,6 +180,11 @@ def prompt_lookup_class() -> Any:
     return class_of("transformers.generation.candidate_generator", "PromptLookupCandidateGenerator")
 
 
+def guidance_class() -> Any:
+    """The class of the processor that ``guidance_scale`` makes."""
+    return class_of("transformers.generation.logits_process", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
+
+
 def compiled_call_class() -> Any:
     """The class that defines ``get_compiled_call(compile_config)``, which returns the decode step for ``generate``."""
     cls = class_of("transformers", "PreTrainedModel")

@@ -15,6 +15,7 @@ from transformers.cache_utils import StaticLayer
 import hf_gdn
 import hf_gdn.caches
 from hf_gdn.caches import rollback
+from hf_gdn.errors import SnapshotError
 from hf_gdn.loading.models import ASSETS
 from hf_gdn.testing import assert_close
 from hf_gdn.testing.tolerances import LAYER
@@ -260,6 +261,9 @@ def refuses(model, cache, ids):
     for call in (lambda: cache.crop(-1), lambda: cache.crop(0), lambda: read(model, ids[:, :1], cache)):
         with pytest.raises(RuntimeError, match="was interrupted, so its layers differ in length"):
             call()
+    for call in (hf_gdn.caches.snapshot, lambda cache: hf_gdn.caches.fork(cache, 1)):
+        with pytest.raises(SnapshotError, match="was interrupted"):
+            call(cache)
     assert all(torch.equal(x, y) for x, y in zip([s for s in states(cache) if s is not None], before))
 
 

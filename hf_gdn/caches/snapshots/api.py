@@ -18,6 +18,7 @@ from transformers import Cache
 
 from ...errors import SnapshotError
 from ...upstream import indexer_positions as positions
+from .. import rollback
 from .fingerprint import differences, fingerprint, layer_devices
 from .kinds import BY_NAME, kind_of
 from .layers import Kind, Parts, check_parts, row_dimension
@@ -87,6 +88,10 @@ def check(found: Snapshot) -> None:
 def read(cache: Cache) -> Snapshot:
     """Return a snapshot that shares memory with the cache. Copy it before the cache is used again."""
     kinds = _kinds(cache)
+    try:
+        rollback.check_cache(cache)
+    except RuntimeError as error:
+        raise SnapshotError(str(error)) from None
     layers = tuple(kind.read(layer) for kind, layer in zip(kinds, cache.layers))
     indexed = positions.first_indexed(cache)
     if indexed is not None and layers[indexed] and positions.NAME in vars(cache):
