@@ -38,7 +38,7 @@ class MtpDrafts:
         asked = generation_config.num_assistant_tokens
         longest = LONGEST if asked in (None, _THEIR_DEFAULT) else int(asked)
         self.pace = Pace(longest, cost=_LAYERS / len(model.get_decoder().layers))
-        self.model_kwargs_overrides = mtp.last_hidden_states()
+        self.model_kwargs_overrides = mtp.last_hidden_states(all_of_them=bool(generation_config.output_hidden_states))
         self.drafted = 0
         self._model, self._head, self._cache = model, head, HeadCache()
         self._embed, self._output = model.get_input_embeddings(), model.get_output_embeddings()
@@ -66,7 +66,9 @@ class MtpDrafts:
         if not is_first_iteration:  # in which there are no hidden states yet
             hidden = model_outputs.hidden_states[-1]
             known = self._unread or self._cache.length > 0
-            self._unread.append(hidden[:, : int(n_last_matches) + 1] if known else hidden)
+            read = int(n_last_matches) + 1
+            # At first all, but for those of a prompt given as embeddings, whose tokens are unknown.
+            self._unread.append(hidden[:, :read] if known else hidden[:, -input_ids.shape[1] :])
             length = min(self.pace.length(), self._max_length - input_ids.shape[1] - 1)
             if length > 0:
                 tokens, logits = self._draft(input_ids, _positions(model_kwargs, input_ids), length)

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..upstream import mtp
+from ..upstream import modules, mtp
 from .mtp_layer import HeadCache, Rotary, run
 
 # A checkpoint's names -> transformers'. The rest of ``mtp.layers.0.`` is a decoder layer, named as in the model.
@@ -34,6 +34,7 @@ _RENAMED = {
     "mtp.layers.0.": "mtp_block.",
 }
 _EXPERT = re.compile(r"^mtp\.layers\.0\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight$")
+_SCALE = re.compile(r"_scale(_inv)?$")  # of a weight in fp8
 
 _heads: WeakKeyDictionary[nn.Module, MtpHead] = WeakKeyDictionary()
 
@@ -63,33 +64,44 @@ class MtpHead:
         return run(self.layer, embeds.to(hidden.device), hidden, rotary, cache)
 
 
+class NoHead(ValueError):
+    """The checkpoint has no multi-token-prediction head."""
+
+
+@torch.inference_mode(False)  # in which loaded weights could not be moved later
+@torch.no_grad()
 def head_of(model: Any) -> MtpHead:
-    """The head that ships with a model's checkpoint, loaded once per model, on its last layer's device and dtype.
+    """The head that ships with a model's checkpoint, loaded once per model, on its last layer's device.
 
     Raises:
-        ValueError: the checkpoint has no head, or its tensors are missing or have other shapes.
+        NoHead: the checkpoint has none.
+        ValueError: the checkpoint cannot be read again, or the head's tensors are missing, quantized, or have other
+            shapes.
     """
-    like = next(model.get_decoder().layers[-1].parameters())
+    device = modules.runs_on(model.get_decoder().layers[-1])
     head = _heads.get(model)
     if head is None:
-        head = _heads[model] = _load(model, like)
+        head = _heads[model] = _load(model, device)
     weight = next(head.layer.parameters())
-    if (weight.device, weight.dtype) != (like.device, like.dtype):
-        head.layer.to(like.device, like.dtype)
+    if (weight.device, weight.dtype) != (device, model.dtype):
+        head.layer.to(device, model.dtype)
     return head
 
 
-def has_head(model: Any) -> bool:
-    """Whether a model's checkpoint has such a head; it is not loaded."""
-    return model in _heads or bool(mtp.checkpoint_names(model))
-
-
-def _load(model: Any, like: Tensor) -> MtpHead:
-    tensors = mtp.checkpoint_tensors(model)
+def _load(model: Any, device: torch.device | None) -> MtpHead:
     where = model.config.name_or_path or "a model made from a config"
+    try:
+        tensors = mtp.checkpoint_tensors(model)
+    except OSError as error:
+        raise ValueError(f"use_mtp=True reads the head from the model's checkpoint, {where!r}: {error}") from error
     if not tensors:
-        raise ValueError(
+        raise NoHead(
             f"use_mtp=True needs a checkpoint with tensors mtp.*, the multi-token-prediction head; {where!r} has none"
+        )
+    scales = [name for name in tensors if _SCALE.search(name)]
+    if scales:
+        raise ValueError(
+            f"the multi-token-prediction head of {where!r} is quantized, which is not supported: {scales[0]}"
         )
     config = mtp.head_config(model.config, experts=any(".mlp.experts." in name for name in tensors))
     layer = mtp.make_layer(model, config)
@@ -104,7 +116,7 @@ def _load(model: Any, like: Tensor) -> MtpHead:
     problems += [f"{_shown(name)} is not of such a head" for name in weights if name not in wanted]
     if problems:
         raise ValueError(f"the multi-token-prediction head of {where!r} cannot be loaded: {'; '.join(problems)}")
-    layer.load_state_dict({name: value.to(like.device, like.dtype) for name, value in weights.items()}, assign=True)
+    layer.load_state_dict({name: value.to(device, model.dtype) for name, value in weights.items()}, assign=True)
     return MtpHead(layer.requires_grad_(False))
 
 

@@ -32,7 +32,7 @@ class Rotary(NamedTuple):
         """
         rotary = model.get_decoder().rotary_emb
         grid = positions.expand(3, 1, -1) if hasattr(rotary, "mrope_section") else positions
-        cos, sin = rotary(like, position_ids=grid)
+        cos, sin = (x.to(like.device) for x in rotary(like, position_ids=grid))
         first, second = sin.chunk(2, -1)
         return cls(cos[:, :, None], torch.cat((-first, second), -1)[:, :, None])
 

@@ -19,10 +19,12 @@ from torch import Tensor
 from .. import cuda_graphs
 from ..drafting import pace
 from ..drafting.mtp import LONGEST
-from ..drafting.mtp_head import has_head
+from ..drafting.mtp_head import NoHead, head_of
 from ..errors import UserError, named
 from ..loading.models import Loaded, check_length
-from ..patches import patched, unpatched
+from ..log import logger
+from ..patches import all_families, patched, unpatched
+from ..patches.families.base import MTP as MTP_FEATURE
 from ..upstream import configs, modules, tensors
 from . import lookup
 from .generation import Call, compare_tokens, generate
@@ -252,6 +254,25 @@ def prompts(loaded: Loaded, ids: Tensor | None, batch: int, length: int) -> Tens
     return ids[(begin[:, None] + torch.arange(length)) % len(ids)]
 
 
+def _without_mtp(loaded: Loaded, planned: list[Cell]) -> list[Cell]:
+    """Leave out `MTP` where the model cannot draft so. Raises UserError if nothing is left."""
+    refused = {name: dict(all_families()[name].cannot).get(MTP_FEATURE) for name in loaded.families}
+    reason = next((f"{name}: {why}" for name, why in refused.items() if why), None)
+    try:
+        if reason is None:
+            head_of(loaded.model)
+            return planned
+    except NoHead:
+        reason = f"the checkpoint of {loaded.source.label} has no multi-token-prediction head"
+    except ValueError as error:
+        reason = str(error)
+        logger.warning("--variant mtp is left out: %s", reason)
+    planned = [cell for cell in planned if VARIANTS[cell.variant].drafts != MTP]
+    if not planned:
+        raise UserError(f"--variant mtp: {reason}")
+    return planned
+
+
 def measure(loaded: Loaded, ids: Tensor | None, options: SpeedOptions, backend: str, work: Work) -> Speed | None:
     """Time a model; arguments as for `hf_gdn.eval.parity.measure`, with the text's tokens `ids` for prompts.
 
@@ -259,12 +280,8 @@ def measure(loaded: Loaded, ids: Tensor | None, options: SpeedOptions, backend: 
         The part of a report in the main process, None in the others.
     """
     planned = plan(options, loaded.model.device)
-    if MTP in options.variants and not has_head(loaded.model):
-        planned = [cell for cell in planned if VARIANTS[cell.variant].drafts != MTP]
-        if not planned:
-            raise UserError(
-                f"--variant mtp: the checkpoint of {loaded.source.label} has no multi-token-prediction head"
-            )
+    if MTP in options.variants:
+        planned = _without_mtp(loaded, planned)
     cells = {f"speed-{cell.key}": cell for cell in planned}
     for cell in cells.values():
         check_length(loaded, cell.prompt + cell.new_tokens, "prompt and new tokens together")

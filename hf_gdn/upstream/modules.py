@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
@@ -42,6 +43,15 @@ def has_hooks_of_all_modules() -> bool:
 def accelerate_hook(module: Any) -> Any:
     """The hook with which accelerate moves a module's weights or inputs; None if there is none."""
     return vars(module).get("_hf_hook")
+
+
+def runs_on(module: nn.Module) -> torch.device | None:
+    """The device on which a module computes, which with offloaded weights is not theirs; None if it is not known."""
+    for part in module.modules():
+        offloaded = getattr(accelerate_hook(part), "execution_device", None)
+        if offloaded is not None:
+            return torch.device(offloaded)
+    return next((parameter.device for parameter in module.parameters() if parameter.device.type != "meta"), None)
 
 
 def unwrapped_forward(module: Any) -> Any:

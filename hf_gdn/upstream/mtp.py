@@ -39,10 +39,10 @@ def make_layer(model: Any, config: Any) -> nn.Module:
         return layer_class()(config, type(decoder.layers[-1]), type(decoder.norm), 0)
 
 
-def last_hidden_states() -> dict[str, Any]:
+def last_hidden_states(*, all_of_them: bool = False) -> dict[str, Any]:
     """Arguments of a forward whose outputs then have ``hidden_states``, the last of them after the final norm."""
     only_one = hasattr(importlib.import_module("transformers.utils.output_capturing"), "selected_hidden_states")
-    return {"output_hidden_states": -1 if only_one else True}
+    return {"output_hidden_states": -1 if only_one and not all_of_them else True}
 
 
 def end_tokens(generation_config: Any) -> Tensor | None:

@@ -25,6 +25,7 @@ from hf_gdn.loading.models import ASSETS
 from hf_gdn.loading.stdlib_text import held_out_text
 from hf_gdn.patches.families.base import MTP
 from hf_gdn.testing import assert_close
+from hf_gdn.testing.tolerances import LAYER
 from tests import sampling
 from tests import tiny_models as tiny
 from tests.drafting import heads
@@ -237,6 +238,10 @@ def without(name):
             r"mtp.fc.weight is \[32, 32\], expected \[32, 64\]",
         ),
         (lambda head: head | {"mtp.layers.1.x": torch.zeros(1)}, "mtp.layers.1.x is not of such a head"),
+        (
+            lambda head: head | {"mtp.fc.weight_scale_inv": torch.ones(1)},
+            "is quantized, which is not supported",
+        ),
     ],
 )
 def test_a_head_that_cannot_be_loaded(saved, change, text):
@@ -273,3 +278,51 @@ def test_a_cache_that_holds_the_beginning(saved):
             model(ids[:, :20], **tiny.given(cache))
         assert torch.equal(generate(model, ids, use_mtp=True, **tiny.given(cache)), wanted)
         assert torch.equal(generate(model, ids, use_mtp=True, **tiny.given(SinkCache(model.config, 4, 80))), wanted)
+
+
+def test_a_prompt_of_embeddings_and_hidden_states_that_are_asked_for(saved):
+    model, (ids, _) = heads.load(saved("qwen3_next")), tiny.batch(1, 33)
+    given = dict(max_new_tokens=24, do_sample=False)
+    with hf_gdn.patched("qwen3_next", strict=True):
+        embeds = model.get_input_embeddings()(ids)
+        wanted = model.generate(inputs_embeds=embeds, **given)
+        assert torch.equal(model.generate(inputs_embeds=embeds, use_mtp=True, **given), wanted)
+        named = dict(return_dict_in_generate=True, output_hidden_states=True)
+        plain, got = generate(model, ids, **named), generate(model, ids, use_mtp=True, **named)
+    assert torch.equal(got.sequences, plain.sequences) and len(got.hidden_states) == len(plain.hidden_states)
+    for one, other in zip(got.hidden_states, plain.hidden_states):
+        for x, y in zip(one, other, strict=True):
+            assert_close("hidden states", x[:, : y.shape[1]], y, LAYER)
+
+
+class Int8(torch.nn.Module):
+    """A linear layer as quantizers leave it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = linear.weight.abs().amax() / 127
+        self.weight = torch.nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) * self.scale).mT
+
+
+def test_models_whose_weights_are_elsewhere_or_quantized(saved, tmp_path):
+    """The last layer's parameters tell neither the dtype nor the device in which it computes."""
+    folder, (ids, _) = saved("qwen3_next"), tiny.batch(1, 33)
+    with hf_gdn.patched("qwen3_next", strict=True):
+        wanted = generate(heads.load(folder), ids)
+        layers = len(heads.load(folder).get_decoder().layers)
+        places = dict.fromkeys(("model.embed_tokens", "lm_head", "model.norm", "model.rotary_emb"), "cpu")
+        places |= {f"model.layers.{n}": "cpu" for n in range(layers - 1)} | {f"model.layers.{layers - 1}": "disk"}
+        offloaded = heads.load(folder, device_map=places, offload_folder=tmp_path / "offloaded")
+        assert torch.equal(generate(offloaded, ids, use_mtp=True), wanted)
+        model = heads.load(folder)
+        layer = model.get_decoder().layers[-1].self_attn
+        layer.q_proj = Int8(layer.q_proj)
+        assert torch.equal(generate(model, ids, use_mtp=True), generate(model, ids))
+        model = heads.load(folder)
+        with torch.inference_mode():
+            assert torch.equal(generate(model, ids, use_mtp=True), wanted)
+        model.bfloat16()  # an inference tensor could not be changed
+        assert torch.equal(generate(model, ids, use_mtp=True), generate(model, ids))

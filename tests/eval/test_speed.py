@@ -217,7 +217,7 @@ def test_drafts_on_all_kinds_of_prompts(name, tmp_path):
 
 def test_mtp_alone_needs_a_head(tmp_path):
     loaded = models.load(models.Source("kimi_linear-tiny"), CPU, torch.float32)
-    with pytest.raises(UserError, match="of kimi_linear-tiny has no multi-token-prediction head"):
+    with pytest.raises(UserError, match="kimi_linear: its checkpoints have no such head"):
         speed.measure(loaded, None, SpeedOptions(variants=("mtp",)), "auto", Work(Processes(), Journal(tmp_path, {})))
 
 

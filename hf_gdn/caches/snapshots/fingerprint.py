@@ -87,21 +87,13 @@ def layer_devices(model: nn.Module, layers: int) -> list[torch.device | None]:
     for module in _decoder(model).modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and 0 <= index < layers and devices[index] is None:
-            devices[index] = _runs_on(module)
+            devices[index] = modules.runs_on(module)
     return devices
 
 
 def _decoder(model: Any) -> Any:
     """The text model; its layers fill the cache."""
     return model.get_decoder() if hasattr(model, "get_decoder") else model
-
-
-def _runs_on(module: nn.Module) -> torch.device | None:
-    for part in module.modules():
-        offloaded = getattr(modules.accelerate_hook(part), "execution_device", None)
-        if offloaded is not None:
-            return torch.device(offloaded)
-    return next((parameter.device for parameter in module.parameters() if parameter.device.type != "meta"), None)
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
