@@ -126,17 +126,38 @@ def a_config_with_a_word_for_a_number(folder, monkeypatch):
     return ppl(folder, model), "cannot be read: "
 
 
-def a_config_of_no_heads(folder, monkeypatch):
-    model = copied(folder)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "linear_num_key_heads": 0}))
-    return ppl(folder, model), "cannot be loaded: "
+def _zero(field, text=""):
+    def row(folder, monkeypatch):
+        model = copied(folder)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, field: 0}))
+        return ppl(folder, model), f"cannot be loaded: {text}"
+
+    row.__name__ = f"a_config_of_{field}_0"
+    return row
 
 
 def a_damaged_tokenizer(folder, monkeypatch):
     model = copied(folder)
     (model / "tokenizer.json").write_text("{}")
     return ppl(folder, model), "cannot be loaded: "
+
+
+def _tokenizer(name, part, text, **changes):
+    """A tokenizer.json with `changes` in a part of it; None leaves a field out."""
+
+    def row(folder, monkeypatch):
+        model = copied(folder)
+        whole = json.loads((model / "tokenizer.json").read_text())
+        changed = whole[part] if part else whole
+        changed |= changes
+        for field in [field for field, value in changes.items() if value is None]:
+            del changed[field]
+        (model / "tokenizer.json").write_text(json.dumps(whole))
+        return ppl(folder, model), f"cannot be loaded: {text}"
+
+    row.__name__ = f"a_tokenizer_{name}"
+    return row
 
 
 def no_such_model(folder, monkeypatch):
@@ -249,8 +270,14 @@ def _chat(name, text, *arguments):
 COMMANDS = [
     truncated_weights, empty_weights, weights_that_are_text, no_weights, a_shard_is_missing, an_index_that_is_no_json,
     a_weight_is_missing, a_weight_of_another_shape, weights_in_a_damaged_pickle, weights_in_a_pickle_that_runs_code,
-    a_config_that_is_no_json, a_config_that_is_a_list, a_config_with_a_word_for_a_number, a_config_of_no_heads,
-    a_damaged_tokenizer, no_such_model, another_architecture, memory_is_full, host_memory_is_full, the_disk_is_full,
+    a_config_that_is_no_json, a_config_that_is_a_list, a_config_with_a_word_for_a_number,
+    _zero("linear_num_key_heads"), _zero("num_attention_heads", "ZeroDivisionError: "),
+    _zero("num_key_value_heads", "ZeroDivisionError: "), _zero("head_dim", "ZeroDivisionError: "), a_damaged_tokenizer,
+    _tokenizer("of_a_newer_model", "model", "data did not match any variant of", type="Newer"),
+    _tokenizer("of_a_newer_pre_tokenizer", "", "data did not match any variant of", pre_tokenizer={"type": "Newer"}),
+    _tokenizer("whose_vocabulary_is_a_list", "model", "invalid type: sequence, expected a map", vocab=["a"]),
+    _tokenizer("without_a_model", "", "Model missing", model=None),
+    no_such_model, another_architecture, memory_is_full, host_memory_is_full, the_disk_is_full,
     weights_that_may_not_be_read, a_tokenizer_that_lacks_a_key, a_data_set_that_is_not_there,
     a_data_set_that_is_damaged, a_damaged_parquet_file, json_that_is_too_deep, a_text_that_is_no_text,
     an_output_that_is_a_file, _device("meta"), _device("xpu"), _device("hpu"), _device("vulkan"), _device("cuda:99"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
 from ..errors import HfGdnError, UserError, named, reason
 from ..patches import all_families, families_in
@@ -21,13 +19,8 @@ from .shapes import ASSETS, CONFIGS, embedded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 T = TypeVar("T")
-# What transformers and the libraries below it raise for files they cannot find, read or make a model of. Those of
-# `_EXPLAINED` explain themselves; the others are named in the message.
+# Errors of transformers, and of the libraries below it, that explain themselves; the others are named in the message.
 _EXPLAINED = (OSError, ValueError, ImportError, StrictDataclassError)
-_FAILURES = (
-    *_EXPLAINED, SafetensorError, pickle.UnpicklingError, EOFError, MemoryError, RuntimeError, LookupError, TypeError,
-    AttributeError, AssertionError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -183,7 +176,7 @@ def load(source: Source, device: torch.device, dtype: torch.dtype) -> Loaded:
         options["distributed_config"] = DistributedConfig(tp_plan="auto")
     where = _path(source.name)
     hub = {} if source.revision is None else {"revision": source.revision}
-    tokenizer = _tried(source, "loaded", lambda: AutoTokenizer.from_pretrained(where, **hub))
+    tokenizer = _tried(source, "loaded", lambda: AutoTokenizer.from_pretrained(where, **hub), " (tokenizer)")
     if not _tried(source, "loaded", lambda: tokenizer("text").input_ids):
         raise UserError(f"model {source.name!r} cannot be loaded: it has no tokenizer that reads text")
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # `_check_weights` refuses them by name
@@ -237,8 +230,8 @@ def _tried(source: Source, verb: str, work: Callable[[], T], hint: str = "") -> 
         return work()
     except HfGdnError:
         raise
-    except _FAILURES as error:
-        why = reason(error) if isinstance(error, _EXPLAINED) else named(error)
+    except Exception as error:  # of any type: a file can be damaged in any way, and tokenizers raises Exception itself
+        why = reason(error) if isinstance(error, _EXPLAINED) or type(error) is Exception else named(error)
         raise UserError(f"model {source.name!r} cannot be {verb}: {why}{hint}") from error
 
 
