@@ -231,9 +231,54 @@ def test_a_template_renders_turns_and_only_what_is_new_is_read(talk, loaded, mon
     assert chat.read[0] == len(encode("<|endoftext|>\n<user>two<|endoftext|>\n<assistant>"))  # and the answer's last
     chat.ids = [*answered, 0]  # an answer that came to its end
     assert chat.turn("two") == encode("\n<user>two<|endoftext|>\n<assistant>")
-    monkeypatch.setattr(loaded.tokenizer, "chat_template", "{{ raise_exception('no') }}")
-    with pytest.raises(UserError, match="the chat template refuses this turn: no"):
-        chat.ask("three", nothing, stop)
+    held = chat.ids, chat.cache.seen()
+    for template, why in (
+        ("{{ raise_exception('no') }}", "no"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: "),
+        ("{{ messages[0].content + 1 }}", "TypeError: "),
+    ):
+        monkeypatch.setattr(loaded.tokenizer, "chat_template", template)
+        with pytest.raises(UserError, match=f"the chat template refuses this turn: {why}"):
+            chat.ask("three", nothing, stop)
+    assert (chat.ids, chat.cache.seen()) == held
+
+
+@pytest.mark.parametrize(
+    "config, text",
+    [
+        (dict(do_sample=True, temperature=-1), "ValueError: `temperature`"),
+        (dict(do_sample=True, temperature=1e-40), "RuntimeError: probability tensor"),
+        (dict(eos_token_id="x"), "TypeError: "),
+        (dict(forced_eos_token_id=5000), "IndexError: "),  # after seven tokens of an answer
+    ],
+)
+def test_a_turn_that_cannot_be_answered_is_dropped(config, text, talk, loaded, monkeypatch, tmp_path):
+    chat, other, stop = talk(), talk(), Interrupt()
+    for each in (chat, other):
+        each.ask("import os", nothing, stop)
+    greedy, chat.options = chat.options, ChatOptions(new_tokens=8)
+    with monkeypatch.context() as wrong:
+        wrong.setattr(loaded.model, "generation_config", GenerationConfig(pad_token_id=0, **config))
+        with pytest.raises(UserError, match=f"no answer, and the turn is dropped: {text}"):
+            chat.ask("import sys", nothing, stop)
+    chat.save(str(tmp_path / "saved.json"))
+    assert json.loads((tmp_path / "saved.json").read_text())["ids"] == other.ids
+    chat.options = greedy
+    for each in (chat, other):
+        each.ask("import re", nothing, stop)
+    assert chat.ids == other.ids and chat.cache.seen() == len(chat.ids) - 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [dict(num_beams=4), dict(num_return_sequences=2), dict(use_cache=False), dict(return_dict_in_generate=True)],
+    ids=lambda config: next(iter(config)),
+)
+def test_a_chat_is_one_sequence_whatever_the_model_says(config, talk, loaded, monkeypatch):
+    monkeypatch.setattr(loaded.model, "generation_config", GenerationConfig(pad_token_id=0, do_sample=True, **config))
+    chat = talk(temperature=None)
+    chat.ask("import os", nothing, Interrupt())
+    assert chat.cache.seen() == len(chat.ids) - 1
 
 
 def test_a_turn_that_was_stopped_while_it_was_read_is_read_on(talk):

@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from ..caches import SinkCache
-from ..errors import UserError, reason
+from ..errors import HfGdnError, UserError, named, reason
 from ..files import write_whole
 from ..loading import models
 from ..upstream import cache_names
@@ -29,6 +29,8 @@ from .options import ChatOptions
 FORMAT, VERSION = "hf_gdn.chat", 1
 PIECE = 512  # tokens of a long input that are read at once
 WINDOW, EMBEDDED_WINDOW = 4092, 508  # the embedded models were trained on 512 tokens
+# What a chat asks of `generate` whatever the model's generation config says: one sequence of ids, read once.
+_ONE_ANSWER = dict(num_beams=1, num_return_sequences=1, use_cache=True, return_dict_in_generate=False)
 _ANSWER = "\ue000answer\ue000"  # stands for an answer in a rendered template; private use, so no text has it
 
 
@@ -88,21 +90,31 @@ class Conversation:
         new = self.turn(text)
         if not new:
             return
-        self.ids = self.ids + new
+        before, self.ids = self.ids, self.ids + new
         if not self._feed(self.cache, self.ids, stop):
             return
         ids = torch.tensor([self.ids], device=self.model.device)
         begin = time.perf_counter()
-        said = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            **cache_names.as_argument(self.cache),
-            streamer=_Show(self.tokenizer, show),
-            max_new_tokens=self.options.new_tokens,
-            stopping_criteria=StoppingCriteriaList([stop]),
-            disable_compile=True,
-            **self.options.sampling(self.model.generation_config),
-        )
+        try:
+            said = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                **cache_names.as_argument(self.cache),
+                streamer=_Show(self.tokenizer, show),
+                max_new_tokens=self.options.new_tokens,
+                stopping_criteria=StoppingCriteriaList([stop]),
+                disable_compile=True,
+                **_ONE_ANSWER,
+                **self.options.sampling(self.model.generation_config),
+            )
+        except (HfGdnError, torch.OutOfMemoryError):
+            raise
+        except (ValueError, TypeError, LookupError, RuntimeError) as error:
+            self.ids = before
+            self.cache.reset()  # it may have read tokens of an answer
+            raise UserError(
+                f"no answer, and the turn is dropped: {named(error)} (the model's generation_config.json, or options)"
+            ) from error
         self.answered = said.shape[1] - len(self.ids), time.perf_counter() - begin
         self.ids = said[0].tolist()
 
@@ -114,8 +126,9 @@ class Conversation:
         messages = [said, {"role": "assistant", "content": _ANSWER}, said] if self.ids else [said]
         try:
             rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise UserError(f"the chat template refuses this turn: {reason(error)}") from error
+        except Exception as error:  # of any type: a template is a program
+            why = reason(error) if isinstance(error, TemplateError) else named(error)
+            raise UserError(f"the chat template refuses this turn: {why}") from error
         if self.ids and _ANSWER not in rendered:
             raise UserError("the chat template leaves answers out, so a conversation cannot go on")
         ids = self.tokenizer(rendered.rpartition(_ANSWER)[2], add_special_tokens=False).input_ids
