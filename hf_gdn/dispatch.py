@@ -81,6 +81,26 @@ def check_bounds(cu_seqlens: Tensor, length: int) -> None:
         raise ValueError(f"cu_seqlens must start at 0, never fall, and end at T = {length}, got {shown}")
 
 
+def check_copy(cu_seqlens: Tensor, copy: Tensor, length: int) -> Tensor:
+    """`check_bounds` by a copy on the host, after which `cu_seqlens` is not read back from its device.
+
+    Returns:
+        cu_seqlens, or a clone that counts its modifications if it was made in inference mode.
+    """
+    if copy.shape != cu_seqlens.shape or copy.device.type != "cpu":
+        raise ValueError(
+            f"cu_seqlens_cpu must be a copy of cu_seqlens on the CPU, {shape_of(cu_seqlens)}, "
+            f"got {shape_of(copy)} on {copy.device}"
+        )
+    if cu_seqlens.device.type == "cpu" and not torch.equal(cu_seqlens.long(), copy.long()):
+        raise ValueError(f"cu_seqlens_cpu must equal cu_seqlens, {cu_seqlens.tolist()}, got {copy.tolist()}")
+    if cu_seqlens.is_inference():
+        with torch.inference_mode(False):
+            cu_seqlens = cu_seqlens.clone()
+    check_bounds(cu_seqlens, length, copy=copy)
+    return cu_seqlens
+
+
 def dims_of(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     return q.shape[2], v.shape[2], q.shape[3], v.shape[3]
 

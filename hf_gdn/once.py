@@ -17,19 +17,21 @@ T = TypeVar("T")
 def read_once(function: Callable[..., T]) -> Callable[..., T]:
     """Cache the result of ``function(tensor, *rest)`` until the tensor is modified or freed, or `rest` changes.
 
+    With ``copy=``, a tensor of the same values on the host, that one is read instead.
     Exceptions are not cached. Tensors created in inference mode have no version counter that shows modifications, so
     they are read on every call.
     """
     known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     @functools.wraps(function)
-    def call(tensor: Tensor, *rest: Any) -> T:
+    def call(tensor: Tensor, *rest: Any, copy: Tensor | None = None) -> T:
+        source = tensor if copy is None else copy
         if tensor.is_inference():
-            return function(tensor, *rest)
+            return function(source, *rest)
         key = (tensors.version(tensor), *rest)
         found = known.get(tensor)
         if found is None or found[0] != key:
-            found = known[tensor] = (key, function(tensor, *rest))
+            found = known[tensor] = (key, function(source, *rest))
         return found[1]
 
     return call

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_gdn import operators, ops, registry
+from hf_gdn import dispatch, operators, ops, registry
 from hf_gdn.registry import BackendError
 from hf_gdn.testing import assert_close, error
 from hf_gdn.testing.tolerances import DELTA_RULE, SAME_SUMS
@@ -222,6 +222,25 @@ def test_bounds_changed_in_place_are_read_again(op):
     bounds[1] = 80
     with pytest.raises(ValueError, match="never fall"):
         FUNCTIONS[op](**inputs, cu_seqlens=bounds)
+
+
+def test_a_host_copy_of_the_bounds_is_read_instead(op):
+    inputs = {**make(op), "initial_state": None}
+    bounds, copy = torch.tensor([0, 30, 70]), torch.tensor([0, 30, 70], dtype=torch.int32)
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            got = FUNCTIONS[op](**inputs, cu_seqlens=bounds.clone(), cu_seqlens_cpu=copy, output_final_state=True)
+            wanted = FUNCTIONS[op](**inputs, cu_seqlens=bounds, output_final_state=True)
+            assert all(torch.equal(x, y) for x, y in zip(got, wanted))
+            unreadable = dispatch.check_copy(bounds.to("meta"), copy, 70)
+            dispatch.check_bounds(unreadable, 70)
+    for wrong, text in (
+        (bounds[:2], r"a copy of cu_seqlens on the CPU, \[3\], got \[2\] on cpu"),
+        (bounds.to("meta"), r"got \[3\] on meta"),
+        (torch.tensor([0, 31, 70]), r"must equal cu_seqlens, \[0, 30, 70\], got \[0, 31, 70\]"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            FUNCTIONS[op](**inputs, cu_seqlens=bounds, cu_seqlens_cpu=wrong)
 
 
 def test_backends_by_name(op):
