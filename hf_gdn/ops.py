@@ -23,6 +23,8 @@ __all__ = ["chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_gated_delta_r
 
 # Arguments of fla 0.6 that choose how fla computes, and change no result: any value is accepted, and has no effect.
 HINTS = ("chunk_size", "cu_seqlens_cpu", "chunk_indices", "disable_recompute", "safe_gate")
+# Dtypes of which q, k and v may have different ones in the recurrent functions.
+_MIXED = {torch.float16, torch.bfloat16, torch.float32}
 # Names of one argument, whose states are then [N, HV, V, K].
 _VALUES_FIRST = ("state_v_first", "transpose_state_layout")
 # Arguments that are accepted with their default value only -> that value, and the reason.
@@ -114,7 +116,10 @@ def _call(
     values_first = _options(name, others, activations.use_gate_in_kernel, activations.lower_bound)
     if values_first and initial_state is not None:
         initial_state = initial_state.transpose(-1, -2)
-    per_channel = op.endswith("kda")
+    per_channel, dtype_of_o = op.endswith("kda"), v.dtype
+    dtypes = {q.dtype, k.dtype, v.dtype}
+    if len(dtypes) > 1 and dtypes <= _MIXED and op.startswith("recurrent"):  # as in fla
+        q, k, v = q.float(), k.float(), v.float()
     if g is None:
         g = v.new_zeros((*v.shape[:3], q.shape[-1]) if per_channel else v.shape[:3])
     if beta is None:
@@ -148,6 +153,7 @@ def _call(
     else:
         tensors = q, k, v, g, beta, initial_state
         o, state = OPERATORS[op](*tensors, cu_seqlens, scale, qk_l2norm, beta_max, backend, backend)
+    o = o.to(dtype_of_o)
     if not output_final_state:
         return o, None
     return o, state.transpose(-1, -2).contiguous() if values_first else state
@@ -256,7 +262,8 @@ def fused_recurrent_gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule (GDN) token by token, for decoding. Arguments and results as in `chunk_gated_delta_rule`.
 
-    g None means no decay, beta None means ones; `gk` and `gv` (fla's further decays) are not supported.
+    g None means no decay, beta None means ones; `gk` and `gv` (fla's further decays) are not supported. q, k and v may
+    be of several dtypes, as in fla: the computation is in fp32.
 
     Examples:
         >>> from hf_gdn.ops import fused_recurrent_gated_delta_rule
@@ -365,6 +372,8 @@ def fused_recurrent_kda(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi delta attention (KDA) token by token, for decoding. Arguments and results as in `chunk_kda`.
+
+    q, k and v may be of several dtypes, as in fla: the computation is in fp32.
 
     Examples:
         >>> from hf_gdn.ops import fused_recurrent_kda

@@ -163,6 +163,20 @@ def test_every_argument_of_fla_is_in_the_table(op):
         assert kind != "served" or argument in own or argument in ("state_v_first", "transpose_state_layout")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_q_and_k_in_fp32_beside_v_in_16_bits(op, dtype):
+    """fla's recurrent functions compute in fp32; its chunked ones do not compile."""
+    inputs = make(op)
+    mixed = {**inputs, "v": inputs["v"].to(dtype)}
+    if op.startswith("chunk"):
+        with pytest.raises(ValueError, match=rf"one floating-point dtype, got torch.float32, torch.float32, {dtype}"):
+            FUNCTIONS[op](**mixed)
+        return
+    o, state = FUNCTIONS[op](**mixed, output_final_state=True)
+    wanted = FUNCTIONS[op](**{**inputs, "v": mixed["v"].float()}, output_final_state=True)
+    assert torch.equal(o, wanted[0].to(dtype)) and torch.equal(state, wanted[1])
+
+
 def test_hints_change_nothing(op):
     inputs = make(op)
     wanted = FUNCTIONS[op](**inputs, output_final_state=True)
