@@ -20,6 +20,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from .environment import switch as _switch
+
 __version__ = "0.1.0"
 __all__ = [
     "PatchError",
@@ -79,5 +81,5 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
-if os.environ.get("HF_GDN_PATCH", "0") not in ("", "0"):
+if _switch("HF_GDN_PATCH"):
     importlib.import_module(".patches", __name__).patch()

@@ -9,6 +9,7 @@ import pytest
 
 import hf_gdn
 from hf_gdn import cli
+from hf_gdn.environment import switch
 
 PROGRAM = """
 import sys
@@ -73,8 +74,23 @@ def test_launchers_patch_every_process(folder, launcher):
 
 def test_the_environment_patches(folder):
     code = "import hf_gdn; print(hf_gdn.status().active)"
-    assert run(folder, "-c", code, HF_GDN_PATCH="1").stdout == "True\n"
-    assert run(folder, "-c", code, HF_GDN_PATCH="0").stdout == "False\n"
+    assert run(folder, "-c", code, HF_GDN_PATCH="yes").stdout == "True\n"
+    code = "import hf_gdn, sys; print('hf_gdn.patches' in sys.modules)"
+    assert run(folder, "-c", code, HF_GDN_PATCH="off").stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    "value, on", [("", None), ("0", False), ("False", False), ("no", False), ("off", False), ("1", True), ("ON", True)]
+)
+def test_switches(monkeypatch, value, on):
+    monkeypatch.setenv("HF_GDN_PATCH", value)
+    for default in (False, True):
+        assert switch("HF_GDN_PATCH", default) is (default if on is None else on)
+
+
+def test_a_switch_is_on_or_off(folder):
+    text = "HF_GDN_PATCH must be one of 1, true, yes, on, 0, false, no, off, got 'never'"
+    assert text in run(folder, "-c", "import hf_gdn", HF_GDN_PATCH="never").stderr
 
 
 @pytest.fixture

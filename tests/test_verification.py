@@ -178,12 +178,14 @@ def test_modes(plant, folder, monkeypatch):
     plant("gated_norm", scaled, calls)
     monkeypatch.setenv("HF_GDN_VERIFY", "0")
     assert registry.resolve(request("gated_norm")).backend == "planted" and not calls and not folder.exists()
+    monkeypatch.setenv("HF_GDN_VERIFY", "off")
+    assert registry.resolve(request("gated_norm")).backend == "planted" and not calls
     monkeypatch.setenv("HF_GDN_VERIFY", "always")
     for ran in (1, 2):
         assert registry.resolve(request("gated_norm")).backend == "eager" and len(calls) == ran
         verification.forget()
-    monkeypatch.setenv("HF_GDN_VERIFY", "no")
-    with pytest.raises(ValueError, match="HF_GDN_VERIFY must be one of 0, 1, always, got 'no'"):
+    monkeypatch.setenv("HF_GDN_VERIFY", "never")
+    with pytest.raises(ValueError, match="HF_GDN_VERIFY must be one of 0, 1, always, got 'never'"):
         registry.resolve(request("gated_norm"))
 
 

@@ -7,7 +7,6 @@ checked before the first one is made. If an exception interrupts patching, the p
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ import torch
 from .. import registry
 from ..cuda_graphs import make_get_compiled_call
 from ..cuda_graphs import release as release_graphs
+from ..environment import switch
 from ..errors import PatchError
 from ..log import warn_once
 from ..upstream import seams, versions
@@ -116,7 +116,7 @@ def patch(
         The new status, see `status`.
 
     Raises:
-        ValueError: unknown family or backend.
+        ValueError: unknown family or backend, or HF_GDN_DISABLE is neither on nor off.
         PatchError: the transformers version is unsupported, or a named family (with `strict`, any family) does not fit
             it. Nothing is patched then.
 
@@ -133,7 +133,7 @@ def patch(
 
 def _patch_families(families: Iterable[str] | str | None, backend: str, strict: bool, cuda_graphs: bool) -> Status:
     with in_force.lock:
-        if os.environ.get("HF_GDN_DISABLE", "0") not in ("", "0"):
+        if switch("HF_GDN_DISABLE"):
             warn_once("HF_GDN_DISABLE is set: patch() does nothing")
             return status()
         registry.check_backend(backend)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..environment import OFF, ON
 from ..errors import BackendError, named, reason
 from ..log import logger
 from ..registry import Kernel, Request
@@ -37,6 +38,7 @@ _lock = threading.RLock()
 
 def _mode() -> str:
     mode = os.environ.get("HF_GDN_VERIFY") or "1"
+    mode = next((number for number, words in (("0", OFF), ("1", ON)) if mode.lower() in words), mode)
     if mode not in MODES:
         raise ValueError(f"HF_GDN_VERIFY must be one of {', '.join(MODES)}, got {mode!r}")
     return mode

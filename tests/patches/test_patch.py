@@ -174,9 +174,10 @@ def test_a_named_backend_that_cannot_serve_raises(family):
         model(tiny.batch()[0])
 
 
-def test_disabled_by_environment(monkeypatch, caplog):
-    monkeypatch.setenv("HF_GDN_DISABLE", "1")
-    assert not hf_gdn.patch().active
+@pytest.mark.parametrize("value, active", [("1", False), ("yes", False), ("no", True), ("false", True)])
+def test_disabled_by_environment(monkeypatch, caplog, value, active):
+    monkeypatch.setenv("HF_GDN_DISABLE", value)
+    assert hf_gdn.patch().active is active
 
 
 def test_layer_kernels_say_what_runs(family):
