@@ -12,7 +12,9 @@ from hf_gdn import cli
 from hf_gdn.environment import switch
 
 PROGRAM = """
+import os
 import sys
+seen_before = 1
 import beside
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({model!r})
@@ -24,7 +26,7 @@ def fail():
     raise SystemExit(7) if "exit" in sys.argv else ZeroDivisionError("of the program")
 if "well" not in sys.argv:
     fail()
-""".replace("import sys\n", "import sys\nseen_before = 1\n", 1)
+"""
 
 
 @pytest.fixture
@@ -36,10 +38,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder, *arguments, **environment):
+def run(folder, *arguments, options=("-W", "ignore"), **environment):
     folders = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": folders, **environment}
-    words = [sys.executable, "-W", "ignore", *arguments]
+    words = [sys.executable, *options, *arguments]
     return subprocess.run(words, capture_output=True, text=True, cwd=folder, env=env)
 
 
@@ -57,8 +59,39 @@ def test_output_exit_code_and_traceback_are_pythons(folder):
         done.stdout
     )
     *mine, summary = errors(done).splitlines()
-    assert "\n".join(mine) == errors(wanted).replace(str(folder) + os.sep, "")
+    assert "\n".join(mine) == errors(wanted)
     assert summary.startswith("hf_gdn: ") and "qwen3_next 3 layers; " in summary and "step_gdn: " in summary
+
+
+FACE = """
+import inspect, os, sys, warnings
+os.chdir("/")
+def fail():
+    warnings.warn("of the program")
+    raise ZeroDivisionError("of the program")
+print(__file__, os.path.exists(__file__), inspect.getsource(fail), type(__loader__), sys.argv, sys.path[0])
+print(sorted(vars()), type(__builtins__))
+fail()
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["face.py --x -- y", "linked/face.py", "-m face x", "-mface x", "all.pyz x", "folder x"]
+    + ["syntax.py", "-m syntax", "-m nosuchmodule", "linked"],
+)
+def test_a_program_sees_and_shows_what_it_does_with_python(tmp_path, words):
+    for folder in ("linked", "folder"):
+        (tmp_path / folder).mkdir()
+    for name, text in (("face.py", FACE), ("folder/__main__.py", FACE), ("syntax.py", "x = 1\ndef\n")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "linked" / "face.py").symlink_to(tmp_path / "face.py")
+    with zipfile.ZipFile(tmp_path / "all.pyz", "w") as archive:
+        archive.writestr("__main__.py", FACE)
+    wanted = run(tmp_path, *words.split(), options=())
+    done = run(tmp_path, "-m", "hf_gdn", "run", *words.split(), options=())
+    assert (done.returncode, done.stdout, done.stderr) == (wanted.returncode, wanted.stdout, wanted.stderr)
+    assert wanted.returncode == 1
 
 
 @pytest.mark.extended

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import builtins
 import functools
 import io
+import pkgutil
 import runpy
 import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from ..errors import BackendError, PatchError, UserError
 from ..options import option
@@ -37,10 +40,10 @@ class RunOptions:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse the arguments of ``hf-gdn run``, patch, and run the program.
+    """Parse the arguments of ``hf-gdn run``, and run the program with patched models.
 
     Raises:
-        UserError: there is no such program, or an unknown backend; BackendError, PatchError: as `hf_gdn.patch`.
+        SystemExit: after a printed line: no such program, an unknown backend, or an error that `hf_gdn.patch` raises.
         Whatever the program raises, SystemExit included.
     """
     parser = argparse.ArgumentParser(prog="hf-gdn run", usage=USAGE, allow_abbrev=False)
@@ -49,88 +52,118 @@ def main(arguments: Sequence[str]) -> None:
         parser.add_argument(name, default=field.default, **(dict(action="store_true") if flag else {}))  # type: ignore[arg-type]
     parser.add_argument("-m", dest="module", action="store_true")
     parser.add_argument("program", nargs=argparse.REMAINDER)
-    given = vars(parser.parse_args(arguments))
+    given = vars(parser.parse_args(_module_apart(arguments)))
     module, program = given.pop("module"), given.pop("program")
     if not program:
         parser.error("expected a PROGRAM, or -m MODULE")
     try:
         start = prepare(RunOptions(**given), module, program)
     except (UserError, BackendError, PatchError) as error:
-        print(f"hf-gdn: {error}", file=sys.stderr)
-        sys.exit(2)
+        _stop(error)
     start()
+
+
+def _stop(error: Exception) -> NoReturn:
+    print(f"hf-gdn: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _module_apart(arguments: Sequence[str]) -> list[str]:
+    """The arguments with ``-mMODULE`` as two, as Python takes it too."""
+    words, place = list(arguments), 0
+    while place < len(words) and words[place].startswith("--"):
+        place += 2 if words[place] == "--backend" else 1
+    if place < len(words) and words[place].startswith("-m"):
+        words[place : place + 1] = filter(None, ("-m", words[place][2:]))
+    return words
 
 
 def prepare(options: RunOptions, module: bool, program: Sequence[str]) -> Callable[[], None]:
     """Patch, and return the function that runs a program; `program` is its name and its arguments."""
-    run = _module(program) if module else _file(program)
+    run = functools.partial(_module, program) if module else _file(program)
+    if options.summary:
+        atexit.register(lambda: print(summary(), file=sys.stderr))
+    _patch(options)
+    shown = sys.excepthook
+
+    def without_us(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        shown(kind, error.with_traceback(_theirs(traceback)), _theirs(traceback))
+
+    sys.excepthook = without_us
+    return run
+
+
+def _patch(options: RunOptions) -> None:
     from .. import patch
 
     try:
         patch(backend=options.backend, strict=options.strict, cuda_graphs=options.cuda_graphs)
     except ValueError as error:
         raise UserError(f"--backend: {error}") from error
-    if options.summary:
-        atexit.register(lambda: print(summary(), file=sys.stderr))
-    own, shown = Path(__file__).parent.parent, sys.excepthook
-
-    def without_us(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        shown(kind, error.with_traceback(_theirs(traceback, own)), _theirs(traceback, own))
-
-    sys.excepthook = without_us
-    return run
 
 
-def _theirs(traceback: TracebackType | None, own: Path) -> TracebackType | None:
-    """A traceback without its first frames if they are of hf_gdn's commands, of runpy or of Python's launcher."""
+def _run(start: Callable[..., Any], *arguments: Any) -> None:
+    """Run a program. Its tracebacks begin after this frame."""
+    start(*arguments)
+
+
+def _theirs(traceback: TracebackType | None) -> TracebackType | None:
+    """A traceback without our frames, which are its first; all of it if no program was running."""
     found = traceback
-    while found is not None:
-        name = found.tb_frame.f_code.co_filename
-        if name != "<frozen runpy>" and Path(name).name not in ("runpy.py", "hf-gdn") and own not in Path(name).parents:
-            return found
+    while found is not None and found.tb_frame.f_code is not _run.__code__:
         found = found.tb_next
-    return traceback  # the error is ours
+    return traceback if found is None else found.tb_next
 
 
-def _search(folder: Path) -> None:
-    """Make a folder the first that imports look in, as Python does for a program; not with ``python -P``."""
-    if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = str(folder)
+def _become(program: Sequence[str], folder: Path) -> types.ModuleType:
+    """Make the arguments, the first folder of imports and ``__main__`` a program's, and return the latter.
 
-
-def _module(program: Sequence[str]) -> Callable[[], None]:
-    def run() -> None:
-        sys.argv[:] = program
-        _search(Path.cwd())
-        runpy.run_module(program[0], run_name="__main__", alter_sys=True)
-
-    return run
-
-
-def _run_folder(program: Sequence[str]) -> None:
-    """Run the ``__main__.py`` of a folder or an archive."""
+    It is a module that stays: what the program leaves behind (threads, atexit, pickles) finds its globals.
+    """
     sys.argv[:] = program
-    runpy.run_path(program[0], run_name="__main__")
+    if not getattr(sys.flags, "safe_path", False):  # python -P
+        sys.path[0] = str(folder)
+    ours, main = vars(sys.modules["__main__"]), types.ModuleType("__main__")
+    given: dict[str, Any] = {"__annotations__": {}, "__cached__": None}  # by some versions of Python
+    vars(main).update({name: value for name, value in given.items() if name in ours}, __builtins__=builtins)
+    sys.modules["__main__"] = main
+    return main
+
+
+def _module(program: Sequence[str]) -> None:
+    _become(["-m", *program[1:]], Path.cwd())
+    # What python -m calls: run_module would print a traceback for an unknown module, and take the globals away.
+    _run(runpy._run_module_as_main, program[0])  # type: ignore[attr-defined]
+
+
+def _folder(program: Sequence[str]) -> None:
+    """Run the ``__main__.py`` of a folder or an archive."""
+    path = Path(program[0]).absolute()
+    _become(program, path)
+    if sys.path[0] != str(path):
+        sys.path.insert(0, str(path))
+    _run(runpy._run_module_as_main, "__main__", False)  # type: ignore[attr-defined]
 
 
 def _file(program: Sequence[str]) -> Callable[[], None]:
-    path = Path(program[0])
-    if path.is_dir() or path.suffix == ".zip":
-        return functools.partial(_run_folder, program)
+    path = Path(program[0]).absolute()
+    if pkgutil.get_importer(str(path)) is not None:
+        return functools.partial(_folder, program)
     try:
-        with io.open_code(str(path.absolute())) as file:
+        with io.open_code(str(path)) as file:
             source = file.read()
     except OSError as error:
         raise UserError(f"program {program[0]!r} cannot be read: {error.strerror}") from error
 
     def run() -> None:
-        # A module of its own that stays: what the program leaves behind (threads, atexit, pickles) finds its globals.
-        main = types.ModuleType("__main__")
-        vars(main).update(__file__=str(path), __builtins__=__builtins__)
-        sys.argv[:] = program
-        _search(path.absolute().parent)
-        sys.modules["__main__"] = main
-        exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))
+        main = _become(program, path.resolve().parent)
+        vars(main).update(__file__=str(path), __loader__=SourceFileLoader("__main__", str(path)))
+        try:
+            code = compile(source, str(path), "exec", dont_inherit=True)
+        except (SyntaxError, ValueError) as error:
+            sys.excepthook(type(error), error.with_traceback(None), None)  # no line of the program has run
+            sys.exit(1)
+        _run(exec, code, vars(main))
 
     return run
 
