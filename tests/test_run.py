@@ -1,5 +1,6 @@
 """hf-gdn run: a program that knows nothing of hf_gdn runs patched, and otherwise as ``python PROGRAM`` runs it."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,16 +10,21 @@ import pytest
 
 import hf_gdn
 from hf_gdn import cli
+from hf_gdn.cli import at_import
 from hf_gdn.environment import switch
 
 PROGRAM = """
 import os
 import sys
 seen_before = 1
+print([name for name in ("torch", "transformers", "huggingface_hub") if name in sys.modules])
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 import beside
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({model!r})
 import torch
+from huggingface_hub import constants
+print(constants.HF_HUB_OFFLINE, torch.get_num_threads())
 seen = (sys.argv, __name__, sys.modules["__main__"].seen_before, sys.path[0])
 print(seen, type(model.model.layers[0].linear_attn).forward.__module__)
 print(model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=5, do_sample=False)[0].tolist())
@@ -52,8 +58,10 @@ def errors(done) -> str:
 
 
 def test_output_exit_code_and_traceback_are_pythons(folder):
-    wanted = run(folder, "program.py", "--epochs", "3")
-    done = run(folder, "-m", "hf_gdn", "run", "--summary", "program.py", "--epochs", "3")
+    """What the program sets in its environment is set before anything reads it."""
+    environment = {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "2"}
+    wanted = run(folder, "program.py", "--epochs", "3", **environment)
+    done = run(folder, "-m", "hf_gdn", "run", "--summary", "program.py", "--epochs", "3", **environment)
     assert wanted.returncode == done.returncode == 1
     assert wanted.stdout.replace("transformers.models.qwen3_next.modeling_qwen3_next", "hf_gdn.patches.forward") == (
         done.stdout
@@ -94,6 +102,34 @@ def test_a_program_sees_and_shows_what_it_does_with_python(tmp_path, words):
     assert wanted.returncode == 1
 
 
+def test_the_first_import_acts(tmp_path, monkeypatch):
+    """Once, after the module; where the action fails, every import does."""
+    (tmp_path / "first_watched.py").write_text("loader = __loader__\n")
+    (tmp_path / "second_watched.py").write_text("")
+    monkeypatch.setattr(at_import, "WATCHED", {"first_watched", "second_watched"})
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+
+    def action():
+        import second_watched  # noqa: F401
+
+        seen.append("exec_module" in vars(sys.modules["first_watched"].loader))
+        if len(seen) < 3:
+            raise SystemExit(2)
+
+    at_import.arrange(action)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            importlib.import_module("first_watched")
+        assert "first_watched" not in sys.modules
+    for name in ("first_watched", "second_watched"):
+        importlib.import_module(name)
+        monkeypatch.delitem(sys.modules, name)
+        importlib.import_module(name)
+    assert seen == [False] * 3
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
 def test_launchers_patch_every_process(folder, launcher):
@@ -131,6 +167,7 @@ def here(monkeypatch, tmp_path):
     """`run` in this process, and everything put back."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     monkeypatch.chdir(tmp_path)
 

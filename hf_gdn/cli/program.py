@@ -24,6 +24,7 @@ from typing import Any, ClassVar, NoReturn
 
 from ..errors import BackendError, PatchError, UserError
 from ..options import option
+from .at_import import arrange
 
 USAGE = "hf-gdn run [--backend B] [--cuda-graphs] [--strict] [--summary] PROGRAM [ARGS] | -m MODULE [ARGS]"
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
         parser.error("expected a PROGRAM, or -m MODULE")
     try:
         start = prepare(RunOptions(**given), module, program)
-    except (UserError, BackendError, PatchError) as error:
+    except UserError as error:
         _stop(error)
     start()
 
@@ -79,11 +80,18 @@ def _module_apart(arguments: Sequence[str]) -> list[str]:
 
 
 def prepare(options: RunOptions, module: bool, program: Sequence[str]) -> Callable[[], None]:
-    """Patch, and return the function that runs a program; `program` is its name and its arguments."""
+    """Arrange that models are patched, and return the function that runs a program.
+
+    Args:
+        options: how models are patched: when the program imports the first (`at_import`).
+        module: whether the program is a module.
+        program: its name and its arguments.
+    """
     run = functools.partial(_module, program) if module else _file(program)
+    _check_backend(options.backend)
     if options.summary:
         atexit.register(lambda: print(summary(), file=sys.stderr))
-    _patch(options)
+    arrange(functools.partial(_patch, options))
     shown = sys.excepthook
 
     def without_us(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -93,13 +101,27 @@ def prepare(options: RunOptions, module: bool, program: Sequence[str]) -> Callab
     return run
 
 
-def _patch(options: RunOptions) -> None:
-    from .. import patch
+def _check_backend(backend: str) -> None:
+    """Raise UserError for an unknown backend. Only for one that is not hf_gdn's own, torch has to be imported."""
+    kernels = pkgutil.iter_modules([str(Path(__file__).parent.parent / "kernels")])
+    if backend == "auto" or backend in (found.name for found in kernels if found.ispkg):
+        return
+    from ..registry import check_backend
 
     try:
-        patch(backend=options.backend, strict=options.strict, cuda_graphs=options.cuda_graphs)
+        check_backend(backend)
     except ValueError as error:
         raise UserError(f"--backend: {error}") from error
+
+
+def _patch(options: RunOptions) -> None:
+    """Patch. Errors end the program, since they come from one of its imports."""
+    try:
+        from .. import patch
+
+        patch(backend=options.backend, strict=options.strict, cuda_graphs=options.cuda_graphs)
+    except (ValueError, BackendError, PatchError) as error:
+        _stop(error)
 
 
 def _run(start: Callable[..., Any], *arguments: Any) -> None:
@@ -170,6 +192,8 @@ def _file(program: Sequence[str]) -> Callable[[], None]:
 
 def summary() -> str:
     """One line: patched families with the layers that ran, the backends of ops, and what fell back."""
+    if "hf_gdn.patches" not in sys.modules:
+        return "hf_gdn: nothing was patched, since no model of a family was imported"
     from .. import log, registry
     from ..patches import in_force
 
