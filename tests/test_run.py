@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from multiprocessing import spawn
 
 import pytest
 
@@ -102,12 +103,32 @@ def test_a_program_sees_and_shows_what_it_does_with_python(tmp_path, words):
     assert wanted.returncode == 1
 
 
+CHILD = """
+import multiprocessing, sys
+def child():
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+    print(Qwen3NextGatedDeltaNet.forward.__module__)
+if __name__ == "__main__":
+    process = multiprocessing.get_context(sys.argv[1]).Process(target=child)
+    process.start()
+    process.join()
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.extended)])
+def test_new_processes_are_patched(tmp_path, method):
+    (tmp_path / "starts.py").write_text(CHILD)
+    done = run(tmp_path, "-m", "hf_gdn", "run", "starts.py", method)
+    assert done.stdout == "hf_gdn.patches.forward\n", done.stderr
+
+
 def test_the_first_import_acts(tmp_path, monkeypatch):
     """Once, after the module; where the action fails, every import does."""
     (tmp_path / "first_watched.py").write_text("loader = __loader__\n")
     (tmp_path / "second_watched.py").write_text("")
     monkeypatch.setattr(at_import, "WATCHED", {"first_watched", "second_watched"})
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(spawn, "get_preparation_data", spawn.get_preparation_data)
     monkeypatch.syspath_prepend(tmp_path)
     seen = []
 
@@ -168,6 +189,7 @@ def here(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(spawn, "get_preparation_data", spawn.get_preparation_data)
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     monkeypatch.chdir(tmp_path)
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from multiprocessing import spawn
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,11 +27,27 @@ WATCHED.add("hf_gdn.patches")  # for programs that ask hf_gdn itself
 
 
 def arrange(action: Callable[[], None]) -> None:
-    """Call `action` once one of `WATCHED` is imported. Forked processes inherit what is arranged or done here."""
+    """Call `action` once one of `WATCHED` is imported, here and in processes of multiprocessing's spawn and forkserver.
+
+    `action` must be picklable. Forked processes inherit what is arranged or done here.
+    """
     if WATCHED & sys.modules.keys():
         action()
     else:
         sys.meta_path.insert(0, _Finder(action))
+    prepared = spawn.get_preparation_data
+    # Pickled for the new process, which reads it before it imports the main module, and ignores unknown keys.
+    spawn.get_preparation_data = lambda name: {**prepared(name), "hf_gdn": _Again(action)}
+
+
+class _Again:
+    """Unpickled, it calls `arrange`."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return arrange, (self.action,)
 
 
 class _Finder(MetaPathFinder):
