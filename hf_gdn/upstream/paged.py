@@ -93,7 +93,8 @@ def check() -> None:
     if "sdpa" not in attention_functions():
         raise PatchError(f"AttentionInterface of {versions.installed()} has no function 'sdpa'")
     methods = [(_named(module, cls), name) for module, cls, name, _ in paged_prefixes.METHODS]
-    for cls, name in (*methods, (scheduler, "add_waiting_request"), (inputs, "_setup_static_tensors")):
+    methods += [(scheduler, "add_waiting_request"), (scheduler, "clear_cancelled_requests")]
+    for cls, name in (*methods, (inputs, "_setup_static_tensors")):
         if name not in vars(cls):
             raise PatchError(f"{cls.__name__} of {versions.installed()} has no {name}")
 
@@ -134,6 +135,7 @@ def places(
             (_named("input_outputs", "ContinuousBatchingIOs"), "_setup_static_tensors", _make_setup),
             (attention_functions(), "sdpa", make_sdpa),
             (_named("scheduler", "Scheduler"), "add_waiting_request", _make_add_waiting_request),
+            (_named("scheduler", "Scheduler"), "clear_cancelled_requests", _make_clear_cancelled_requests),
         ]
         found += [(_named(module, cls), name, make) for module, cls, name, make in paged_prefixes.METHODS]
     return found
@@ -172,6 +174,23 @@ def _make_add_waiting_request(original: Callable[..., None]) -> Callable[..., No
         original(self, state)
 
     return add_waiting_request
+
+
+def _make_clear_cancelled_requests(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the method that removes cancelled requests. As finished ones do, they make room for those that wait.
+
+    transformers lets no waiting request begin between a preemption and the next request that finishes.
+    """
+
+    @functools.wraps(original)
+    def clear_cancelled_requests(self: Any) -> Any:
+        active = len(self.active_requests)
+        cancelled = original(self)
+        if LINEAR in self.cache.cache_allocators and len(self.active_requests) < active:
+            self.block_new_requests = False
+        return cancelled
+
+    return clear_cancelled_requests
 
 
 def _check_fits(cache: Any, prompt: int, new: int) -> None:

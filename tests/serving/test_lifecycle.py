@@ -102,6 +102,26 @@ def test_a_cancelled_request_gives_its_slot_back():
     runs.assert_nothing_held(cache)
 
 
+def test_a_preempted_request_goes_on_when_all_active_ones_are_cancelled():
+    model = tiny.model("qwen3_next")
+    hf_gdn.patch()
+    with runs.manager(model, num_blocks=9, max_requests_per_batch=8) as made:
+        for prompt in runs.prompts((60, 40, 50, 30)):
+            made.add_request(prompt, max_new_tokens=40, eos_token_id=-1)
+        scheduler, preempted = made.batch_processor.scheduler, []
+        while not preempted and made.is_running():
+            with made.pause():
+                if scheduler.block_new_requests:
+                    preempted = list(scheduler.waiting_requests)
+                    for request in scheduler.active_requests:
+                        made.cancel_request(request)
+        out = runs.results(made, preempted, seconds=30)
+        cache = runs.cache_of(made)
+    for request in preempted:
+        runs.assert_greedy(model, out[request])
+    runs.assert_nothing_held(cache)
+
+
 @pytest.mark.parametrize("length", [1, 2, 40])
 def test_several_answers_fork_the_states(length):
     """Four sampled answers that are each as likely as the model says; a prompt of one token forks empty states."""
