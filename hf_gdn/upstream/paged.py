@@ -163,12 +163,14 @@ def _make_setup(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _make_add_waiting_request(original: Callable[..., None]) -> Callable[..., None]:
-    """Make the method that queues a request. One that can never fit fails alone, instead of stopping the manager."""
+    """Make the method that queues a request. One that cannot be served fails alone, instead of stopping the manager."""
 
     @functools.wraps(original)
     def add_waiting_request(self: Any, state: Any) -> None:
         # A request that comes back after it was preempted was checked before.
         if LINEAR in self.cache.cache_allocators and not state._true_initial_tokens:
+            if not state.initial_tokens:
+                raise ValueError("expected a prompt of at least one token, got an empty one")
             new = 1 if state.max_new_tokens is None else max(1, state.max_new_tokens)
             _check_fits(self.cache, len(state.initial_tokens), new)
         original(self, state)

@@ -149,6 +149,19 @@ def test_a_request_that_can_never_fit_fails_alone():
 
 
 @runs.needs_seams
+def test_an_empty_prompt_fails_alone():
+    model, (prompt,) = tiny.model(NAME), runs.prompts((6,))
+    hf_gdn.patch()
+    with runs.manager(model) as made:
+        ids = [made.add_request([]), made.add_request(prompt), made.add_request([])]
+        out = runs.results(made, ids)
+    for empty in (ids[0], ids[2]):
+        assert out[empty].error == "expected a prompt of at least one token, got an empty one"
+        assert out[empty].generated_tokens == []
+    assert out[ids[1]].generated_tokens == runs.alone(model, prompt)
+
+
+@runs.needs_seams
 def test_a_pool_too_small_for_any_request():
     hf_gdn.patch()
     out = tiny.model(NAME).generate_batch(
