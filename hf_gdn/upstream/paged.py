@@ -171,11 +171,22 @@ def _make_add_waiting_request(original: Callable[..., None]) -> Callable[..., No
         if LINEAR in self.cache.cache_allocators and not state._true_initial_tokens:
             if not state.initial_tokens:
                 raise ValueError("expected a prompt of at least one token, got an empty one")
+            _check_names(self, state)
             new = 1 if state.max_new_tokens is None else max(1, state.max_new_tokens)
             _check_fits(self.cache, len(state.initial_tokens), new)
         original(self, state)
 
     return add_waiting_request
+
+
+def _check_names(scheduler: Any, state: Any) -> None:
+    """Raise ValueError if the name of a new request, or of one of its further answers, is in use."""
+    children = (f"{state.request_id}__child#{i}" for i in range(state.num_children))
+    for name in (state.request_id, *children):
+        if name in scheduler.active_requests or name in scheduler.waiting_requests:
+            raise ValueError(
+                f"expected a request_id that is not in use, got {state.request_id!r}: {name!r} runs or waits"
+            )
 
 
 def _make_clear_cancelled_requests(original: Callable[..., Any]) -> Callable[..., Any]:

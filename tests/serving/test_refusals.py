@@ -162,6 +162,24 @@ def test_an_empty_prompt_fails_alone():
 
 
 @runs.needs_seams
+def test_a_request_id_in_use_fails_alone():
+    model, (first, second, third) = tiny.model(NAME), runs.prompts((27, 60, 3))
+    hf_gdn.patch()
+    with runs.manager(model) as made:
+        with made.pause():  # so that all of them wait
+            made.add_request(first, request_id="a")
+            made.add_request(second, request_id="a")
+            made.add_request(third, request_id="b")
+        out = [made.get_result(timeout=30) for _ in range(3)]
+        again = made.add_request(second, request_id="a")
+        out.append(runs.results(made, [again])[again])
+    (refused,) = (made for made in out if made.error)
+    assert "expected a request_id that is not in use, got 'a'" in refused.error and refused.prompt_ids == second
+    for made in out:
+        assert made is refused or made.generated_tokens == runs.alone(model, made.prompt_ids)
+
+
+@runs.needs_seams
 def test_a_pool_too_small_for_any_request():
     hf_gdn.patch()
     out = tiny.model(NAME).generate_batch(
