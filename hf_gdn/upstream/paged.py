@@ -8,6 +8,7 @@ every layer, which holds the recurrent state and the convolution state. A block'
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
 from collections.abc import Callable
 from math import ceil, lcm
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PatchError
+from ..log import warn_once
 from . import paged_prefixes, seams, versions
 from .paged_prefixes import LINEAR
 
@@ -172,8 +174,11 @@ def _make_add_waiting_request(original: Callable[..., None]) -> Callable[..., No
             if not state.initial_tokens:
                 raise ValueError("expected a prompt of at least one token, got an empty one")
             _check_names(self, state)
-            new = 1 if state.max_new_tokens is None else max(1, state.max_new_tokens)
-            _check_fits(self.cache, len(state.initial_tokens), new)
+            _check_fits(self.cache, len(state.initial_tokens), state.max_new_tokens)
+            if state.max_new_tokens is None:
+                state.max_new_tokens = _room(self.cache, len(state.initial_tokens))
+                state.__post_init__()  # takes the limit over
+                warn_once("requests without max_new_tokens end at the latest where they fill the cache")
         original(self, state)
 
     return add_waiting_request
@@ -206,13 +211,25 @@ def _make_clear_cancelled_requests(original: Callable[..., Any]) -> Callable[...
     return clear_cancelled_requests
 
 
-def _check_fits(cache: Any, prompt: int, new: int) -> None:
-    """Raise ValueError unless a request fits in an empty cache."""
+def _sectors(cache: Any, tokens: int) -> int:
+    """How many sectors the first tokens of a request take."""
     needed = 0
     for allocator in cache.cache_allocators.values():
-        # The last new token is never processed. A name that no request has: it holds no blocks yet.
-        blocks = allocator.needs_new_blocks("", 0, prompt + new - 1)
-        needed += ceil(blocks / allocator.blocks_per_sector)
+        # A name that no request has: it holds no blocks yet.
+        needed += ceil(allocator.needs_new_blocks("", 0, tokens) / allocator.blocks_per_sector)
+    return needed
+
+
+def _room(cache: Any, prompt: int) -> int:
+    """How many new tokens of a request fit in an empty cache. The last one is never processed."""
+    most = range(1, cache.num_sectors * cache.tokens_per_sector + 2)
+    return bisect_right(most, cache.num_sectors, key=lambda new: _sectors(cache, prompt + new - 1))
+
+
+def _check_fits(cache: Any, prompt: int, limit: int | None) -> None:
+    """Raise ValueError unless a request fits in an empty cache."""
+    new = max(1, limit or 1)
+    needed = _sectors(cache, prompt + new - 1)
     if needed > cache.num_sectors:
         raise ValueError(
             f"expected a request that fits in the cache, got {prompt} prompt tokens and up to {new} new ones, which "

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import hf_gdn
 from hf_gdn import registry
@@ -177,6 +177,26 @@ def test_a_request_id_in_use_fails_alone():
     assert "expected a request_id that is not in use, got 'a'" in refused.error and refused.prompt_ids == second
     for made in out:
         assert made is refused or made.generated_tokens == runs.alone(model, made.prompt_ids)
+
+
+@runs.needs_seams
+def test_a_request_without_a_limit_ends_where_the_cache_does(caplog):
+    model, prompts = tiny.model(NAME), runs.prompts((30, 31))
+    hf_gdn.patch()
+    unlimited = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    with runs.manager(model, unlimited, num_blocks=8) as made:
+        ids = [made.add_request(prompts[0]), made.add_request(prompts[1], max_new_tokens=60)]
+        out = runs.results(made, ids)
+        cache = runs.cache_of(made)
+    for request in ids:
+        runs.assert_greedy(model, out[request])
+    assert len(out[ids[1]].generated_tokens) == 60
+    tokens = 30 + len(out[ids[0]].generated_tokens) - 1
+    # Every sector but that of its states is full.
+    blocks = cache.cache_allocators["full_attention"].blocks_per_sector * (cache.num_sectors - 1)
+    assert tokens == 16 * blocks
+    assert "requests without max_new_tokens end at the latest where they fill the cache" in caplog.text
+    runs.assert_nothing_held(cache)
 
 
 @runs.needs_seams
