@@ -181,11 +181,26 @@ def _make_can_store(original: Callable[..., bool]) -> Callable[..., bool]:
     return can_store_request_tokens
 
 
+def _ask_again(scheduler: Any, state: Any) -> None:
+    """Queue a request's further answers as requests of their own."""
+    children, state.num_children = state.num_children, 0
+    for i in range(children):
+        child = state.create_equivalent_initial_request()
+        child.request_id = f"{state.request_id}__child#{i}"
+        scheduler.add_waiting_request(child)
+
+
 def _make_schedule(original: Callable[..., None]) -> Callable[..., None]:
-    """Make the method that decides how many tokens of a request the next batch has."""
+    """Make the method that decides how many tokens of a request the next batch has.
+
+    transformers forks a request when all but the last token of its prompt are read. Where only that one is left from
+    the start, there is nothing to read before.
+    """
 
     @functools.wraps(original)
     def _schedule_request(self: Any, state: Any, request_tokens: list[int], token_budget: int, *args: Any) -> None:
+        if LINEAR in self.cache.cache_allocators and state.num_children and len(request_tokens) == 1:
+            _ask_again(self, state)
         if _shares(self.cache) and state.status.name != "DECODING":
             linear, page = self.cache.cache_allocators[LINEAR], self.cache.cache_allocators[FULL].tokens_per_page
             shared = linear.shared_tokens.get(state.request_id, 0)

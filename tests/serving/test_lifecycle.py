@@ -122,10 +122,10 @@ def test_a_preempted_request_goes_on_when_all_active_ones_are_cancelled():
     runs.assert_nothing_held(cache)
 
 
-@pytest.mark.parametrize("length", [1, 2, 40])
-def test_several_answers_fork_the_states(length):
-    """Four sampled answers that are each as likely as the model says; a prompt of one token forks empty states."""
-    model, prompts = tiny.model("qwen3_next"), runs.prompts((length, 7))
+@pytest.mark.parametrize("lengths", [(1, 7), (1, 1), (2, 7), (40, 7)], ids=str)
+def test_several_answers_fork_the_states(lengths):
+    """Four sampled answers that are each as likely as the model says; to a prompt of one token they are requests."""
+    model, prompts = tiny.model("qwen3_next"), runs.prompts(lengths)
     hf_gdn.patch()
     sampled = GenerationConfig(
         max_new_tokens=8, do_sample=True, num_return_sequences=4, top_k=0, eos_token_id=-1, pad_token_id=0

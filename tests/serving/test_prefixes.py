@@ -189,9 +189,10 @@ def test_a_thousand_requests_that_begin_alike_in_tiny_pools():
     assert sum(begun) > 100
 
 
-def test_several_answers_to_a_prompt_that_was_read():
+@pytest.mark.parametrize(("length", "again"), [(50, 2 + 2), (33, 3)], ids=["two tokens left", "one token left"])
+def test_several_answers_to_a_prompt_that_was_read(length, again):
     """Children of a request that began at a snapshot; only the likeliest token is sampled, so all are alike."""
-    model, (prompt,) = tiny.model("qwen3_next"), runs.prompts((50,))
+    model, (prompt,) = tiny.model("qwen3_next"), runs.prompts((length,))
     hf_gdn.patch()
     three = GenerationConfig(max_new_tokens=NEW, do_sample=True, top_k=1, num_return_sequences=3, eos_token_id=-1)
     wanted = runs.alone(model, prompt, max_new_tokens=NEW, eos_token_id=-1)
@@ -201,7 +202,7 @@ def test_several_answers_to_a_prompt_that_was_read():
             answers = [made.get_result(timeout=30) for _ in range(3)]
             assert [answer.generated_tokens for answer in answers] == [wanted] * 3
     # The last token of a prompt is read by each of the three.
-    assert sum(counts) == (50 + 2) + (2 + 2) + 2 * 3 * (NEW - 1)
+    assert sum(counts) == (length + 2) + again + 2 * 3 * (NEW - 1)
 
 
 def test_offloaded_requests_that_begin_alike(monkeypatch):
