@@ -2,7 +2,7 @@
 
 transformers' `ContinuousBatchingManager` keeps the states of linear-attention layers in its paged cache
 (`hf_gdn.upstream.paged`), and patched layers read and write them there (`paged`). What cannot be served is refused when
-a manager is made, before anything runs.
+a manager is made and when it starts, before anything runs; while it runs, patches of its model stay as they are.
 """
 
 from __future__ import annotations
@@ -120,17 +120,22 @@ def _checked_settings(model: Any, settings: Any) -> Any:
     return settings
 
 
+def _check(model: Any) -> None:
+    """Raise BatchingError unless the patches in force serve a model."""
+    from . import in_force
+
+    _check_model(model, in_force.current().patches)
+    _check_kernels(model, in_force.current().patches)
+
+
 def make_init(original: Callable[..., None]) -> Callable[..., None]:
     """Make the manager's ``__init__``: models with linear-attention layers are checked, and the manager remembered."""
 
     @functools.wraps(original)
     def init(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-        from . import in_force
-
         known = {family.class_name for family in all_families().values()}
         if any(type(module).__name__ in known for module in model.modules()):
-            _check_model(model, in_force.current().patches)
-            _check_kernels(model, in_force.current().patches)
+            _check(model)
             given = dict(zip(("generation_config", "continuous_batching_config", "workload_hints"), args)) | kwargs
             name = "continuous_batching_config"
             given[name] = _checked_settings(model, given[name])
@@ -142,24 +147,42 @@ def make_init(original: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
+def make_start(original: Callable[..., None]) -> Callable[..., None]:
+    """Make the manager's ``start``: its model is checked again, since patches may have changed since it was made."""
+
+    @functools.wraps(original)
+    def start(self: Any) -> None:
+        if self in _managers and not self.is_running():
+            _check(self.model)
+        original(self)
+
+    return start
+
+
 def swaps() -> list[Swap]:
     """The swaps in transformers that continuous batching needs, whatever the families."""
     found = []
-    for place, name, make in paged.places(states_of, make_init, make_sdpa):
+    for place, name, make in paged.places(states_of, make_init, make_start, make_sdpa):
         here = class_attribute(place, name)
         found.append(Swap(place, name, here, make(here)))
     return found
 
 
-def check_not_running(families: Iterable[str]) -> None:
-    """Raise PatchError if a manager runs a model of one of the families, which are about to be unpatched."""
+def leave(families: Iterable[str]) -> None:
+    """Before patches of families change: raise PatchError if a manager runs a model of one of them.
+
+    Managers that are kept for later are forgotten: their next call makes another one, or is refused.
+    """
     names = {all_families()[name].class_name: name for name in families}
+    idle = []
     for manager in list(_managers):
-        if not manager.is_running():
-            continue
         found = {names[type(m).__name__] for m in manager.model.modules() if type(m).__name__ in names}
-        if found:
+        if found and manager.is_running():
             raise PatchError(
                 f"{', '.join(sorted(found))}: a manager of {FEATURE} runs a model of it; call its stop() before "
-                "unpatching. Nothing was changed"
+                "unpatching it or patching it otherwise. Nothing was changed"
             )
+        if found:
+            idle.append(manager)
+    for manager in idle:
+        paged.forget(manager)

@@ -52,7 +52,8 @@ def put(wanted: Table, instead_of: Table) -> None:
     """Replace the patches `instead_of` with `wanted`. Idempotent; after an interruption, run it again or reversed."""
     global _table
     with lock:
-        batching.check_not_running(instead_of.patches.keys() - wanted.patches.keys())
+        # Compared with what is in force, so that going back after an interruption is never refused.
+        batching.leave(name for name, change in _table.patches.items() if wanted.patches.get(name) is not change)
         apply_swaps(instead_of.swaps(), wanted.swaps())
         _table = wanted
 

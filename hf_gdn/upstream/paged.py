@@ -121,16 +121,19 @@ def attention_functions() -> Any:
 
 
 def places(
-    states_of: Callable[[Any], LayerStates], make_init: Callable[[Any], Any], make_sdpa: Callable[[Any], Any]
+    states_of: Callable[[Any], LayerStates],
+    make_init: Callable[[Any], Any],
+    make_start: Callable[[Any], Any],
+    make_sdpa: Callable[[Any], Any],
 ) -> list[tuple[Any, str, Callable[[Any], Any]]]:
     """What to swap: class or dict, name, and a function that makes the replacement from the original.
 
     Args:
         states_of: the states of a config's layers; raises a ValueError if it cannot be served.
-        make_init: makes the manager's ``__init__``.
+        make_init, make_start: make the manager's ``__init__`` and ``start``.
         make_sdpa: makes the attention function for batches that have no mask.
     """
-    found = [(manager_class(), "__init__", make_init)]
+    found = [(manager_class(), "__init__", make_init), (manager_class(), "start", make_start)]
     if missing() is None:
         found += [
             (allocators(), LINEAR, lambda _: allocator_class(states_of)),
@@ -428,6 +431,13 @@ def batch_of(cache: Any, arguments: dict[str, Any], tokens: int) -> PackedBatch:
 
 
 # ------------------------------------------------------------------------------------------------------------- managers
+
+
+def forget(manager: Any) -> None:
+    """Drop the paged cache of a manager that does not run, and the manager itself where its model keeps it."""
+    model, manager.batch_processor = manager.model, None
+    if getattr(model, "_cached_continuous_batching_manager", None) is manager:
+        model.destroy_cached_continuous_batching_manager()
 
 
 def tensor_parallel_size(model: Any) -> int:

@@ -100,10 +100,14 @@ def test_a_compiled_kernel_that_is_wrong_in_slots_is_refused(op, monkeypatch):
             else in_slots.delta_rule(kernel, *args, **kwargs, slots=moved)
         )
 
+    hf_gdn.patch()
+    made_before = tiny.model(NAME).init_continuous_batching(runs.GREEDY, runs.settings())
     registry.unregister(op, "eager")
     registry.register(dataclasses.replace(right, fn=wrong, checked=True, slots=True))
     try:
         hf_gdn.patch(backend="eager")
+        with pytest.raises(BatchingError, match=f"{op} of backend 'eager' failed its check with states in slots"):
+            made_before.start()
         with pytest.raises(BatchingError, match=f"{op} of backend 'eager' failed its check with states in slots"):
             tiny.model(NAME).generate_batch([[3, 4]], generation_config=runs.GREEDY)
     finally:
@@ -237,15 +241,45 @@ def test_unpatching_while_a_manager_runs_is_refused_and_changes_nothing():
 
 
 @runs.needs_seams
-def test_patching_again_while_a_manager_runs():
-    """Kernels change between two steps; answers do not."""
+def test_other_patches_while_a_manager_runs_are_refused():
     model, (prompt,) = tiny.model(NAME), runs.prompts((6,))
     hf_gdn.patch()
+    layer = batching.class_attribute(type(tiny.mixer(model)), "forward")
     with runs.manager(model) as made:
-        ids = [made.add_request(prompt, max_new_tokens=100, eos_token_id=-1)]
-        hf_gdn.patch(backend="eager")
-        out = runs.results(made, ids)[ids[0]]
-    assert out.generated_tokens == runs.alone(model, prompt, max_new_tokens=100, eos_token_id=-1)
+        with pytest.raises(PatchError, match=r"qwen3_next: a manager of continuous batching runs .* call its stop\(\)"):
+            hf_gdn.patch(backend="eager")
+        hf_gdn.patch()  # as it is
+        assert batching.class_attribute(type(tiny.mixer(model)), "forward") is layer
+        name = made.add_request(prompt)
+        runs.assert_greedy(model, runs.results(made, [name])[name])
+    hf_gdn.patch(backend="eager")
+
+
+@runs.needs_seams
+@pytest.mark.parametrize(
+    ("families", "message"),
+    [(NAME, "qwen3_next is not patched"), (None, "Invalid layer type: linear_attention")],
+    ids=["one family", "all"],
+)
+def test_a_kept_manager_does_not_outlive_its_patch(families, message):
+    model, (prompt,) = tiny.model(NAME), runs.prompts((6,))
+    hf_gdn.patch()
+    kept = dict(
+        generation_config=runs.GREEDY, continuous_batching_config=runs.settings(), persistent_manager=True
+    )  # fmt: skip
+    other = model.init_continuous_batching(runs.GREEDY, runs.settings())
+    for _ in range(2):
+        (out,) = model.generate_batch([prompt], **kept).values()
+        runs.assert_greedy(model, out)
+    hf_gdn.unpatch(families)
+    with pytest.raises(ValueError, match=message):
+        model.generate_batch([prompt], **kept)
+    if families is not None:
+        with pytest.raises(BatchingError, match=message):
+            other.start()
+    hf_gdn.patch()
+    (out,) = model.generate_batch([prompt], **kept).values()
+    runs.assert_greedy(model, out)
 
 
 def test_the_version_that_first_serves():
