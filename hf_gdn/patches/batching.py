@@ -154,6 +154,7 @@ def make_start(original: Callable[..., None]) -> Callable[..., None]:
     def start(self: Any) -> None:
         if self in _managers and not self.is_running():
             _check(self.model)
+            paged.forget_prefixes(self)
         original(self)
 
     return start

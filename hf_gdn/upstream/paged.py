@@ -7,9 +7,10 @@ every layer, which holds the recurrent state and the convolution state. A block'
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import ceil, lcm
 from typing import Any, NamedTuple
 
@@ -143,6 +144,8 @@ def places(
             (_named("scheduler", "Scheduler"), "clear_cancelled_requests", _make_clear_cancelled_requests),
         ]
         found += [(_named(module, cls), name, make) for module, cls, name, make in paged_prefixes.METHODS]
+        if "pause" in vars(manager_class()):  # not in every version
+            found.append((manager_class(), "pause", _make_pause))
     return found
 
 
@@ -438,6 +441,30 @@ def forget(manager: Any) -> None:
     model, manager.batch_processor = manager.model, None
     if getattr(model, "_cached_continuous_batching_manager", None) is manager:
         model.destroy_cached_continuous_batching_manager()
+
+
+def forget_prefixes(manager: Any) -> None:
+    """Drop what a manager that does not run, or pauses, keeps of prompts that were read: weights may have changed.
+
+    Without a snapshot no request begins at blocks of another one.
+    """
+    cache = getattr(manager.batch_processor, "cache", None)
+    if cache is not None and LINEAR in cache.cache_allocators:
+        cache.evict_cached_blocks()
+
+
+def _make_pause(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the manager's context manager in which weights may be changed."""
+
+    @contextlib.contextmanager
+    def pause(self: Any) -> Iterator[None]:
+        with original(self):
+            try:
+                yield
+            finally:
+                forget_prefixes(self)
+
+    return functools.wraps(original)(pause)
 
 
 def tensor_parallel_size(model: Any) -> int:

@@ -5,6 +5,7 @@ import random
 from unittest import mock
 
 import pytest
+import torch
 from transformers import GenerationConfig
 
 import hf_gdn
@@ -72,6 +73,36 @@ def test_a_common_beginning_is_found_by_the_second_prompt_and_used_from_the_thir
     hf_gdn.patch()
     read = answer_in_turn(model, [common + tail for tail in tails], max_batch_tokens=128)
     assert read == [120, 110, 100 - 64]
+
+
+@pytest.mark.parametrize("paused", [True, False], ids=["while it pauses", "while it does not run"])
+def test_nothing_is_kept_of_weights_that_change(paused):
+    model, (prompt,) = tiny.model("qwen3_next"), runs.prompts((100,))
+    hf_gdn.patch()
+    made = model.init_continuous_batching(runs.GREEDY, runs.settings(return_logprobs=True))
+    made.start()
+    try:
+        for change in (0.0, 0.05):
+            if paused:
+                pause = made.pause()
+            else:
+                made.stop(keep_for_next_session=True)
+                pause = contextlib.nullcontext()
+            with pause, torch.no_grad():
+                for weight in model.parameters():
+                    weight.data.add_(change * torch.randn_like(weight))
+            if not paused:
+                made.start()
+            with counted(model) as counts:
+                out = [
+                    runs.results(made, [made.add_request(prompt, max_new_tokens=NEW, eos_token_id=-1)])
+                    for _ in range(2)
+                ]
+            assert sum(counts) - 2 * (NEW - 1) == 100 + 4  # by the first; the second begins at its snapshot
+            for found in out:
+                runs.assert_greedy(model, *found.values())
+    finally:
+        made.stop()
 
 
 def test_without_sharing_all_is_read():
