@@ -31,6 +31,11 @@ def run_randomly(model, requests: int, seed: int, **changes) -> tuple[int, int]:
         preempted += 1
         return original(self)
 
+    def cancel(made):
+        name = chance.choice(sent)
+        cancelled.add(name)
+        made.cancel_request(name)
+
     finished = {}
     with (
         mock.patch.object(RequestState, "create_equivalent_initial_request", count),
@@ -39,8 +44,7 @@ def run_randomly(model, requests: int, seed: int, **changes) -> tuple[int, int]:
         for prompt, limit in zip(runs.prompts(lengths, seed), limits):
             sent.append(made.add_request(prompt, max_new_tokens=limit, eos_token_id=1))
             if chance.random() < 0.1:
-                cancelled.add(chance.choice(sent))
-                made.cancel_request(max(cancelled & set(sent)))
+                cancel(made)
             if chance.random() < 0.2:
                 time.sleep(chance.random() / 50)
         until = time.monotonic() + 300
@@ -48,6 +52,8 @@ def run_randomly(model, requests: int, seed: int, **changes) -> tuple[int, int]:
             out = made.get_result(timeout=0.2)
             if out is not None and out.is_finished():
                 finished[out.request_id] = out
+                if preempted and len(cancelled) < requests // 6 and chance.random() < 0.2:
+                    cancel(made)
         fatal = made.background_thread_status.fatal_error
         cache = runs.cache_of(made)
     assert fatal is None, fatal

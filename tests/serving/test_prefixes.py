@@ -182,8 +182,9 @@ def run_related(model, count: int, seed: int, **changes) -> int:
         for prompt in related_prompts(count, seed):
             sent.append(made.add_request(prompt, max_new_tokens=chance.randint(1, 20), eos_token_id=1))
             if chance.random() < 0.1:
-                cancelled.add(chance.choice(sent))
-                made.cancel_request(max(cancelled))
+                name = chance.choice(sent)
+                cancelled.add(name)
+                made.cancel_request(name)
             while len(sent) - len(finished.keys() | cancelled) > chance.randint(1, 8) and made.is_running():
                 out = made.get_result(timeout=0.2)
                 if out is not None and out.is_finished():
