@@ -172,6 +172,8 @@ def main() -> int:
     given = parser.parse_args()
     if (given.model is None) == (given.config is None):
         parser.error("expected --model or --config")
+    if given.requests < 2:
+        parser.error(f"expected at least two --requests, of which percentiles are taken, got {given.requests}")
     if given.threads:
         torch.set_num_threads(given.threads)
     transformers.logging.set_verbosity_error()  # no answer ends early, which `generate` warns of
