@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 from .. import registry, verification
 from ..errors import BatchingError, PatchError
-from ..upstream import paged
+from ..upstream import modules, paged
 from .families import all_families
 from .families.base import Family
 from .paged_attention import make_sdpa
@@ -81,10 +81,11 @@ def _check_kernels(model: Any, patches: Any) -> None:
         if change is None:
             continue
         weight, family = module.conv1d.weight, change.family
-        kind = weight.device.type, weight.dtype, (*family.dims(module),)
-        if (family.name, weight.device, kind) in seen:
+        device = modules.runs_on(module) or weight.device
+        kind = device.type, weight.dtype, (*family.dims(module),)
+        if (family.name, device, kind) in seen:
             continue
-        seen.add((family.name, weight.device, kind))
+        seen.add((family.name, device, kind))
         for op in ("chunk", "recurrent"):
             beta_max = family.spec(module).beta_scale
             rule = registry.resolve_cached(f"{op}_{family.variant}", *kind, change.settings.backend, False, beta_max)
@@ -93,7 +94,7 @@ def _check_kernels(model: Any, patches: Any) -> None:
                 if kernel is None:
                     continue
                 request = registry.Request(kernel.op, kind[0], kind[1], *kind[2])
-                why = verification.why_not_in_slots(kernel, request, weight.device)
+                why = verification.why_not_in_slots(kernel, request, device)
                 if why is not None:
                     raise BatchingError(
                         f"{kernel.op} of backend {kernel.backend!r} {why}. Other backends: hf_gdn.patch(backend=...)"

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import GenerationConfig
 
 import hf_gdn
@@ -78,3 +79,14 @@ def test_half_precision_serves():
             logits = exact(torch.tensor([prompt + made.generated_tokens])).logits[0, len(prompt) - 1 : -1]
         wanted = logits.log_softmax(-1).gather(1, torch.tensor(made.generated_tokens)[:, None])[:, 0]
         assert (torch.tensor(made.logprobs) - wanted).abs().max() < 0.02 * logits.abs().max()
+
+
+def test_layers_that_are_offloaded(caplog):
+    """Kernels are chosen and checked for the device on which they run, not for meta."""
+    model, (prompt,) = tiny.model("qwen3_next"), runs.prompts((20,))
+    hf_gdn.patch()
+    wanted = runs.alone(model, prompt)
+    cpu_offload(model.model.layers, execution_device=torch.device("cpu"))
+    out = model.generate_batch([prompt], generation_config=runs.GREEDY, continuous_batching_config=runs.settings())
+    assert out["req_0"].generated_tokens == wanted
+    assert "meta" not in caplog.text

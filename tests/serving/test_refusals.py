@@ -1,6 +1,9 @@
 """What continuous batching cannot do is refused in a sentence, and other requests do not notice."""
 
 import dataclasses
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,6 +283,13 @@ def test_a_kept_manager_does_not_outlive_its_patch(families, message):
     hf_gdn.patch()
     (out,) = model.generate_batch([prompt], **kept).values()
     runs.assert_greedy(model, out)
+
+
+def test_a_benchmark_of_one_request_is_refused_before_the_work(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serving.py", "--model", "qwen3_next-tiny", "--requests", "1"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(Path(hf_gdn.__file__).parents[1] / "benchmarks" / "serving.py"), run_name="__main__")
+    assert "expected at least two --requests" in capsys.readouterr().err
 
 
 def test_the_version_that_first_serves():
