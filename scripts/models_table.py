@@ -142,7 +142,7 @@ def requests_that_fit() -> str:
         token = (len(kinds) - kinds.count(paged.LINEAR)) * numbers * dtype.itemsize
         fits = []
         for memory in CARDS:
-            counts = [(0.9e9 * memory - bytes_ * weights) // (states + CONTEXT * token) for bytes_ in (2, 0.5)]
+            counts = [0.9 * (1e9 * memory - bytes_ * weights) // (states + CONTEXT * token) for bytes_ in (2, 0.5)]
             fits.append(" / ".join(f"{max(0, int(count)):,}" for count in counts))
         cells = [
             f"{2e-9 * weights:.0f} / {0.5e-9 * weights:.0f} GB",
