@@ -88,7 +88,8 @@ def _gated_norm(name: str, backend: str) -> Callable[..., Any]:
         if self.activation not in ACTIVATIONS:
             return type(self).forward(self, hidden_states, gate)  # the original
         V = hidden_states.shape[-1]
-        o, z = hidden_states.reshape(1, -1, 1, V), gate.to(hidden_states.dtype).reshape(1, -1, 1, 1, V)
+        o = hidden_states.reshape(1, -1, 1, V)
+        z = gate.to(hidden_states.dtype).contiguous().reshape(1, -1, 1, 1, V)
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (o, z, self.weight))
         kind = "gated_norm", o.device.type, o.dtype, (1, 1, V, V), asked, needs_grad
         if asked == "auto":

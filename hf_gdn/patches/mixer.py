@@ -36,8 +36,13 @@ class LayerCall:
         return self.states is not None and self.states.has_previous_state[0]
 
     def project(self, x: Tensor) -> Projections:
-        """Outputs of the input projections for x ``[B, T, hidden]``."""
-        return self.family.project(self.layer, x)
+        """Outputs of the input projections for x ``[B, T, hidden]``, contiguous in their last dimensions."""
+        projected = self.family.project(self.layer, x)
+        for part in projected:
+            if part is not None and part.stride()[-1] != 1:  # of a layer that computes (W x^T)^T, as quantized ones do
+                rows = [y if y is None or y.stride()[-1] == 1 else y.contiguous() for y in projected]
+                return Projections(*rows)  # type: ignore[arg-type]
+        return projected
 
     def output(self, mixed: Tensor) -> Tensor:
         """Apply the output projection to ``[B, T, HV V]``."""

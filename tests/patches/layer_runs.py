@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 
@@ -45,3 +46,22 @@ PRODUCTS = {
     "qwen3_next": 3, "qwen3_5": 5, "qwen3_5_moe": 5, "qwen4_exp": 5, "lara_mini": 5, "olmo_hybrid": 7, "kimi_linear": 9,
     "glm5_next": 9, "bailing_hybrid": 7,
 }  # fmt: skip
+
+
+class FromTheLeft(torch.nn.Module):
+    """A linear layer that computes (W x^T)^T, as some quantized ones do: its output's last dimension is strided."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x):
+        return (self.weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
+
+
+def multiply_from_the_left(layer: torch.nn.Module) -> None:
+    """Make all projections of a mixer `FromTheLeft`."""
+    for module in list(layer.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(module, name, FromTheLeft(child))

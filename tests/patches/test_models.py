@@ -15,6 +15,7 @@ from hf_gdn.errors import BackendError
 from hf_gdn.testing import assert_close, error
 from hf_gdn.testing.tolerances import GRADIENT, LAYER, SAME_SUMS
 from tests import tiny_models as tiny
+from tests.patches.layer_runs import multiply_from_the_left
 
 
 @pytest.fixture
@@ -175,6 +176,28 @@ def test_other_dtypes(family, dtype):
     for name, ours, original in zip(("prefill", "decode"), got, wanted):
         assert ours.dtype == dtype
         assert_close(name, ours, exact, 2 * error(original, exact))
+
+
+@pytest.mark.parametrize("backend", tiny.ON_A_CPU)
+@pytest.mark.parametrize("change", [multiply_from_the_left])
+def test_tensors_with_strided_rows(model, change, backend):
+    """Prefill, decode steps of two rows, and gradients."""
+    layer, x = tiny.mixer(model), torch.randn(2, 9, 32)
+    change(layer)
+
+    def run():
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            parts = [layer(part, **tiny.layer_given(layer, cache)) for part in x.split([7, 1, 1], 1)]
+        given = x.clone().requires_grad_()
+        gradients = torch.autograd.grad(layer(given).square().sum(), (given, *layer.parameters()))
+        return torch.cat(parts, 1), torch.cat([gradient.flatten() for gradient in gradients])
+
+    wanted = run()
+    with hf_gdn.patched(backend=backend, strict=True):
+        got = run()
+    assert_close("outputs", got[0], wanted[0], LAYER)
+    assert_close("gradients", got[1], wanted[1], GRADIENT)
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "non_reentrant"])

@@ -11,7 +11,7 @@ from hf_gdn.kernels.triton.runtime import INTERPRET
 from hf_gdn.testing import assert_close
 from hf_gdn.testing.tolerances import LAYER
 from tests import tiny_models as tiny
-from tests.patches.layer_runs import PRODUCTS, ComputedOperators, states
+from tests.patches.layer_runs import PRODUCTS, ComputedOperators, multiply_from_the_left, states
 
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")]
 
@@ -41,6 +41,18 @@ def test_decoding_is_the_originals(family):
         assert_close(name, one, other, LAYER)
     assert [state.data_ptr() for state in states(ours)] == addresses
     assert_close("unpatched", decode(layer, x[:, 17:], ours, [1] * 5), decode(layer, x[:, 17:], theirs, [1] * 5), LAYER)
+
+
+@pytest.mark.parametrize("change", [multiply_from_the_left])
+@pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear"])
+def test_tensors_with_strided_rows(family, change):
+    model = tiny.model(family)
+    layer, x = tiny.mixer(model), torch.randn(2, 6, 32)
+    change(layer)
+    wanted = decode(layer, x, DynamicCache(config=model.config), [5, 1])
+    with hf_gdn.patched(backend="triton", strict=True):
+        got = decode(layer, x, DynamicCache(config=model.config), [5, 1])
+    assert_close("outputs", got, wanted, LAYER)
 
 
 def test_a_token_is_the_projections_and_two_launches(family, monkeypatch):
