@@ -97,7 +97,7 @@ def _gated_norm(name: str, backend: str) -> Callable[..., Any]:
         else:  # not every backend has a norm
             kernel = registry.companion(*kind) or registry.get("gated_norm", "eager")
         spec = LayerSpec(gate=self.activation, norm_in_fp32=True, eps=self.variance_epsilon)
-        return call_norm(kernel, o, z, self.weight, spec, backend, needs_grad).view(hidden_states.shape)
+        return call_norm(kernel, o, z, self.weight.contiguous(), spec, backend, needs_grad).view(hidden_states.shape)
 
     return forward
 

@@ -65,3 +65,9 @@ def multiply_from_the_left(layer: torch.nn.Module) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, torch.nn.Linear):
                 setattr(module, name, FromTheLeft(child))
+
+
+def stride_parameters(layer: torch.nn.Module) -> None:
+    """Make all parameters of a mixer strided: every other number of a tensor twice as large."""
+    for parameter in layer.parameters():
+        parameter.data = parameter.data[..., None].repeat_interleave(2, -1)[..., 0]

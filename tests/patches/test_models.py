@@ -15,7 +15,7 @@ from hf_gdn.errors import BackendError
 from hf_gdn.testing import assert_close, error
 from hf_gdn.testing.tolerances import GRADIENT, LAYER, SAME_SUMS
 from tests import tiny_models as tiny
-from tests.patches.layer_runs import multiply_from_the_left
+from tests.patches.layer_runs import multiply_from_the_left, stride_parameters
 
 
 @pytest.fixture
@@ -179,8 +179,8 @@ def test_other_dtypes(family, dtype):
 
 
 @pytest.mark.parametrize("backend", tiny.ON_A_CPU)
-@pytest.mark.parametrize("change", [multiply_from_the_left])
-def test_tensors_with_strided_rows(model, change, backend):
+@pytest.mark.parametrize("change", [multiply_from_the_left, stride_parameters])
+def test_strided_projections_and_parameters(model, change, backend):
     """Prefill, decode steps of two rows, and gradients."""
     layer, x = tiny.mixer(model), torch.randn(2, 9, 32)
     change(layer)

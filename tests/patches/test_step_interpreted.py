@@ -11,7 +11,7 @@ from hf_gdn.kernels.triton.runtime import INTERPRET
 from hf_gdn.testing import assert_close
 from hf_gdn.testing.tolerances import LAYER
 from tests import tiny_models as tiny
-from tests.patches.layer_runs import PRODUCTS, ComputedOperators, multiply_from_the_left, states
+from tests.patches.layer_runs import PRODUCTS, ComputedOperators, multiply_from_the_left, states, stride_parameters
 
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")]
 
@@ -43,9 +43,9 @@ def test_decoding_is_the_originals(family):
     assert_close("unpatched", decode(layer, x[:, 17:], ours, [1] * 5), decode(layer, x[:, 17:], theirs, [1] * 5), LAYER)
 
 
-@pytest.mark.parametrize("change", [multiply_from_the_left])
+@pytest.mark.parametrize("change", [multiply_from_the_left, stride_parameters])
 @pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear"])
-def test_tensors_with_strided_rows(family, change):
+def test_strided_projections_and_parameters(family, change):
     model = tiny.model(family)
     layer, x = tiny.mixer(model), torch.randn(2, 6, 32)
     change(layer)

@@ -140,7 +140,15 @@ class Family(ABC):
         )
 
     def weights(self, layer: Any) -> Weights:
-        """The layer's parameters between its projections; norm is None if the norm module has to be called."""
+        """The layer's parameters between its projections; norm is None if the norm module has to be called.
+
+        Kernels read contiguous ones; a parameter that a checkpoint keeps in another order is copied.
+        """
         conv, decays, norm = layer.conv1d, self.decays(layer), getattr(layer, self.norm_name)
-        weight = None if _must_call_norm(norm) else norm.weight
-        return Weights(conv.weight.squeeze(1), conv.bias, decays.A_log, decays.dt_bias, weight)
+        return Weights(
+            conv.weight.squeeze(1).contiguous(),
+            None if conv.bias is None else conv.bias.contiguous(),
+            decays.A_log.contiguous(),
+            decays.dt_bias.contiguous(),
+            None if _must_call_norm(norm) else norm.weight.contiguous(),
+        )
