@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..caches import rollback
 from ..errors import BackendError
 from ..log import warn_once
-from ..upstream import cache_names, paged, seams
+from ..upstream import cache_names, paged, seams, tensors
 from . import packing
 from .families.base import Family
 from .handover import Handover
@@ -31,10 +31,12 @@ class Unserved(Exception):
     """The patched forward cannot serve a call; the text says why."""
 
 
-def _check_served(layer: Any, cache: Any, kwargs: dict[str, Any]) -> None:
-    """Raise Unserved for calls that the original forward must serve."""
+def _check_served(layer: Any, x: Tensor, cache: Any, kwargs: dict[str, Any]) -> None:
+    """Raise Unserved for calls on x ``[B, T, hidden]`` that the original forward must serve."""
     if torch.compiler.is_exporting():
         raise Unserved("torch.export traces the original forward")
+    if not torch.compiler.is_compiling() and tensors.is_traced(x):
+        raise Unserved("torch.jit.trace, make_fx and FakeTensorMode do not see what kernels write")
     if kwargs.get("seq_idx") is not None and kwargs.get("cu_seq_lens_q") is None and torch.compiler.is_compiling():
         raise Unserved("reading seq_idx needs a host sync, which torch.compile cannot trace; pass cu_seq_lens_q")
     if cache is not None and not hasattr(cache.layers[layer.layer_idx], "recurrent_states"):
@@ -57,7 +59,7 @@ def make_forward(family: Family, original: Callable[..., Tensor], settings: Sett
         if paged.is_paged(cache):
             return run_paged(LayerCall(plans, self, None), cache, hidden_states, kwargs[ARGUMENT])
         try:
-            _check_served(self, cache, kwargs)
+            _check_served(self, hidden_states, cache, kwargs)
         except Unserved as reason:
             if settings.strict:
                 raise BackendError(f"{family.name}: hf_gdn cannot serve this call: {reason}") from None

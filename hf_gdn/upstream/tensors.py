@@ -1,4 +1,4 @@
-"""Private names of torch that concern tensors: versions, subclasses, nested arguments, static addresses.
+"""Private names of torch that concern tensors: versions, subclasses, tracing, nested arguments, static addresses.
 
 All exist in torch 2.7 to 2.14.
 """
@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as active_modes
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
@@ -19,6 +22,7 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "version",
+    "is_traced",
     "parts",
     "mark_static_address",
     "free_cublas_workspaces",
@@ -37,6 +41,18 @@ def parts(tensor: Any) -> list[Tensor]:
     if not hasattr(tensor, "__tensor_flatten__"):
         return []
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether operators on x are recorded (torch.jit.trace, make_fx), or run without values (FakeTensor).
+
+    Neither sees what a kernel writes to an address.
+    """
+    if torch.jit.is_tracing() or isinstance(x, FakeTensor):
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        isinstance(mode, (ProxyTorchDispatchMode, FakeTensorMode)) for mode in active_modes()
+    )
 
 
 def mark_static_address(tensor: Tensor) -> None:

@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 import hf_gdn
+from hf_gdn.errors import BackendError
 from hf_gdn.testing import assert_close
 from hf_gdn.testing.tolerances import GRADIENT, LAYER
 from tests import tiny_models as tiny
@@ -168,6 +171,30 @@ def test_export_is_the_originals(family, strict):
         got, again = export()
     assert got == wanted and not any("hf_gdn" in target for target in got)
     assert torch.equal(again, result)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "trace", [lambda f, x: torch.jit.trace(f, (x,)), lambda f, x: make_fx(f)(x)], ids=["jit", "fx"]
+)
+@pytest.mark.parametrize("family", TWO)
+def test_traces_are_the_originals(family, trace):
+    """Kernels read and write memory by its address, which no trace shows."""
+    layer = tiny.mixer(tiny.model(family)).requires_grad_(False)
+    x, other = torch.randn(2, 1, 20, 32)
+    wanted = trace(layer, x)(other)
+    with hf_gdn.patched():
+        assert torch.equal(trace(layer, x)(other), wanted)
+    with hf_gdn.patched(strict=True), pytest.raises(BackendError, match=r"cannot serve this call: torch\.jit\.trace"):
+        trace(layer, x)
+
+
+@pytest.mark.parametrize("family", TWO)
+def test_fake_tensors(family):
+    layer = tiny.mixer(tiny.model(family)).requires_grad_(False)
+    with hf_gdn.patched(), FakeTensorMode(allow_non_fake_inputs=True):
+        out = layer(torch.randn(2, 20, 32))
+        assert isinstance(out, FakeTensor) and out.shape == (2, 20, 32)
 
 
 TWO_LAYERS = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
