@@ -149,6 +149,12 @@ def test_a_verdict_belongs_to_a_kind_of_call(plant, folder):
     assert kept["refused"] is None and kept["key"]["torch"] == torch.__version__ and len(kept["key"]["source"]) == 32
 
 
+def test_another_default_device(plant):
+    kernel = plant("recurrent_gdn")
+    with torch.device("meta"):
+        assert registry.resolve(request("recurrent_gdn")) is kernel
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 1, "refused": null}', "\0" * 50])
 def test_a_corrupted_verdict_is_made_again(content, plant, folder):
     calls: list[str] = []

@@ -85,7 +85,7 @@ def why_not_in_slots(kernel: Kernel, request: Request, device: torch.device) -> 
         if kind not in _known:
             _known[kind] = None
             try:
-                with torch.no_grad():
+                with torch.no_grad(), torch.device("cpu"):
                     proof_in_slots(request).check(kernel, device)
             except AssertionError as error:
                 _known[kind] = f"failed its check with states in slots: {reason(error)}"
@@ -124,7 +124,7 @@ def verdict_of(kernel: Kernel, request: Request, device: torch.device, fresh: bo
             "captured; run the same call once before the capture"
         )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("cpu"):
             verdict = check(kernel, request, device)
     except RuntimeError as error:
         verdicts.save(kept, Verdict(f"left the device unusable: {reason(error)}"))

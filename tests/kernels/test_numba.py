@@ -187,6 +187,22 @@ def test_a_step_is_an_operator(op):
     torch.library.opcheck(operators.STEP_OPERATORS[op], (*tensors, *call["spec"], "numba", "auto"))
 
 
+@every_op
+def test_another_default_device(op):
+    call = large_call(op)
+    wanted = run(kernel(op), call)
+    with torch.device("meta"):
+        got = run(kernel(op), call)
+    for name, x in got.items():
+        assert_same(name, x, wanted[name])
+
+
+def test_tensors_without_memory():
+    call = registry.ops()["recurrent_gdn"].make_inputs(T=3, K=16, V=16, device="meta")
+    with pytest.raises(RuntimeError, match="'numba' needs tensors with memory of their own; got a Tensor on meta"):
+        kernel("recurrent_gdn").fn(**call)
+
+
 # ------------------------------------------------------------------------------------------------------- choosing it
 
 

@@ -53,8 +53,13 @@ class Layout:
             if x is None:
                 row += [0] * (2 + dims)
             else:
-                size = x.element_size()
-                row += (x.data_ptr(), CODES.get(x.dtype, -1))
+                size, address = x.element_size(), x.data_ptr()
+                if address == 0 and x.numel() > 0:
+                    raise RuntimeError(
+                        f"backend 'numba' needs tensors with memory of their own; got a {type(x).__name__} "
+                        f"on {x.device}"
+                    )
+                row += (address, CODES.get(x.dtype, -1))
                 row += [size * stride for stride in x.stride()[:dims]]
         block = self._memory()
         self._pack_into(block, 0, *row, *numbers)

@@ -65,12 +65,12 @@ def prologue(
     elif conv_state is not None:
         conv_state = conv_state.contiguous()
     made = DeltaRuleInputs(
-        q=torch.empty(B, T, HK, K, dtype=q.dtype),
-        k=torch.empty(B, T, HK, K, dtype=q.dtype),
-        v=torch.empty(B, T, HV, V, dtype=q.dtype),
-        g=torch.empty(B, T, HV, *([K] if is_kda else []), dtype=dtype),
-        beta=torch.empty(B, T, HV, dtype=dtype),
-        conv_state=torch.empty(rows, 2 * HK * K + HV * V, keep, dtype=q.dtype) if keep else None,
+        q=q.new_empty(B, T, HK, K),
+        k=q.new_empty(B, T, HK, K),
+        v=q.new_empty(B, T, HV, V),
+        g=q.new_empty(B, T, HV, *([K] if is_kda else []), dtype=dtype),
+        beta=q.new_empty(B, T, HV, dtype=dtype),
+        conv_state=q.new_empty(rows, 2 * HK * K + HV * V, keep) if keep else None,
     )
     blocks = max(1, -(-T // PROLOGUE_BLOCK))
     KP, D = padded(K), padded(max(K, V))

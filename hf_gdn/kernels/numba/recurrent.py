@@ -73,11 +73,11 @@ def recurrent(
     elif inplace:
         final_state = check_inplace(initial_state, dtype)
     else:
-        final_state = torch.empty(N, HV, K, V, dtype=dtype)
+        final_state = v.new_empty(N, HV, K, V, dtype=dtype)
         initial_state = None if initial_state is None else initial_state.to(dtype).contiguous()
     if token_states is not None:
         check_token_states(token_states, dtype)
-    o = torch.empty(B, T, HV, V, dtype=v.dtype)
+    o = v.new_empty(B, T, HV, V)
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     KP, VP = padded(K), padded(V)
     launch(

@@ -42,7 +42,7 @@ def launch(
     compiled = library.get(name, dtype)
     threads = 1 if size < SMALL else openmp.threads_for(tasks)
     scratch = padded(scratch)
-    memory = torch.empty(threads * scratch, dtype=dtype)
+    memory = torch.empty(threads * scratch, dtype=dtype, device="cpu")
     block = compiled.layout.block(tasks, memory.data_ptr(), scratch * dtype.itemsize, tensors, *numbers)
     openmp.run(compiled.function, compiled.address, block, threads)
 

@@ -12,7 +12,6 @@ heads: it alone reads and writes their part of both states, so tasks need no ord
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...registry import Kernel, register
@@ -57,7 +56,7 @@ def step(
     if slots is not None:
         check_slots(conv_state, q.dtype)
         check_slots(state, state_dtype(q.dtype))
-    y = torch.empty(B, T, HV, V, dtype=v.dtype)
+    y = v.new_empty(B, T, HV, V)
     KP, VP = padded(K), padded(V)
     shared = KP * LANES + max(KP, VP) * (width + 1) + BLOCK * VP + KP + 2 * VP + 5 * BLOCK * KP + BLOCK * VP + 3 * BLOCK
     convolution = (2 * width + 1 + BLOCK) * (2 * KP + R * VP) + R * (KP + LANES)
