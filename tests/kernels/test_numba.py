@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -123,6 +124,23 @@ def test_a_forked_process_can_call(threads, monkeypatch):
     hangs = process.is_alive()
     process.kill()
     assert not hangs and queue.get() == wanted
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_forked_while_a_thread_compiles(monkeypatch, unloaded):
+    compiling = threading.Event()
+    monkeypatch.setattr(library, "_load", lambda dtype: compiling.set() or time.sleep(0.5))
+    thread = threading.Thread(target=library.why_not, args=(torch.float32,))
+    thread.start()
+    compiling.wait()
+    process = multiprocessing.get_context("fork").Process(target=library.why_not, args=(torch.float64,))
+    process.start()
+    thread.join()
+    process.join(10)
+    hangs = process.is_alive()
+    process.kill()
+    assert not hangs
 
 
 # ------------------------------------------------------------------------------------------------------ dtypes as bits

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import importlib
 import importlib.util
+import os
 import platform
 import shutil
 import threading
@@ -52,7 +53,10 @@ class Compiled(NamedTuple):
 
 _functions: dict[tuple[str, torch.dtype], Compiled] = {}
 _verdicts: dict[torch.dtype, str | None] = {}  # by arithmetic: why it does not serve, or None
-_lock = threading.Lock()
+_lock = threading.RLock()
+
+if hasattr(os, "register_at_fork"):  # a fork waits for a compilation: no thread of the child would release the lock
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def get(name: str, dtype: torch.dtype) -> Compiled:
