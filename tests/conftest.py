@@ -101,24 +101,6 @@ def _no_races(request):
 
 
 @pytest.fixture(autouse=True)
-def _bf16_is_rounded(request, monkeypatch):
-    """Triton's interpreter cuts fp32 off to bf16, where cards round: three times the error, and all to one side."""
-    if not INTERPRET or "interpret" not in request.keywords:
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(x, source, target, mode):
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(x.copy()).bfloat16().view(torch.uint16).numpy()
-        return convert(x, source, target, mode)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
-
-
-@pytest.fixture(autouse=True)
 def _unpatched_afterwards():
     yield
     hf_gdn.unpatch()

@@ -270,9 +270,19 @@ def test_compiled_code_is_checked_before_it_is_traced(plant):
 @pytest.mark.interpret
 @pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("op", OPS)
-def test_the_triton_kernels_pass(op):
-    verdict = check(registry.get(op, "triton"), request(op, torch.bfloat16), CPU)
+@pytest.mark.parametrize(
+    ("op", "heads"),
+    [
+        *((op, None) for op in OPS),
+        ("chunk_gdn", (2, 4, 32, 32)),
+        ("backward_gdn", (2, 4, 32, 32)),
+        ("backward_kda", (2, 2, 32, 32)),
+        pytest.param("backward_gdn", (2, 4, 128, 128), marks=pytest.mark.extended),
+    ],
+)
+def test_the_triton_kernels_pass(op, heads):
+    asked = request(op, torch.bfloat16) if heads is None else Request(op, "cpu", torch.bfloat16, *heads)
+    verdict = check(registry.get(op, "triton"), asked, CPU)
     assert verdict.refused is None and verdict.errors
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ...registry import Request
+from ...upstream.triton_kernels import round_to_bf16
 
 try:
     import triton
@@ -35,6 +36,8 @@ except ImportError:
 
 # Triton reads this when it is imported, so it is read once here, too.
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+if INTERPRET:
+    round_to_bf16()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 NOT_MEASURED = "not measured"
