@@ -179,10 +179,11 @@ def _add(kernel: Kernel, before: str | None) -> None:
         before = next((b for b in _ORDER[_ORDER.index(kernel.backend) + 1 :] if b in backends), None)
     row.insert(len(row) if before is None else backends.index(before), kernel)
     _table[kernel.op, kernel.backend] = kernel
-    _changed()
+    forget_choices()
 
 
-def _changed() -> None:
+def forget_choices() -> None:
+    """Forget which kernels were chosen, here and in layers: kernels have changed, or what is known of them."""
     global generation
     generation += 1
     _chosen.clear()
@@ -192,7 +193,7 @@ def unregister(op: str, backend: str) -> None:
     """Remove a kernel. Raises ValueError if it does not exist."""
     _kernels[op].remove(get(op, backend))
     del _table[op, backend]
-    _changed()
+    forget_choices()
 
 
 def _submodules(package: str) -> list[pkgutil.ModuleInfo]:
@@ -392,7 +393,7 @@ def after_failure(kernel: Kernel, request: Request, error: Exception, backend: s
     if not kernel.checked or not is_launch_failure(error):
         raise error
     verification.refuse(kernel, request, error)
-    _changed()
+    forget_choices()
     backend = DEFAULT_BACKEND if backend == "auto" else backend
     if backend != "auto":
         raise BackendError(f"backend {backend!r} cannot serve {kernel.op}: {why_not(kernel, request)}") from error

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -223,6 +224,43 @@ def test_two_processes_at_once(folder):
     assert not list(folder.glob(".*.tmp"))
 
 
+def resolved(asked):
+    return registry.resolve_cached(asked.op, asked.device_type, asked.dtype, asked.dims, "auto").backend
+
+
+def test_another_thread_waits_for_the_check(plant):
+    started, answered, served = threading.Event(), threading.Event(), []
+
+    def slow(results):
+        started.set()
+        answered.wait(0.3)
+        return scaled(results)
+
+    def ask():
+        started.wait()
+        served.append(resolved(request("gated_norm")))
+        answered.set()
+
+    plant("gated_norm", slow)
+    other = threading.Thread(target=ask)
+    other.start()
+    assert registry.resolve(request("gated_norm")).backend == "eager"
+    other.join()
+    assert served == ["eager"] and resolved(request("gated_norm")) == "eager"
+
+
+def test_choices_made_inside_of_a_check_are_forgotten_when_it_refuses(plant):
+    inside = []
+
+    def asks(results):
+        inside.append(resolved(request("gated_norm")))
+        return scaled(results)
+
+    plant("gated_norm", asks)
+    assert registry.resolve(request("gated_norm")).backend == "eager"
+    assert inside == ["planted"] and resolved(request("gated_norm")) == "eager"
+
+
 def test_a_kernel_that_breaks_the_device_is_refused_by_the_next_process(plant, monkeypatch):
     def broken(results):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -334,7 +372,7 @@ def test_the_operators_of_compiled_code_know_what_was_asked_for(failing):
     for got, expected in zip(run("auto"), wanted):
         assert_same("result", got, expected)
     verification.forget()
-    registry._changed()
+    registry.forget_choices()
     with pytest.raises(BackendError, match="backend 'planted' cannot serve recurrent_gdn"):
         run("planted")
 

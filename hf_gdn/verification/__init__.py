@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from .. import registry
 from ..environment import OFF, ON
 from ..errors import BackendError, named, reason
 from ..log import logger
@@ -33,6 +35,7 @@ __all__ = ["why_not", "why_not_in_slots", "refuse", "verdict_of", "forget", "MOD
 MODES = ("0", "1", "always")
 
 _known: dict[tuple[Any, ...], str | None] = {}  # by `_kind`: why a kernel is refused
+_being_checked: set[tuple[Any, ...]] = set()  # by the thread that has the lock
 _lock = threading.RLock()
 
 
@@ -59,15 +62,23 @@ def why_not(kernel: Kernel, request: Request) -> str | None:
     kind, mode = _kind(kernel, request), _mode()
     if kind in _known or mode == "0":
         return _known.get(kind)
+    return _found(kind, lambda: _refusal(kernel, request, mode))
+
+
+def _found(kind: tuple[Any, ...], check: Callable[[], str | None]) -> str | None:
+    """The refusal of a kind of call, by a check that other threads wait for; None inside of the check itself."""
     with _lock:
-        if kind not in _known:
-            _known[kind] = None  # the check itself calls kernels
-            try:
-                _known[kind] = _refusal(kernel, request, mode)
-            except BaseException:
-                del _known[kind]
-                raise
-    return _known[kind]
+        if kind in _known or kind in _being_checked:
+            return _known.get(kind)
+        _being_checked.add(kind)
+        try:
+            refused = check()
+        finally:
+            _being_checked.remove(kind)
+        _known[kind] = refused
+        if refused is not None:
+            registry.forget_choices()  # the check may have made some
+        return refused
 
 
 def why_not_in_slots(kernel: Kernel, request: Request, device: torch.device) -> str | None:
@@ -78,21 +89,18 @@ def why_not_in_slots(kernel: Kernel, request: Request, device: torch.device) -> 
     Raises:
         ValueError: HF_GDN_VERIFY has another value than those of `MODES`.
     """
-    kind = *_kind(kernel, request), "slots", str(device)
     if not kernel.checked or not kernel.slots or _mode() == "0":
         return None
-    with _lock:
-        if kind not in _known:
-            _known[kind] = None
-            try:
-                with torch.no_grad(), torch.device("cpu"):
-                    proof_in_slots(request).check(kernel, device)
-            except AssertionError as error:
-                _known[kind] = f"failed its check with states in slots: {reason(error)}"
-            except BaseException:
-                del _known[kind]
-                raise
-        return _known[kind]
+
+    def check() -> str | None:
+        try:
+            with torch.no_grad(), torch.device("cpu"):
+                proof_in_slots(request).check(kernel, device)
+        except AssertionError as error:
+            return f"failed its check with states in slots: {reason(error)}"
+        return None
+
+    return _found((*_kind(kernel, request), "slots", str(device)), check)
 
 
 def _refusal(kernel: Kernel, request: Request, mode: str) -> str | None:
