@@ -17,6 +17,7 @@ from hf_gdn.errors import BackendError
 from hf_gdn.kernels.triton.runtime import INTERPRET
 from hf_gdn.registry import Request
 from hf_gdn.testing import assert_same
+from hf_gdn.testing import calls as testing_calls
 from hf_gdn.upstream import device_errors
 from hf_gdn.verification import verdicts
 from hf_gdn.verification.proofs import proofs
@@ -266,11 +267,42 @@ def test_a_kernel_that_breaks_the_device_is_refused_by_the_next_process(plant, m
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     plant("gated_norm", broken)
-    monkeypatch.setattr("hf_gdn.verification.trial.is_sticky", lambda error, device: True)
+    for module in ("hf_gdn.verification", "hf_gdn.verification.trial"):
+        monkeypatch.setattr(f"{module}.is_sticky", lambda error, device: True)
     with pytest.raises(RuntimeError, match=r"gated_norm .*left cpu unusable for this process.*Start again"):
         registry.resolve(request("gated_norm"))
     verification.forget()
     assert registry.resolve(request("gated_norm")).backend == "eager"
+
+
+@pytest.mark.parametrize("place", ["kernel", "oracle"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        MemoryError(),
+        OSError(28, "No space left on device"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_check_without_memory_or_disk_space_leaves_no_verdict(place, error, plant, folder, monkeypatch, caplog):
+    short = [error]
+
+    def fails(results):
+        if short:
+            raise short[0]
+        return results
+
+    reference = testing_calls.reference
+    kernel = plant("gated_norm", fails if place == "kernel" else lambda results: results)
+    if place == "oracle":
+        monkeypatch.setattr(testing_calls, "reference", lambda *call: fails(reference(*call)))
+    with caplog.at_level(logging.WARNING, "hf_gdn"):
+        assert registry.resolve(request("gated_norm")).backend == "eager" and not folder.exists()
+    assert "planted could not be checked: " in caplog.text
+    short.clear()
+    assert registry.resolve(request("gated_norm")) is kernel
 
 
 def test_nothing_is_checked_while_a_graph_is_captured(plant, monkeypatch):
@@ -378,20 +410,23 @@ def test_the_operators_of_compiled_code_know_what_was_asked_for(failing):
 
 
 @pytest.mark.parametrize(
-    ("error", "launch", "sticky"),
+    ("error", "launch", "sticky", "transient"),
     [
-        (RuntimeError("Triton Error [CUDA]: out of memory"), True, False),
-        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), False, True),
-        (RuntimeError("CUDA error: device-side assert triggered"), False, True),
-        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), True, False),
-        (ValueError("cu_seqlens must start at 0"), False, False),
-        (subprocess.CalledProcessError(1, "gcc"), True, False),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True, False, True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), False, True, False),
+        (RuntimeError("CUDA error: device-side assert triggered"), False, True, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), False, False, True),
+        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), True, False, False),
+        (RuntimeError("out of resource: shared memory"), False, False, False),
+        (ValueError("cu_seqlens must start at 0"), False, False, False),
+        (subprocess.CalledProcessError(1, "gcc"), True, False, False),
     ],
 )
-def test_which_errors_are_of_one_launch(error, launch, sticky, monkeypatch):
+def test_which_errors_are_of_one_launch(error, launch, sticky, transient, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
     assert device_errors.is_launch_failure(error) is launch
     assert device_errors.is_sticky(error, torch.device("cuda")) is sticky
+    assert device_errors.is_transient(error) is transient
 
 
 def test_other_errors_are_raised_as_they_are(plant):

@@ -20,6 +20,8 @@ _STICKY = (
     "hardware error",
     "memory access fault",
 )
+# Of PyTorch, CUDA, Triton and cuBLAS, where memory is short.
+_TRANSIENT = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
 @functools.cache
@@ -41,16 +43,28 @@ def is_launch_failure(error: BaseException) -> bool:
     if isinstance(error, launch_failures()):
         return True
     text = str(error)
-    if not isinstance(error, RuntimeError) or any(words in text.lower() for words in _STICKY):
+    if not isinstance(error, RuntimeError) or names_sticky(text):
         return False
     return "Triton Error" in text or "Failed to find C compiler" in text or "PassManager" in text
+
+
+def names_sticky(text: str) -> bool:
+    """Whether a message is one of the driver's after which the device cannot be used."""
+    return any(words in text.lower() for words in _STICKY)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether an error is due to memory or disk space at the time, and says nothing about the kernel."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, OSError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _TRANSIENT)
 
 
 def is_sticky(error: BaseException, device: torch.device) -> bool:
     """Whether an error has left the device unusable for this process."""
     if device.type == "cpu":
         return False
-    if any(words in str(error).lower() for words in _STICKY):
+    if names_sticky(str(error)):
         return True
     try:
         torch.accelerator.synchronize(device)

@@ -26,6 +26,7 @@ from ..environment import OFF, ON
 from ..errors import BackendError, named, reason
 from ..log import logger
 from ..registry import Kernel, Request
+from ..upstream.device_errors import is_sticky, is_transient
 from . import verdicts
 from .proofs import proof_in_slots
 from .trial import Verdict, check
@@ -73,6 +74,10 @@ def _found(kind: tuple[Any, ...], check: Callable[[], str | None]) -> str | None
         _being_checked.add(kind)
         try:
             refused = check()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            return f"could not be checked: {named(error)}"  # another choice checks again
         finally:
             _being_checked.remove(kind)
         _known[kind] = refused
@@ -121,6 +126,7 @@ def verdict_of(kernel: Kernel, request: Request, device: torch.device, fresh: bo
 
     Raises:
         BackendError, RuntimeError: see `why_not`.
+        OSError, MemoryError, torch.OutOfMemoryError: memory or disk space was short. Nothing is kept then.
     """
     kept = verdicts.key(kernel, request, device)
     verdict = None if fresh else verdicts.load(kept)
@@ -134,7 +140,9 @@ def verdict_of(kernel: Kernel, request: Request, device: torch.device, fresh: bo
     try:
         with torch.no_grad(), torch.device("cpu"):
             verdict = check(kernel, request, device)
-    except RuntimeError as error:
+    except Exception as error:
+        if is_transient(error) or not is_sticky(error, device):
+            raise
         verdicts.save(kept, Verdict(f"left the device unusable: {reason(error)}"))
         raise RuntimeError(
             f"the check of {kernel.op} of backend {kernel.backend!r} left {verdicts.model_of(device)} unusable for "

@@ -12,7 +12,7 @@ from ..errors import named
 from ..registry import Kernel, Request
 from ..testing import calls, tolerances
 from ..testing.compare import error
-from ..upstream.device_errors import is_sticky
+from ..upstream.device_errors import is_sticky, is_transient
 from .proofs import HARD, proofs
 
 
@@ -38,7 +38,8 @@ def check(kernel: Kernel, request: Request, device: torch.device) -> Verdict:
     same call where that is more.
 
     Raises:
-        RuntimeError: the device does not work any more after the kernel ran. `as_verdict` has the words for it.
+        Exception: the kernel has left the device unusable, memory or disk space was short (`is_transient`), or the
+            oracle failed.
     """
     start, errors, refused = time.perf_counter(), dict[str, tuple[float, float]](), None
     eager = registry.get(request.op, "eager")
@@ -50,7 +51,7 @@ def check(kernel: Kernel, request: Request, device: torch.device) -> Verdict:
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
         except Exception as raised:
-            if is_sticky(raised, device):
+            if is_transient(raised) or is_sticky(raised, device):
                 raise
             refused = f"{proof.name} raised {named(raised)}"
             break
