@@ -266,6 +266,19 @@ def test_a_backend_whose_gradients_are_refused_does_not_serve(op, fast):
         torch.autograd.grad(loss(op, *leaves, backend=backend), leaves)
 
 
+def test_a_default_backend_without_gradients(op, fast, monkeypatch):
+    """As HF_GDN_BACKEND sets it: inference on that backend, gradients on eager."""
+    leaves = make(op)
+    wanted = torch.autograd.grad(loss(op, *leaves), leaves)
+    monkeypatch.setattr(registry, "DEFAULT_BACKEND", "fast")
+    monkeypatch.setattr(registry, "_chosen", {})
+    for refuses in (False, True):
+        if refuses:
+            fast(None, why_not=lambda request: "is broken here")
+        for name, got, want in zip(NAMES, torch.autograd.grad(loss(op, *leaves), leaves), wanted):
+            assert_same(name, got, want)
+
+
 def test_gradients_whose_launch_fails_go_to_the_next_backend(op, fast):
     from torch._inductor.runtime.triton_compat import OutOfResources  # what Triton raises, or a stand-in
 

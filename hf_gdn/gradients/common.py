@@ -48,13 +48,15 @@ def once(op: str, operator: Callable[..., Any]) -> Callable[..., Any]:
 def backward_kernel(
     op: str, x: Tensor, dims: Dims, backend: str, asked: str, beta_max: float = 1.0
 ) -> tuple[Kernel, str]:
-    """The kernel for gradients of inputs like x: that of `backend`, else what "auto" chooses.
+    """The kernel for gradients of inputs like x: that of `backend`, else eager's, which computed the forward too.
 
     Returns:
-        The kernel, and the backend that is asked for where its launch fails: `asked`, or "auto" after another choice.
+        The kernel, and the backend that is asked for where its launch fails.
     """
-    named = registry.get_or_none(op, backend)
-    request = registry.Request(op, x.device.type, x.dtype, *dims, beta_max)
-    if named is None or registry.why_not(named, request) is not None:  # then another one computed the forward too
-        backend = asked = "auto"
+    backend = registry.DEFAULT_BACKEND if backend == "auto" else backend
+    if backend != "auto":
+        named = registry.get_or_none(op, backend)
+        request = registry.Request(op, x.device.type, x.dtype, *dims, beta_max)
+        if named is None or registry.why_not(named, request) is not None:
+            backend = "eager"
     return registry.resolve_cached(op, x.device.type, x.dtype, dims, backend, beta_max=beta_max), asked
