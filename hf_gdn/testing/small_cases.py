@@ -22,6 +22,7 @@ from .call_changes import (
     gate_minus_infinity,
     gate_mixed,
     gate_none,
+    gate_one_far_beyond,
     gate_one_token,
     gate_some,
     gated,
@@ -122,6 +123,8 @@ def chunk(op: str) -> Iterator[Case]:
                 yield Case(op, f"{group}_value_heads_{name}", sizes=sizes)
         if dtype != torch.bfloat16:
             yield Case(op, f"l2norm_{name}", sizes=dict(one, T=66, HK=2, HV=4, K=20, dtype=dtype), change=l2norm)
+    for gate in (gate_minus_infinity, gate_one_far_beyond):
+        yield Case(op, gate.__name__, sizes=dict(one, T=80, HV=2), change=gated(gate))
     yield Case(op, "beta_up_to_two", sizes=dict(one, T=130, K=32), change=beta_up_to_two)
     yield Case(op, "equal_keys", sizes=dict(one, T=128), change=equal_keys)
     for name, size, beta, decay in (("large", 50.0, 4e-4, 0.2), ("small", 0.01, 1.0, 0.2), ("growing", 2.0, 1.0, 8.0)):
@@ -181,6 +184,8 @@ def backward(op: str) -> Iterator[Case]:
             sizes = dict(one, T=80, HV=2, dtype=dtype)
             yield Case(op, f"{gate.__name__}_{name}", sizes=sizes, change=gated(gate), options=tiny)
         yield Case(op, f"l2norm_{name}", sizes=dict(one, T=66, HK=2, HV=4, K=20, dtype=dtype), change=l2norm)
+    for gate in (gate_minus_infinity, gate_one_far_beyond):
+        yield Case(op, gate.__name__, sizes=dict(one, T=80, HV=2), change=gated(gate))
     yield Case(op, "beta_up_to_two", sizes=dict(one, T=130, K=32), change=beta_up_to_two)
     yield Case(op, "equal_keys", sizes=dict(one, T=128), change=equal_keys)
     hard = dict(factor=ILL_CONDITIONED)

@@ -63,7 +63,8 @@ KEYS_CONFIG = KeysConfig(BK=64, BV=32, num_warps=8, num_stages=2, measured_on=NO
 @triton.jit
 def _gates(p_g, stride, m_t, BT: tl.constexpr):
     """e^(G_i - G_j) ``[BT, BT]`` for i > j, else 0, and its transpose. Sums as in `chunk_gdn_prepare`."""
-    b_g = tl.load(p_g + tl.arange(0, BT).to(tl.int64) * stride, mask=m_t, other=0.0).to(tl.float64) * LOG2E
+    b_g = tl.load(p_g + tl.arange(0, BT).to(tl.int64) * stride, mask=m_t, other=0.0)
+    b_g = tl.where(b_g < -1e3, -1e3, b_g).to(tl.float64) * LOG2E
     b_sum = tl.cumsum(b_g, 0)
     b_high = b_sum.to(tl.float32)
     b_low = (b_sum - b_high).to(tl.float32)

@@ -54,9 +54,11 @@ def _load_sums(p_g, m_t):
     """Running sum of the log-decay as two fp32 numbers, the sum of the rows after each row, and the total.
 
     A small decay would be lost in the difference of two long fp32 sums; two fp32 numbers per sum keep it. Values are
-    base-2 logarithms, for the hardware's exp2; they are converted here, while they are float64.
+    base-2 logarithms, for the hardware's exp2; they are converted here, while they are float64. As in eager, g is
+    clamped, because -inf or -1e30 in a sum would absorb all other terms; NaN stays.
     """
-    b_g = tl.load(p_g, mask=m_t, other=0.0).to(tl.float64) * LOG2E
+    b_g = tl.load(p_g, mask=m_t, other=0.0)
+    b_g = tl.where(b_g < -1e3, -1e3, b_g).to(tl.float64) * LOG2E
     b_sum = tl.cumsum(b_g, 0)
     whole = tl.sum(b_g, 0)
     b_high = b_sum.to(tl.float32)
