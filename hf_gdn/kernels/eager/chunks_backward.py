@@ -15,7 +15,7 @@ from the inputs and the states between blocks: nothing else is saved. The oracle
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -26,6 +26,9 @@ from torch import Tensor
 from ..contract import Gradients
 from .chunks import FindProducts, Products, block, blocks, save, transitions
 from .sequences import starting_state
+
+# Value heads computed at once on a CPU: intermediates take some 3 MiB a head (K = V = 128, fp32).
+VALUE_HEADS = 8
 
 
 class ProductGradients(NamedTuple):
@@ -87,28 +90,38 @@ def backward(
     d_state = torch.empty_like(d_final_state)
     bounds = [(0, q.shape[1])] if cu_seqlens is None else pairwise(cu_seqlens.tolist())
     row = 0
-    for n, (first, last) in enumerate(bounds):
-        part, states = slice(first, last), slice(None) if cu_seqlens is None else slice(n, n + 1)
+    for sequence, (first, last) in enumerate(bounds):
+        part, states = slice(first, last), slice(None) if cu_seqlens is None else slice(sequence, sequence + 1)
         start = starting_state(v[:, part], q.shape[-1], None if initial_state is None else initial_state[states])
         starts = [start]
         for _ in blocks(last - first)[1:]:
             starts.append(saved[row : row + len(start)])
             row += len(start)
-        d_state[states] = _sequence(
-            rule,
-            q[:, part],
-            k[:, part],
-            v[:, part],
-            g[:, part],
-            beta[:, part],
-            d_o[:, part],
-            starts=starts,
-            d_state=d_final_state[states].to(start.dtype),
-            found=[x[:, part] for x in empty],
-            **options,
-        )
+        for keys, values in _head_groups(q.shape[2], v.shape[2], v.device.type == "cpu"):
+            d_state[states, values] = _sequence(
+                rule,
+                q[:, part, keys],
+                k[:, part, keys],
+                v[:, part, values],
+                g[:, part, values],
+                beta[:, part, values],
+                d_o[:, part, values],
+                starts=[x[:, values] for x in starts],
+                d_state=d_final_state[states, values].to(start.dtype),
+                found=[x[:, part, keys if n < 2 else values] for n, x in enumerate(empty)],
+                **options,
+            )
     d_q, d_k, d_v, d_g, d_beta = empty
     return Gradients(d_q, d_k, d_v, d_g, d_beta, None if initial_state is None else d_state.to(initial_state.dtype))
+
+
+def _head_groups(key_heads: int, value_heads: int, few: bool) -> Iterator[tuple[slice, slice]]:
+    """The key and value heads that are computed together: `few`, to save memory, or all."""
+    group = value_heads // key_heads
+    size = max(1, VALUE_HEADS // group) if few else key_heads
+    for first in range(0, key_heads, size):
+        last = min(first + size, key_heads)
+        yield slice(first, last), slice(first * group, last * group)
 
 
 def _sequence(
