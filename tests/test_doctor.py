@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -123,31 +126,60 @@ def examined(fate, seconds=60.0):
     wanted = [Row("chunk_gdn", "triton", dtype, (1, 1, 8, 8), ("a model",), "cpu") for dtype in DTYPES]
     done, finding = [], {"state": CHECKED, "error": 1e-7, "bound": 1e-5}
     child = [sys.executable, "-c", _CHILD.format(fate=fate, finding=finding)]
-    found = list(children._group(wanted, done.append, child, seconds))
+    found = list(children._group(wanted, done.append, child, seconds, children.Processes()))
     assert [finding.row for finding in found] == wanted and done == found
     assert [finding.state for finding in found] == [CHECKED, REFUSED, CHECKED]
     return found[1].reason
 
 
 @pytest.mark.parametrize(
-    ("fate", "reason"),
+    ("fate", "reason", "kept"),
     [
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "ended its process by SIGSEGV"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "ended its process by SIGSEGV", True),
+        ("os.abort()", "ended its process by SIGABRT", True),
         (
             "raise RuntimeError('CUDA error: an illegal memory access')",
             "with exit code 1: RuntimeError: CUDA error",
+            True,
         ),
-        ("sys.exit(3)", "ended its process with exit code 3"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "ended its process by SIGKILL", False),  # short of memory
+        ("os.kill(os.getpid(), signal.SIGINT)", "ended its process ", False),
+        ("raise MemoryError", "with exit code 1: MemoryError", False),
+        ("sys.exit(3)", "ended its process with exit code 3", False),
     ],
 )
-def test_a_child_that_dies_costs_one_row(fate, reason, folder):
+def test_a_child_that_dies_costs_one_row(fate, reason, kept, folder):
     assert reason in examined(fate)
-    (file,) = folder.glob("*.json")  # other processes do not try
-    assert reason in json.loads(file.read_text())["refused"]
+    refused = [json.loads(file.read_text())["refused"] for file in folder.glob("*.json")]  # other processes do not try
+    assert len(refused) == kept and all(reason in sentence for sentence in refused)
 
 
-def test_a_child_that_hangs_is_killed():
-    assert examined("time.sleep(600)", 5.0) == "did not end within 5 s"
+def test_a_child_that_hangs_is_killed(folder):
+    assert examined("time.sleep(600)", 5.0) == "did not end within 5 s" and not folder.exists()
+
+
+def test_an_interrupt_ends_the_children_and_keeps_no_verdict(folder):
+    """Ctrl-C goes to all processes of a terminal's session, so children have one of their own."""
+    kernel = dataclasses.replace(registry.get("gated_norm", "eager"), backend="planted", checked=True)
+    registry.register(kernel, before="eager")
+    wanted = [Row("gated_norm", "planted", dtype, (1, 1, 8, 8), (), "cpu") for dtype in DTYPES]
+    code = "import os; assert os.getsid(0) == os.getpid()" + _CHILD.format(
+        fate="time.sleep(600)", finding={"state": CHECKED}
+    )
+    done = []
+
+    def interrupt(finding):
+        done.append(finding)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    start = time.perf_counter()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            children.examine_all(wanted, 1, interrupt, [sys.executable, "-c", code])
+    finally:
+        registry.unregister("gated_norm", "planted")
+    assert [finding.state for finding in done] == [CHECKED] and time.perf_counter() - start < 60
+    assert not folder.exists()
 
 
 def test_a_child_reads_rows_and_writes_findings():
@@ -166,7 +198,7 @@ def test_rows_of_one_kernel_are_neighbours():
 
 def test_verdicts_of_crashes_are_found_by_the_registry():
     row = Row("gated_norm", "triton", "float32", (1, 1, 8, 8), ("a model",), "cpu")
-    children._died(row, "ended its process by SIGSEGV")
+    children._died(row, -11, "ended its process by SIGSEGV")
     kept = verdicts.key(registry.get("gated_norm", "triton"), row.request, torch.device("cpu"))
     assert verdicts.load(kept).refused == "ended its process by SIGSEGV"
 
