@@ -106,7 +106,14 @@ def dims_of(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
 
 
 def run_or_fall_back(
-    kernel: registry.Kernel, asked: str, q: Tensor, value_heads: Sequence[int], call: Callable[[registry.Kernel], T]
+    kernel: registry.Kernel,
+    asked: str,
+    q: Tensor,
+    value_heads: Sequence[int],
+    call: Callable[[registry.Kernel], T],
+    *,
+    beta_max: float = 1.0,
+    needs_grad: bool = False,
 ) -> T:
     """``call(kernel)``, or the same of the next kernel if this one cannot be launched.
 
@@ -118,12 +125,13 @@ def run_or_fall_back(
         q: ``[B, T, HK, K]``.
         value_heads: HV and V.
         call: calls a kernel.
+        beta_max, needs_grad: as in `registry.resolve_cached`, for the next kernel.
     """
     while kernel.checked:
         try:
             return call(kernel)
         except Exception as error:
             dims = q.shape[2], value_heads[0], q.shape[3], value_heads[1]
-            request = registry.Request(kernel.op, q.device.type, q.dtype, *dims)
-            kernel = registry.after_failure(kernel, request, error, asked)
+            request = registry.Request(kernel.op, q.device.type, q.dtype, *dims, beta_max)
+            kernel = registry.after_failure(kernel, request, error, asked, needs_grad)
     return call(kernel)

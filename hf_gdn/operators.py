@@ -34,7 +34,7 @@ def _define(op: str, inplace: bool) -> Any:
             options["inplace"] = True
         kernel = registry.resolve_cached(op, q.device.type, q.dtype, dims_of(q, v), backend, False, beta_max)
         o, state = run_or_fall_back(
-            kernel, asked, q, v.shape[2:], lambda kernel: kernel.fn(q, k, v, g, beta, **options)
+            kernel, asked, q, v.shape[2:], lambda kernel: kernel.fn(q, k, v, g, beta, **options), beta_max=beta_max
         )
         return o if inplace else (o, state)
 
@@ -88,7 +88,12 @@ def call_delta_rule(
             initial_state=initial_state, slots=slots, scale=scale, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm
         )
         return run_or_fall_back(
-            kernel, asked, q, v.shape[2:], lambda kernel: in_slots.delta_rule(kernel, q, k, v, g, beta, **given)
+            kernel,
+            asked,
+            q,
+            v.shape[2:],
+            lambda kernel: in_slots.delta_rule(kernel, q, k, v, g, beta, **given),
+            beta_max=beta_max,
         )
     if needs_grad and has_backward(kernel):
         return call_with_backward(
@@ -102,7 +107,15 @@ def call_delta_rule(
     options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm)
     if inplace:
         options["inplace"] = True
-    return run_or_fall_back(kernel, asked, q, v.shape[2:], lambda kernel: kernel.fn(q, k, v, g, beta, **options))
+    return run_or_fall_back(
+        kernel,
+        asked,
+        q,
+        v.shape[2:],
+        lambda kernel: kernel.fn(q, k, v, g, beta, **options),
+        beta_max=beta_max,
+        needs_grad=needs_grad,
+    )
 
 
 _STEP_SCHEMA = (

@@ -148,7 +148,13 @@ def _call(
         else:
             options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm)
             o, state = run_or_fall_back(
-                kernel, backend, q, v.shape[2:], lambda kernel: kernel.fn(q, k, v, g, beta, **options)
+                kernel,
+                backend,
+                q,
+                v.shape[2:],
+                lambda kernel: kernel.fn(q, k, v, g, beta, **options),
+                beta_max=beta_max,
+                needs_grad=True,
             )
     else:
         tensors = q, k, v, g, beta, initial_state

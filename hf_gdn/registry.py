@@ -376,13 +376,14 @@ def chosen() -> set[tuple[str, str]]:
     return {(key[0], backend) for key, backend in _chosen.items() if backend is not None}
 
 
-def after_failure(kernel: Kernel, request: Request, error: Exception, backend: str) -> Kernel:
+def after_failure(kernel: Kernel, request: Request, error: Exception, backend: str, needs_grad: bool = False) -> Kernel:
     """The kernel that serves a call whose launch has failed; the failed one is refused for such calls from now on.
 
     Args:
         kernel, request: the kernel and the call.
         error: what it raised. It is raised again unless nothing has run on the device and the device still works.
         backend: the backend that was asked for.
+        needs_grad: whether gradients are needed.
 
     Raises:
         BackendError: the backend was asked for by name.
@@ -397,7 +398,7 @@ def after_failure(kernel: Kernel, request: Request, error: Exception, backend: s
     backend = DEFAULT_BACKEND if backend == "auto" else backend
     if backend != "auto":
         raise BackendError(f"backend {backend!r} cannot serve {kernel.op}: {why_not(kernel, request)}") from error
-    return resolve(request)
+    return resolve(request, needs_grad=needs_grad)
 
 
 @torch.compiler.assume_constant_result

@@ -387,6 +387,27 @@ def test_a_launch_that_fails_later_is_served_by_the_next_backend(failing, caplog
     assert registry.resolve(request("recurrent_gdn", torch.float64)).backend == "planted", "another kind of call"
 
 
+@pytest.mark.parametrize("options", [{"beta_max": 2.0}, {"needs_grad": True}], ids=str)
+def test_the_next_backend_is_asked_for_the_same_call(options, failing):
+    """Its refusals of a larger beta hold after a failed launch too, and gradients take a kernel that has them."""
+    eager, called = registry.get("recurrent_gdn", "eager"), []
+
+    def fn(*args, **kwargs):
+        called.append(kwargs)
+        return eager.fn(*args, **kwargs)
+
+    def why_not(request):
+        return "refuses such a beta" if request.beta_max > 1 else None
+
+    second = dataclasses.replace(eager, backend="second", fn=fn, why_not=why_not, differentiable=False)
+    registry.register(second, before="eager")
+    try:
+        operators.call_delta_rule(failing, **call_of(failing)[0], **options)
+    finally:
+        registry.unregister("recurrent_gdn", "second")
+    assert not called
+
+
 def test_a_backend_asked_for_by_name_raises(failing):
     with pytest.raises(BackendError, match="backend 'planted' cannot serve recurrent_gdn: could not be launched"):
         call_of(failing, "planted")[1]()

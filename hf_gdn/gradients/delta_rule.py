@@ -46,7 +46,7 @@ def _define(op: str, backward_op: str) -> tuple[Any, Any, Any]:
                 return kernel.save(q, k, v, g, beta, **options)
             return *kernel.fn(q, k, v, g, beta, **options), _states(q, v, 0)
 
-        return run_or_fall_back(kernel, backend, q, v.shape[2:], work)
+        return run_or_fall_back(kernel, backend, q, v.shape[2:], work, beta_max=beta_max, needs_grad=True)
 
     def fake_save(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, beta_max, backend, keep):
         rows = saved_rows(q.shape[0], q.shape[1], cu_seqlens is not None, keep)
@@ -63,7 +63,7 @@ def _define(op: str, backward_op: str) -> tuple[Any, Any, Any]:
             usable = len(saved) == saved_rows(q.shape[0], q.shape[1], cu_seqlens is not None, forward.keep)
             return kernel.fn(*given, saved=saved if usable else None, **options)
 
-        *found, d_state = run_or_fall_back(kernel, asked, q, v.shape[2:], work)
+        *found, d_state = run_or_fall_back(kernel, asked, q, v.shape[2:], work, beta_max=beta_max)
         return *found, q.new_empty(0) if d_state is None else d_state
 
     def fake_backward(q, k, v, g, beta, d_o, d_final_state, saved, initial_state, *rest):
