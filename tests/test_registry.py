@@ -236,22 +236,27 @@ def test_kernels_registered_before_the_built_in_ones_are_checked_at_the_first_qu
 
 
 @pytest.mark.parametrize(
-    ("op", "dtype", "beta_max", "hip", "refused"),
+    ("backend", "op", "dtype", "beta_max", "hip", "refused"),
     [
-        ("chunk_gdn", torch.bfloat16, 2.0, None, "is inaccurate in 16 bits for beta up to 2"),
-        ("chunk_kda", torch.float16, 2.0, "6.0", "is inaccurate in 16 bits for beta up to 2"),
-        ("chunk_gdn", torch.float32, 1.0, None, "serves prompts in fp32 on AMD cards only"),
-        ("chunk_kda", torch.float32, 2.0, "6.0", None),
-        ("chunk_gdn", torch.bfloat16, 1.0, None, None),
-        ("recurrent_gdn", torch.bfloat16, 2.0, None, None),
-        ("recurrent_gdn", torch.float32, 1.0, None, None),
+        ("triton", "chunk_gdn", torch.bfloat16, 2.0, None, "is inaccurate in 16 bits for beta up to 2"),
+        ("triton", "chunk_kda", torch.float16, 2.0, "6.0", "is inaccurate in 16 bits for beta up to 2"),
+        ("triton", "chunk_gdn", torch.float32, 1.0, None, "serves prompts in fp32 on AMD cards only"),
+        ("triton", "chunk_kda", torch.float32, 2.0, "6.0", None),
+        ("triton", "chunk_gdn", torch.bfloat16, 1.0, None, None),
+        ("triton", "recurrent_gdn", torch.bfloat16, 2.0, None, None),
+        ("triton", "recurrent_gdn", torch.float32, 1.0, None, None),
+        ("fla", "chunk_gdn", torch.bfloat16, 2.0, None, "is not checked in 16 bits for beta up to 2"),
+        ("fla", "chunk_kda", torch.float16, 2.0, None, "is not checked in 16 bits for beta up to 2"),
+        ("fla", "chunk_gdn", torch.float32, 2.0, None, None),
+        ("fla", "recurrent_gdn", torch.bfloat16, 2.0, None, None),
     ],
 )
-def test_what_tritons_chunk_kernels_refuse(op, dtype, beta_max, hip, refused, monkeypatch):
+def test_what_chunk_kernels_refuse(backend, op, dtype, beta_max, hip, refused, monkeypatch):
     monkeypatch.setattr(runtime, "HAS_TRITON", True)
     monkeypatch.setattr(runtime, "missing_build_tool", lambda: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     monkeypatch.setattr(torch.version, "hip", hip)
-    found = registry.get(op, "triton").why_not(Request(op, "cuda", dtype, 2, 4, 64, 64, beta_max))
+    found = registry.get(op, backend).why_not(Request(op, "cuda", dtype, 2, 4, 64, 64, beta_max))
     assert (found or "").startswith(refused or "") and (found is None) == (refused is None)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ...registry import Kernel, register
-from .runtime import adapt, why_not
+from .runtime import adapt, why_not_chunk
 
 register(
     Kernel(
         "chunk_gdn",
         "fla",
         adapt("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
-        why_not,
+        why_not_chunk,
         differentiable=True,
         checked=True,
     )

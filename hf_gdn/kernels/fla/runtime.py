@@ -64,3 +64,11 @@ def why_not(request: Request) -> str | None:
     if request.head_k_dim > 256:
         return f"serves K up to 256; K is {request.head_k_dim}"
     return None
+
+
+def why_not_chunk(request: Request) -> str | None:
+    """The reason why fla's chunk kernels refuse a request, or None. See `why_not_chunk` of our Triton kernels."""
+    sentence = why_not(request)
+    if sentence is None and request.beta_max > 1 and request.dtype.itemsize == 2:
+        return f"is not checked in 16 bits for beta up to {request.beta_max:g}, where keys resemble each other"
+    return sentence
