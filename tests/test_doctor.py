@@ -49,12 +49,22 @@ def test_the_shapes_are_those_of_the_families_here():
     assert {name for names in found.values() for name in names} == here
     for name in ("qwen3_next-80b", "kimi_linear-48b", "olmo_hybrid"):
         shape = SHAPES[name]
-        assert shape.model_type in found[shape.variant, (shape.k_heads, shape.v_heads, shape.k_dim, shape.v_dim)]
+        dims = shape.k_heads, shape.v_heads, shape.k_dim, shape.v_dim
+        assert shape.model_type in found[shape.variant, dims, 2.0 if name == "olmo_hybrid" else 1.0]
+
+
+def test_rows_ask_for_the_largest_beta_of_a_model():
+    """A kernel that refuses it is not listed as serving the model."""
+    found = [row for row in rows((), ["bfloat16"], "cpu") if "olmo_hybrid" in row.models]
+    largest = {row.op: row.request.beta_max for row in found}
+    assert largest["chunk_gdn"] == largest["backward_gdn"] == largest["recurrent_gdn"] == 2.0
+    assert largest["step_gdn"] == largest["gated_norm"] == 1.0
+    assert all(Row.of_json(row.as_json()) == row for row in found)
 
 
 def test_the_shapes_of_a_model(tmp_path):
     for name in embedded():
-        ((variant, dims), names), *others = shapes([name]).items()
+        ((variant, dims, _), names), *others = shapes([name]).items()
         assert not others and names == (name,)
         assert (variant, dims) == (SHAPES[name].variant, (*SHAPES[name].sizes.values(),))
     with pytest.raises(UserError, match=r"model '.*nowhere' cannot be read"):

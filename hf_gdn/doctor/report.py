@@ -23,7 +23,7 @@ def serving(findings: Iterable[Finding]) -> set[int]:
     for found in findings:
         row = found.row
         if found.state == CHECKED:
-            first.setdefault((row.op, row.dtype, row.dims), id(found))
+            first.setdefault((row.op, row.dtype, row.dims, row.beta_max), id(found))
     return set(first.values())
 
 

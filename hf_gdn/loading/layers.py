@@ -22,11 +22,12 @@ def default_config(family: str) -> Any:
     return AutoConfig.for_model(family)
 
 
-def dims_of_config(family: Family, config: Any) -> Dims:
-    """Heads and dimensions of the layers of a text model, from its config. Allocates nothing."""
+def kind_of_config(family: Family, config: Any) -> tuple[Dims, float]:
+    """Heads and dimensions of a text model's layers, and their largest beta, from its config. Allocates nothing."""
     cls = layer_class(family.module, family.class_name)
     with torch.device("meta"):
-        return family.dims(cls(config, list(config.layer_types).index("linear_attention")))
+        layer = cls(config, list(config.layer_types).index("linear_attention"))
+    return family.dims(layer), family.spec(layer).beta_scale
 
 
 def make_layer(name: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Any]:
