@@ -133,5 +133,5 @@ def run_or_fall_back(
         except Exception as error:
             dims = q.shape[2], value_heads[0], q.shape[3], value_heads[1]
             request = registry.Request(kernel.op, q.device.type, q.dtype, *dims, beta_max)
-            kernel = registry.after_failure(kernel, request, error, asked, needs_grad)
+            kernel = registry.after_failure(kernel, request, error, asked, q.device, needs_grad)
     return call(kernel)

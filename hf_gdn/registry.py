@@ -376,21 +376,26 @@ def chosen() -> set[tuple[str, str]]:
     return {(key[0], backend) for key, backend in _chosen.items() if backend is not None}
 
 
-def after_failure(kernel: Kernel, request: Request, error: Exception, backend: str, needs_grad: bool = False) -> Kernel:
+def after_failure(
+    kernel: Kernel, request: Request, error: Exception, backend: str, device: torch.device, needs_grad: bool = False
+) -> Kernel:
     """The kernel that serves a call whose launch has failed; the failed one is refused for such calls from now on.
 
     Args:
         kernel, request: the kernel and the call.
         error: what it raised. It is raised again unless nothing has run on the device and the device still works.
         backend: the backend that was asked for.
+        device: of the call.
         needs_grad: whether gradients are needed.
 
     Raises:
         BackendError: the backend was asked for by name.
     """
     from . import verification
-    from .upstream.device_errors import is_launch_failure
+    from .upstream.device_errors import is_launch_failure, names_sticky
 
+    if kernel.checked and isinstance(error, RuntimeError) and names_sticky(str(error)):
+        verification.device_lost(kernel, request, device, error)
     if not kernel.checked or not is_launch_failure(error):
         raise error
     verification.refuse(kernel, request, error)

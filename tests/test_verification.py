@@ -450,6 +450,38 @@ def test_which_errors_are_of_one_launch(error, launch, sticky, transient, monkey
     assert device_errors.is_transient(error) is transient
 
 
+@pytest.mark.parametrize("blocking", [False, True])
+def test_a_device_lost_after_the_check(blocking, plant, folder, monkeypatch, caplog):
+    """The launch that reports an error need not be the one that caused it, unless launches block."""
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", str(int(blocking)))
+    lost = []
+
+    def fails(results):
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return results
+
+    kernel = plant("recurrent_gdn", fails)
+    assert registry.resolve(request("recurrent_gdn")) is kernel
+    lost.append(True)
+    with pytest.raises(RuntimeError, match="^CUDA error: an illegal memory access was encountered$"):
+        call_of(kernel)[1]()
+    assert "cannot use cpu any more" in caplog.text
+    assert ("refused for such calls from the next process" if blocking else "CUDA_LAUNCH_BLOCKING=1") in caplog.text
+    (kept,) = (json.loads(file.read_text())["refused"] for file in folder.glob("*.json"))
+    assert (kept or "").startswith("left the device unusable") is blocking
+
+
+def test_a_kernel_that_cannot_be_launched_with_slots_is_refused():
+    pytest.importorskip("triton")
+    eager = registry.get("step_gdn", "eager")
+    kernel = dataclasses.replace(
+        eager, backend="planted", fn=lambda *args, **call: out_of_resources(args), slots=True, checked=True
+    )
+    refused = verification.why_not_in_slots(kernel, request("step_gdn"), CPU)
+    assert refused.startswith("failed its check with states in slots: raised OutOfResources: out of resource")
+
+
 def test_other_errors_are_raised_as_they_are(plant):
     state = {"error": None}
 

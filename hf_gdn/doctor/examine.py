@@ -18,6 +18,7 @@ from ..testing import calls, tolerances
 from ..testing.calls import Call, Results
 from ..testing.compare import error
 from ..upstream import triton_kernels
+from ..upstream.device_errors import is_sticky, is_transient
 from ..verification.trial import Verdict, check
 from .rows import Row
 
@@ -106,6 +107,8 @@ def _sweep(kernel: Kernel, found: Finding, device: torch.device) -> Finding:
             try:
                 sentence = _compare(kernel, calls.rows(row.op, small, rows), wanted, rows)
             except Exception as raised:
+                if is_sticky(raised, device):
+                    raise verification.unusable(kernel, row.request, device, raised) from raised
                 sentence = f"raised {named(raised)}"
             if sentence is not None:
                 return replace(found, state=REFUSED, reason=f"{batch} × {length}: {sentence}")
@@ -133,9 +136,11 @@ def main() -> None:
         row = Row.of_json(json.loads(line))
         try:
             found = examine(row)
-        except RuntimeError as error:  # the device does not work any more: this process ends, another goes on
+        except (RuntimeError, MemoryError, OSError) as error:
             print(json.dumps(Finding(row, REFUSED, reason(error)).as_json()), flush=True)
-            sys.exit(1)
+            if is_transient(error):
+                continue
+            sys.exit(1)  # the device does not work any more: another process goes on
         print(json.dumps(found.as_json()), flush=True)
 
 

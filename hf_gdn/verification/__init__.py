@@ -31,9 +31,10 @@ from . import verdicts
 from .proofs import proof_in_slots
 from .trial import Verdict, check
 
-__all__ = ["why_not", "why_not_in_slots", "refuse", "verdict_of", "forget", "MODES"]
+__all__ = ["why_not", "why_not_in_slots", "refuse", "unusable", "device_lost", "verdict_of", "forget", "MODES"]
 
 MODES = ("0", "1", "always")
+_BLOCKING = ("CUDA_LAUNCH_BLOCKING", "HIP_LAUNCH_BLOCKING")  # variables with which errors are raised by their launch
 
 _known: dict[tuple[Any, ...], str | None] = {}  # by `_kind`: why a kernel is refused
 _being_checked: set[tuple[Any, ...]] = set()  # by the thread that has the lock
@@ -92,7 +93,7 @@ def why_not_in_slots(kernel: Kernel, request: Request, device: torch.device) -> 
     These are other compilations of it than those that `why_not` checks. The check is made once in a process.
 
     Raises:
-        ValueError: HF_GDN_VERIFY has another value than those of `MODES`.
+        ValueError, RuntimeError: see `why_not`.
     """
     if not kernel.checked or not kernel.slots or _mode() == "0":
         return None
@@ -103,6 +104,12 @@ def why_not_in_slots(kernel: Kernel, request: Request, device: torch.device) -> 
                 proof_in_slots(request).check(kernel, device)
         except AssertionError as error:
             return f"failed its check with states in slots: {reason(error)}"
+        except Exception as error:
+            if is_transient(error):
+                raise
+            if is_sticky(error, device):
+                raise unusable(kernel, request, device, error) from error
+            return f"failed its check with states in slots: raised {named(error)}"
         return None
 
     return _found((*_kind(kernel, request), "slots", str(device)), check)
@@ -143,14 +150,35 @@ def verdict_of(kernel: Kernel, request: Request, device: torch.device, fresh: bo
     except Exception as error:
         if is_transient(error) or not is_sticky(error, device):
             raise
-        verdicts.save(kept, Verdict(f"left the device unusable: {reason(error)}"))
-        raise RuntimeError(
-            f"the check of {kernel.op} of backend {kernel.backend!r} left {verdicts.model_of(device)} unusable for "
-            f"this process: {reason(error)}. Start again: the kernel is refused from now on"
-        ) from error
+        raise unusable(kernel, request, device, error) from error
     logger.info("%s of backend %s checked in %.2f s: %s", kernel.op, kernel.backend, verdict.seconds, verdict)
     verdicts.save(kept, verdict)
     return verdict
+
+
+def unusable(kernel: Kernel, request: Request, device: torch.device, error: Exception) -> RuntimeError:
+    """Refuse a kernel in later processes, because its check has left the device unusable; the error to raise."""
+    verdicts.save(verdicts.key(kernel, request, device), Verdict(f"left the device unusable: {reason(error)}"))
+    return RuntimeError(
+        f"the check of {kernel.op} of backend {kernel.backend!r} left {verdicts.model_of(device)} unusable for "
+        f"this process: {reason(error)}. Start again: the kernel is refused from now on"
+    )
+
+
+def device_lost(kernel: Kernel, request: Request, device: torch.device, error: Exception) -> None:
+    """Log what to do after a launch raised an error of the device. With blocking launches, refuse the kernel.
+
+    Otherwise such errors are raised by a later call, often of a kernel that is right.
+    """
+    if any(os.environ.get(name) == "1" for name in _BLOCKING):
+        verdicts.save(verdicts.key(kernel, request, device), Verdict(f"left the device unusable: {reason(error)}"))
+        hint = f"{kernel.op} of backend {kernel.backend!r} is refused for such calls from the next process on"
+    else:
+        hint = (
+            f"It was raised at {kernel.op} of backend {kernel.backend!r}, but may come from any kernel before; with "
+            f"{_BLOCKING[0]}=1 it is raised by the one that causes it, and `hf-gdn doctor` examines every kernel"
+        )
+    logger.error("%s: this process cannot use %s any more. %s", reason(error), device, hint)
 
 
 def _devices(device_type: str) -> list[torch.device]:
