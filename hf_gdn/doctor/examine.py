@@ -27,7 +27,9 @@ CHECKED, REFUSED, NOT_SERVED = "checked", "refused", "not served"
 # Launch parameters depend on the batch and the length; the chunk kernels' on both, a step's on the batch.
 _BATCHES = (1, 5, 17, 65)
 _LENGTHS = {"chunk": (1, 17, 100, 300), "prologue": (1, 17, 100, 300), "recurrent": (1, 3), "step": (1, 3)}
-_SWEPT = "bfloat16"  # the other dtypes have the same launch parameters
+# Chunk kernels and their gradients have launch parameters by dtype; those of the others are the same for all.
+_SWEPT = "bfloat16"
+_BY_DTYPE = ("chunk_gdn", "chunk_kda", "backward_gdn", "backward_kda")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def examine(row: Row) -> Finding:
     found = Finding(row, CHECKED, None, *worst, seconds=verdict.seconds)
     if verdict.refused is not None:
         return replace(found, state=REFUSED, reason=verdict.refused)
-    if device.type == "cuda" and kernel.checked and row.dtype == _SWEPT:
+    if device.type == "cuda" and kernel.checked and (row.dtype == _SWEPT or row.op in _BY_DTYPE):
         found = _sweep(kernel, found, device)
     return replace(found, usage=triton_kernels.usage() if kernel.checked else {})
 
