@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,7 +287,7 @@ def test_a_cache_folder_that_cannot_be_written(caplog, monkeypatch, tmp_path, un
 
 def test_a_broken_cache_file(tmp_path):
     """The eager backend serves, with one warning; the next process compiles again. In processes of their own, because
-    a function that was compiled stays in memory."""
+    a function that was compiled stays in memory. A second copy of the sources compiles nothing."""
     code = """
 import torch
 from hf_gdn import registry
@@ -294,16 +295,23 @@ from hf_gdn.kernels.numba import library, runtime
 library.LAYOUTS = {"gated_norm": library.LAYOUTS["gated_norm"]}  # one function is enough, and quick to compile
 print(registry.resolve(registry.Request("gated_norm", "cpu", torch.float32, 2, 4, 64, 64)).backend)
 """
-    env = os.environ | {"HF_GDN_CACHE": str(tmp_path)}
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "hf_gdn").symlink_to(Path(hf_gdn.__file__).parent)
 
-    def process():
-        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    env = os.environ | {"HF_GDN_CACHE": str(tmp_path / "cache")}
+
+    def process(code=code, **options):
+        return subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, **options
+        )
 
     first = process()
     assert first.stdout == "numba\n" and first.stderr.count("compiling CPU kernels") == 1, first.stderr
     assert str(tmp_path) in first.stderr
     second = process()
     assert (second.stdout, second.stderr) == ("numba\n", "")
+    copy = process(code + "print(library.__file__)", cwd=tmp_path / "copy")
+    assert copy.stderr == "" and str(tmp_path / "copy") in copy.stdout
     files = list(tmp_path.rglob("*.nb[ic]"))
     assert len(files) == 2
     for path in files:
@@ -312,3 +320,5 @@ print(registry.resolve(registry.Request("gated_norm", "cpu", torch.float32, 2, 4
     assert broken.stdout == "eager\n" and broken.stderr.count("\n") == 1, broken.stderr
     assert "numba needs functions that can be compiled and cached" in broken.stderr
     assert process().stdout == "numba\n"
+    next(tmp_path.rglob("*.nbc")).unlink()
+    assert process().stderr.count("compiling CPU kernels") == 1

@@ -94,23 +94,26 @@ def _load(dtype: torch.dtype) -> str | None:
     except OSError as error:
         return f"needs a folder for compiled functions; {_first_line(error)} (HF_GDN_CACHE names another folder)"
     name = str(dtype).removeprefix("torch.")
-    complete = folder / f"{name}.complete"
-    cached, start = complete.exists(), time.perf_counter()
-    if not cached:
-        logger.warning("compiling CPU kernels, once for this machine, up to half a minute; kept in %s", folder)
+    misses, start = 0, time.perf_counter()
+
+    def on_miss() -> None:
+        nonlocal misses
+        if misses == 0:
+            logger.warning("compiling CPU kernels, once for this machine, up to half a minute; kept in %s", folder)
+        misses += 1
+
     try:
         found = {}
         for function, layout in LAYOUTS.items():
             module = importlib.import_module(f".compiled.{function}", __package__)
-            owner = entry.compile_entry(getattr(module, function), layout, name, str(folder))
+            owner = entry.compile_entry(getattr(module, function), layout, name, str(folder), on_miss)
             address = owner.address
             found[function, dtype] = Compiled(layout, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address), address, owner)
-        complete.touch()
     except Exception as error:  # of numba, LLVM or pickle, which may raise anything
         shutil.rmtree(folder, ignore_errors=True)  # the next process compiles again
         return f"needs functions that can be compiled and cached in {folder}; {_first_line(error)}"
     _functions.update(found)
-    logger.info("CPU kernels %s in %.1f s", "loaded" if cached else "compiled", time.perf_counter() - start)
+    logger.info("CPU kernels %s in %.1f s", "compiled" if misses else "loaded", time.perf_counter() - start)
     return None
 
 

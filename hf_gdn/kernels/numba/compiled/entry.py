@@ -6,11 +6,14 @@ Threads take tasks until none is left. Which thread runs a task, and how many th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numba
 import numpy
 from numba import types
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic
 
 from ..arguments import COMMON, Layout
@@ -67,7 +70,34 @@ def next_task(block):
     return take_ticket(_place(block, _TASK))
 
 
-def compile_entry(function: Callable[..., None], layout: Layout, dtype: str, folder: str):
+def _cache_in(folder: str, on_miss: Callable[[], None]) -> type[FunctionCache]:
+    """numba's cache, with its files in a folder whatever the path of the sources.
+
+    `on_miss` is called before a function is compiled.
+    """
+
+    class Locator(InTreeCacheLocator):
+        def get_cache_path(self) -> str:
+            return folder
+
+    class Implementation(CompileResultCacheImpl):
+        _locator_classes: ClassVar = [Locator]
+
+    class Cache(FunctionCache):
+        _impl_class = Implementation
+
+        def load_overload(self, sig, target_context):
+            found = super().load_overload(sig, target_context)
+            if found is None:
+                on_miss()
+            return found
+
+    return Cache
+
+
+def compile_entry(
+    function: Callable[..., None], layout: Layout, dtype: str, folder: str, on_miss: Callable[[], None]
+) -> Any:
     """Compile ``function(block)`` for fp32 or float64 arithmetic, or load it from numba's cache in a folder.
 
     Returns:
@@ -76,10 +106,7 @@ def compile_entry(function: Callable[..., None], layout: Layout, dtype: str, fol
     fields = [(name, "i8") for name in layout.integers] + [(name, "f8") for name in layout.floats]
     record = numba.from_dtype(numpy.dtype([*fields, (_ARITHMETIC, dtype)]))
     signature = types.void(types.CPointer(record))
-    config: Any = numba.config
-    before = config.CACHE_DIR
-    config.CACHE_DIR = folder  # read when a function is made; other users of numba keep theirs
-    try:
-        return numba.cfunc(signature, cache=True, error_model="numpy")(function)
-    finally:
-        config.CACHE_DIR = before
+    owner: Any = CFunc(function, normalize_signature(signature), locals={}, options={"error_model": "numpy"})
+    owner._cache = _cache_in(folder, on_miss)(function)
+    owner.compile()
+    return owner
