@@ -129,12 +129,6 @@ def lively(family: str, seed: int = 0) -> torch.nn.Module:
     return _enlarged(model(family, seed))
 
 
-def checkpointing_enable(model, options: dict | None = None) -> None:
-    """Turn on gradient checkpointing, by the name that the installed transformers gives it."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(options)
-
-
 def skip_what_it_cannot(family: str, feature: str) -> None:
     """Skip a test of a feature that a family does not have, with or without hf_gdn."""
     assert feature in FEATURES

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..loading.models import Loaded
 from ..patches import patched, unpatched
+from ..upstream.modules import checkpointing_enable
 from .options import TrainOptions
 from .training_batches import Inputs, packed, padded
 
@@ -109,7 +110,7 @@ def copies(loaded: Loaded, options: TrainOptions) -> dict[str, Copy]:
         torch.manual_seed(options.seed)
         model = peft.get_peft_model(model, peft.LoraConfig(r=options.lora, target_modules="all-linear"))
     if options.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpointing_enable(model, {"use_reentrant": False})
     shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     return {"original": Copy(copy.deepcopy(model, shared), options.lr), "patched": Copy(model, options.lr)}
 

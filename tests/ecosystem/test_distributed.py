@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_gdn
+from hf_gdn.upstream.modules import checkpointing_enable
 from tests import tiny_models as tiny
 from tests.ecosystem.common import TWO, assert_same_training, counting, parameters
 
@@ -23,7 +24,7 @@ READ_DIRECTLY = ("norm", "o_norm", "forget_gate")
 def distributed(model, kind):
     """The model as its users wrap it."""
     if "checkpointing" in kind:
-        tiny.checkpointing_enable(model, {"use_reentrant": False})
+        checkpointing_enable(model, {"use_reentrant": False})
     if kind.startswith("ddp"):
         # Experts that no token of a process chose have no gradient there.
         return DistributedDataParallel(model, find_unused_parameters=True)

@@ -216,6 +216,12 @@ def test_what_cannot_be_used(arguments, text, tmp_path):
     assert not (tmp_path / "report.json").exists()
 
 
+def test_checkpointing_warns_of_nothing(recwarn):
+    loaded = Loaded(Source("x"), tiny.model("qwen3_next"), None, "float32")
+    copies(loaded, TrainOptions(checkpointing=True))
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_adapters_need_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="--lora needs the peft package: pip install peft"):

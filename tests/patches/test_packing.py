@@ -9,6 +9,7 @@ from transformers import DynamicCache
 import hf_gdn
 from hf_gdn.testing import assert_close, error
 from hf_gdn.testing.tolerances import GRADIENT, LAYER
+from hf_gdn.upstream.modules import checkpointing_enable
 from tests import tiny_models as tiny
 
 BOUNDS = [0, 7, 8, 50]
@@ -127,7 +128,7 @@ def test_training_on_packed_sequences_with_checkpointing(model, family):
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     alone = gradients([(ids[:, first:last], None) for first, last in pairwise(BOUNDS)])
-    tiny.checkpointing_enable(model)
+    checkpointing_enable(model)
     with hf_gdn.patched(strict=True):
         assert_close("gradients", gradients([(ids, restarting(BOUNDS))]), alone, GRADIENT)
 
