@@ -28,13 +28,16 @@ from .training_batches import Batches, of_text, scored
 from .training_results import ParameterGroup, Trained, Training, relative_differences
 from .training_step import Copy, Way, copies, group_of, import_peft, norms, ways
 
+MAX_SEED = 2**32 - 1  # a generator's is made of it and a step's number, and takes 64 bits
 SAVE_EVERY = 60.0  # seconds at least between two states kept for --resume, and ten times what keeping one takes
 
 
 def check(options: TrainOptions) -> None:
     """Raise UserError for options that cannot be used."""
-    if not options.lr > 0:
-        raise UserError(f"--lr must be above 0, got {options.lr:g}")
+    if not 0 < options.lr < math.inf:
+        raise UserError(f"--lr must be above 0 and finite, got {options.lr:g}")
+    if options.seed > MAX_SEED:
+        raise UserError(f"--seed must be at most {MAX_SEED}, got {options.seed}")
     for dtype in SAME_TRAINING:
         verdicts.bounds(SAME_TRAINING[dtype], options.tolerance)
     if options.lora is not None:

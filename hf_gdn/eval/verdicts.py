@@ -19,7 +19,7 @@ class Verdict:
 
 
 def bounds(defaults: dict[str, float], changes: tuple[str, ...] = ()) -> dict[str, float]:
-    """Bounds with changes like ``"kl_mean=1e-3"``. Raises UserError for one that is none."""
+    """Bounds with changes like ``"kl_mean=1e-3"``. Raises UserError for one that is none, negative or NaN."""
     found = dict(defaults)
     for change in changes:
         name, _, value = change.partition("=")
@@ -29,6 +29,8 @@ def bounds(defaults: dict[str, float], changes: tuple[str, ...] = ()) -> dict[st
             found[name] = float(value)
         except ValueError as error:
             raise UserError(f"--tolerance {change}: expected NAME=NUMBER, e.g. {name}=1e-3") from error
+        if not found[name] >= 0:  # which NaN is not either
+            raise UserError(f"--tolerance {change}: a bound must be at least 0, got {value}")
     return found
 
 
