@@ -37,8 +37,8 @@ TIE = {"float32": 64.0, "float16": 4.0, "bfloat16": 4.0}
 # The largest differences that still count as the same training, by dtype of the weights. `gradient` bounds the relative
 # error of a parameter group's gradient on the same weights: in fp32 ten times what the tests allow a tiny model, in
 # bf16 twice what routers reach, whose experts flip (docs/report.md). `loss` bounds the relative difference of a step's
-# losses in the median over steps, since one token that flips an expert moves one loss by 4e-4; `ppl_ratio` is as above,
-# held out and after training.
+# losses in the median over steps, since one token that flips an expert moves one loss by 4e-4; `ppl_ratio` likewise
+# |PPL patched / PPL original - 1| of a window held out, after training, in the median over windows.
 SAME_TRAINING = {
     "float32": {"gradient": 1e-3, "loss": 1e-4, "ppl_ratio": 1e-4},
     "bfloat16": {"gradient": 4e-1, "loss": 5e-3, "ppl_ratio": 2e-3},

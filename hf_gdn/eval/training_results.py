@@ -17,13 +17,15 @@ class Trained:
     """One side's training.
 
     ``losses``: of each step before its update, nats per token. ``norms``: of the whole gradient, each step.
-    ``ppl_before``, ``ppl_after``: held-out perplexity. ``step_ms``: forward, backward and update, without the first
+    ``held_out_after``: of each window held out, after training, nats per token. ``ppl_before``, ``ppl_after``: their
+    perplexity. ``step_ms``: forward, backward and update, without the first
     step, which takes ``first_step_ms``. ``peak_mib``: memory that a forward and backward takes beside weights and
     optimizer.
     """
 
     losses: list[float]
     norms: list[float]
+    held_out_after: list[float]
     ppl_before: float
     ppl_after: float
     step_ms: Spread

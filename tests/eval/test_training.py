@@ -1,5 +1,6 @@
 """hf-gdn train: a wrong gradient is found; training is resumed, shared by processes, packed, with adapters."""
 
+import dataclasses
 import json
 import sys
 import textwrap
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from hf_gdn.errors import UserError
-from hf_gdn.eval import compare, training, training_batches, writers
+from hf_gdn.eval import compare, training, training_batches, training_results, writers
 from hf_gdn.eval.options import TrainOptions
 from hf_gdn.eval.training_step import copies, group_of
 from hf_gdn.loading.models import Loaded, Source
@@ -89,6 +90,16 @@ def test_nan_is_found(command):
     with planted, rest:
         code, _, report = command("--backend", "wrong", "--steps", "1")
     assert code == 1 and training_of(report)["grade"] == "not finite"
+
+
+def test_one_window_of_many_does_not_decide():
+    """An expert that flips moves one; rounding moves the others by less than the bound."""
+    made = training_results.Trained([2.0], [1.0], [1.0] * 8, 9.0, 9.0, None, 1.0, 1.0)
+    group = training_results.ParameterGroup("x", 1, 1.0, 0.0, 0.0, 0.0)
+    for moved, expected in (([1.005] + [1.0] * 7, "same"), ([1.005] * 5 + [1.0] * 3, "different")):
+        bounds = {"gradient": 1e-3, "loss": 1e-4, "ppl_ratio": 1e-4}
+        other = dataclasses.replace(made, held_out_after=moved)
+        assert training.grade(made, other, [group], "float32", bounds).grade == expected
 
 
 @pytest.mark.parametrize(
