@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
+from operator import index
 from typing import Any
 
 import torch
@@ -346,6 +347,11 @@ def resolve(request: Request, backend: str = "auto", *, needs_grad: bool = False
     return kernel
 
 
+def _numbers(dims: Dims) -> Dims:
+    """The same, where torch.compile traces symbols: what it compiles then holds for these dimensions."""
+    return index(dims[0]), index(dims[1]), index(dims[2]), index(dims[3])
+
+
 @torch.compiler.assume_constant_result
 def _resolved_backend(
     op: str, device_type: str, dtype: torch.dtype, dims: Dims, beta_max: float, backend: str, needs_grad: bool
@@ -368,7 +374,8 @@ def resolve_cached(
     beta_max: float = 1.0,
 ) -> Kernel:
     """Cached `resolve` for hot paths and traced functions. `dims` are HK, HV, K and V."""
-    return _table[op, _resolved_backend(op, device_type, dtype, dims, beta_max, backend, needs_grad)]
+    beta_max = next((x for x in (1.0, 2.0) if beta_max == x), beta_max)  # a number, as in `_numbers`
+    return _table[op, _resolved_backend(op, device_type, dtype, _numbers(dims), beta_max, backend, needs_grad)]
 
 
 def chosen() -> set[tuple[str, str]]:
@@ -429,5 +436,5 @@ def companion(
 
     With `needs_grad`, None if gradients do not go through it either.
     """
-    found = _companion_backend(op, device_type, dtype, dims, backend, needs_grad)
+    found = _companion_backend(op, device_type, dtype, _numbers(dims), backend, needs_grad)
     return None if found is None else _table[op, found]

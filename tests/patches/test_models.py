@@ -313,6 +313,19 @@ def test_compiles_without_a_break(family, backend):
     assert_close("compiled", torch.cat(parts, 1), wanted, LAYER)
 
 
+@tiny.mainly("qwen3_next", "kimi_linear", "olmo_hybrid")
+def test_compiles_with_symbols_for_sizes(family):
+    """What is compiled with dynamic=True serves any batch and length, with and without gradients."""
+    torch._dynamo.reset()
+    layer, xs = tiny.mixer(tiny.model(family)), [torch.randn(2, 40, 32), torch.randn(3, 33, 32)]
+    with hf_gdn.patched(strict=True):
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                for x in xs:
+                    assert_close(str(grad), compiled(x), layer(x), LAYER)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(family):
     """The Triton kernels inside a model: prefill, pieces and decode against the original on the same card."""
