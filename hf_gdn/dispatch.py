@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import registry
 from .once import read_once
+from .upstream.tensors import in_forward_mode
 
 T = TypeVar("T")
 
@@ -99,6 +100,15 @@ def check_copy(cu_seqlens: Tensor, copy: Tensor, length: int) -> Tensor:
             cu_seqlens = cu_seqlens.clone()
     check_bounds(cu_seqlens, length, copy=copy)
     return cu_seqlens
+
+
+def refuse_forward_mode() -> None:
+    """Raise RuntimeError in forward mode, in which tangents would be lost without a word."""
+    if in_forward_mode():
+        raise RuntimeError(
+            "forward-mode derivatives (torch.func.jvp, jacfwd, hessian, dual numbers) are not supported by hf_gdn; "
+            "take torch.func.grad, vjp or jacrev, or run transformers' layers in hf_gdn.unpatched()"
+        )
 
 
 def dims_of(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:

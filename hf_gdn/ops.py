@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import registry
-from .dispatch import check, check_bounds, check_copy, dims_of, run_or_fall_back, shape_of
+from .dispatch import check, check_bounds, check_copy, dims_of, refuse_forward_mode, run_or_fall_back, shape_of
 from .gradients import call_with_backward, has_backward
 from .kernels.contract import state_dtype
 from .operators import OPERATORS
@@ -128,6 +128,7 @@ def _call(
     copy = others.get("cu_seqlens_cpu")
     if cu_seqlens is not None and copy is not None and not torch.compiler.is_compiling():
         cu_seqlens = check_copy(cu_seqlens, copy, q.shape[1])
+    refuse_forward_mode()
     dtype = state_dtype(v.dtype)
     g = activations.gate(name, g).to(dtype)
     beta = activations.beta(beta)

@@ -186,6 +186,13 @@ def test_func(op):
         assert_same(name, got, want)
 
 
+@pytest.mark.parametrize("backend", tiny.ON_A_CPU)
+def test_forward_mode_is_refused(op, backend):
+    leaves = [x.detach().float() for x in make(op)]
+    with pytest.raises(RuntimeError, match="forward-mode derivatives .* are not supported by hf_gdn; take"):
+        torch.func.jvp(lambda q: results(op, q, *leaves[1:], backend=backend), (leaves[0],), (leaves[0],))
+
+
 def test_second_derivatives_are_refused(op):
     leaves = make(op)
     (first,) = torch.autograd.grad(loss(op, *leaves), leaves[0], create_graph=True)

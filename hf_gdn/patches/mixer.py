@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import refuse_forward_mode
 from ..kernels.contract import Projections, Weights
 from ..operators import call_delta_rule, call_norm, call_prologue, call_step
 from ..registry import Kernel
@@ -69,6 +70,7 @@ def mix(
         cu_seqlens: ``[N + 1]`` boundaries of sequences packed in one row.
         real: ``[B, T]``, false for padding, which must be at the end of rows.
     """
+    refuse_forward_mode()
     plan, weights = call.prepare(projected)
     batch, length = projected.q.shape[:2]
     states = call.states

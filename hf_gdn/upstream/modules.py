@@ -66,10 +66,11 @@ def is_users_cache(cache: Any) -> bool:
 
 def forget_compiled_call(model: Any) -> None:
     """Drop the compiled decode step that ``generate`` keeps on a model."""
+
+
 def checkpointing_enable(model: Any, options: dict[str, Any] | None = None) -> None:
     """Turn on gradient checkpointing, by the name that the installed transformers gives it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options)
-
 
     model.__dict__.pop("_compiled_call", None)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as active_modes
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
@@ -24,6 +25,8 @@ __all__ = [
     "version",
     "is_traced",
     "parts",
+    "in_forward_mode",
+    "in_transform",
     "mark_static_address",
     "free_cublas_workspaces",
     "abandon_pool",
@@ -53,6 +56,16 @@ def is_traced(x: Tensor) -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 and any(
         isinstance(mode, (ProxyTorchDispatchMode, FakeTensorMode)) for mode in active_modes()
     )
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives are taken in forward mode: `torch.func.jvp`, dual numbers."""
+    return forward_ad._current_level >= 0
+
+
+def in_transform() -> bool:
+    """Whether a `torch.func` transform runs, whose tensors have no memory of their own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def mark_static_address(tensor: Tensor) -> None:

@@ -228,6 +228,13 @@ def same_gradients(got, wanted):
         assert off <= GRADIENT * gradient.norm() + 1e-7 * whole, f"gradient of {name}: off by {off:.1e} of {whole:.1e}"
 
 
+def test_forward_mode_is_refused(model):
+    layer, x = tiny.mixer(model), torch.randn(1, 5, 32)
+    for backend in tiny.ON_A_CPU:
+        with hf_gdn.patched(backend=backend), pytest.raises(RuntimeError, match="forward-mode derivatives .* hf_gdn"):
+            torch.func.jvp(layer, (x,), (x,))
+
+
 def test_what_a_layer_keeps_for_its_backward():
     """Outputs of its projections, inputs of its ops, and a state every 256 tokens, each once (docs/training.md)."""
     model, x = tiny.model("qwen3_next"), torch.randn(1, 600, 32, requires_grad=True)
