@@ -16,6 +16,7 @@ from .dispatch import check_bounds, dims_of, run_or_fall_back
 from .gradients import call_with_backward, has_backward, norm_with_backward, prologue_with_backward
 from .kernels import slots as in_slots
 from .kernels.contract import DeltaRuleInputs, LayerSpec, Projections, Slots, Weights, state_dtype
+from .upstream.tensors import in_transform
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor{state} initial_state, Tensor? cu_seqlens, "
@@ -56,6 +57,11 @@ def _define(op: str, inplace: bool) -> Any:
 
 OPERATORS = {op: _define(op, False) for op in ("chunk_gdn", "recurrent_gdn", "chunk_kda", "recurrent_kda")}
 INPLACE_OPERATORS = {op: _define(op, True) for op in ("recurrent_gdn", "recurrent_kda")}
+
+
+def _as_operator(kernel: registry.Kernel) -> bool:
+    """Whether a kernel is called as an operator: torch.compile traces it, or `torch.func.vmap` gives it tensors."""
+    return not kernel.traceable and (torch.compiler.is_compiling() or in_transform())
 
 
 def call_delta_rule(
@@ -99,7 +105,7 @@ def call_delta_rule(
         return call_with_backward(
             kernel, q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, beta_max, asked
         )
-    if torch.compiler.is_compiling() and (not kernel.traceable or cu_seqlens is not None):
+    if _as_operator(kernel) or (cu_seqlens is not None and torch.compiler.is_compiling()):
         table = INPLACE_OPERATORS if inplace else OPERATORS
         chosen = kernel.backend, asked
         result = table[kernel.op](q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, beta_max, *chosen)
@@ -160,7 +166,7 @@ def call_step(
     if slots is not None:
         given = projected, weights, spec, conv_state, state, slots
         return run_or_fall_back(kernel, asked, projected.q, heads, lambda kernel: in_slots.step(kernel, *given))
-    if torch.compiler.is_compiling() and not kernel.traceable:
+    if _as_operator(kernel):
         return STEP_OPERATORS[kernel.op](*projected[:6], *weights, conv_state, state, *spec, kernel.backend, asked)
     return run_or_fall_back(
         kernel,
@@ -242,7 +248,7 @@ def call_prologue(
         return call(projected, weights, spec, keep, cu_seqlens, lengths, kernel.backend, asked)
     if needs_grad and not kernel.differentiable:
         kernel = registry.get_or_none(kernel.op, "eager") or kernel
-    if slots is None and torch.compiler.is_compiling() and not kernel.traceable:
+    if slots is None and _as_operator(kernel):
         q, k, v, g, beta, recent = PROLOGUE_OPERATORS[kernel.op](
             *projected[:6], *weights[:4], *spec[:3], conv_state, keep, cu_seqlens, lengths, kernel.backend, asked
         )
@@ -280,6 +286,6 @@ def call_norm(
     """Call a gated-norm kernel: directly, or as an operator where torch.compile or autograd cannot go through it."""
     if needs_grad and isinstance(spec.gate, str) and _through_operator(kernel):
         return _differentiable_norm(o, z, weight, *spec[4:], kernel.backend, asked)
-    if torch.compiler.is_compiling() and not kernel.traceable:
+    if _as_operator(kernel):
         return NORM_OPERATOR(o, z, weight, *spec[4:], kernel.backend, asked)
     return run_or_fall_back(kernel, asked, o, o.shape[2:], lambda kernel: kernel.fn(o, z, weight, spec))

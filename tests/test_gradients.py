@@ -186,6 +186,21 @@ def test_func(op):
         assert_same(name, got, want)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap(op):
+    """Of a gradient, and of vectors in a backward."""
+    leaves = [x.detach() for x in make(op)]
+    each = lambda q: torch.func.grad(lambda q: loss(op, q, *leaves[1:]))(q)  # noqa: E731
+    qs = torch.stack([leaves[0], 2 * leaves[0]])
+    assert_close("q", torch.func.vmap(each)(qs), torch.stack([each(q) for q in qs]), SAME_SUMS)
+    q = leaves[0].requires_grad_()
+    o, _ = results(op, *leaves)
+    vectors = torch.randn(2, *o.shape, dtype=o.dtype)
+    (got,) = torch.autograd.grad(o, q, vectors, is_grads_batched=True, retain_graph=True)
+    wanted = [torch.autograd.grad(o, q, x, retain_graph=True)[0] for x in vectors]
+    assert_close("vectors", got, torch.stack(wanted), SAME_SUMS)
+
+
 @pytest.mark.parametrize("backend", tiny.ON_A_CPU)
 def test_forward_mode_is_refused(op, backend):
     leaves = [x.detach().float() for x in make(op)]

@@ -23,6 +23,8 @@ def once(op: str, operator: Callable[..., Any]) -> Callable[..., Any]:
 
     # Rather than the autograd that operators can register, which `torch.func` does not take.
     class Once(torch.autograd.Function):
+        generate_vmap_rule = True
+
         @staticmethod
         def forward(*inputs: Any) -> tuple[Tensor, ...]:
             return operator(*inputs)

@@ -75,6 +75,8 @@ def _define(op: str, backward_op: str) -> tuple[Any, Any, Any]:
     differentiated = once(op, running)
 
     class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+
         @staticmethod
         def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
             return saving(*inputs)

@@ -38,6 +38,8 @@ def norm_with_backward(operator: Callable[..., Tensor]) -> Callable[..., Tensor]
     """The operator of the gated norm as a function that autograd can go through."""
 
     class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+
         @staticmethod
         def forward(*inputs: Any) -> Tensor:
             return operator(*inputs)

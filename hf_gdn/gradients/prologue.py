@@ -63,6 +63,8 @@ def prologue_with_backward(op: str, operator: Callable[..., Any]) -> Callable[..
     differentiated = once(op, BACKWARD_PROLOGUE_OPERATORS[op])
 
     class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+
         @staticmethod
         def forward(qkv: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
             return operator(*inputs)

@@ -228,6 +228,26 @@ def same_gradients(got, wanted):
         assert off <= GRADIENT * gradient.norm() + 1e-7 * whole, f"gradient of {name}: off by {off:.1e} of {whole:.1e}"
 
 
+@tiny.mainly("qwen3_next", "kimi_linear")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_each_sample(family):
+    """By vmap over a gradient; vmap alone maps the kernels of every backend."""
+    layer, x = tiny.mixer(tiny.model(family)), torch.randn(3, 40, 32)
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(weights, x):
+        return torch.func.functional_call(layer, weights, (x[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))
+    wanted = each(weights, x)
+    with hf_gdn.patched():
+        same_gradients(each(weights, x), wanted)
+    for backend in tiny.ON_A_CPU:
+        with hf_gdn.patched(backend=backend), torch.no_grad():
+            mapped = torch.func.vmap(lambda row: layer(row[None])[0])(x)
+            assert_close(backend, mapped, layer(x), LAYER)
+
+
 def test_forward_mode_is_refused(model):
     layer, x = tiny.mixer(model), torch.randn(1, 5, 32)
     for backend in tiny.ON_A_CPU:
