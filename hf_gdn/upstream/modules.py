@@ -30,14 +30,16 @@ def forward_hooks(module: Any) -> list[Any]:
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
-def has_forward_hooks(module: Any) -> bool:
-    """Whether calling a module runs hooks that would be skipped by calling its forward or reading its parameters."""
-    return bool(module._forward_pre_hooks or module._forward_hooks)
+def has_hooks(module: Any) -> bool:
+    """Whether calling a module, or its backward, runs hooks that reading its parameters would skip."""
+    own = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return bool(own or has_hooks_of_all_modules())
 
 
 def has_hooks_of_all_modules() -> bool:
-    """Whether global hooks run when any module is called."""
-    return bool(_module._global_forward_hooks or _module._global_forward_pre_hooks)
+    """Whether global hooks run when any module is called, or in its backward."""
+    forward = _module._global_forward_hooks or _module._global_forward_pre_hooks
+    return bool(forward or _module._global_backward_hooks or _module._global_backward_pre_hooks)
 
 
 def accelerate_hook(module: Any) -> Any:
@@ -64,13 +66,12 @@ def is_users_cache(cache: Any) -> bool:
     return bool(getattr(cache, "_is_user_defined", False))
 
 
-def forget_compiled_call(model: Any) -> None:
-    """Drop the compiled decode step that ``generate`` keeps on a model."""
-
-
 def checkpointing_enable(model: Any, options: dict[str, Any] | None = None) -> None:
     """Turn on gradient checkpointing, by the name that the installed transformers gives it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options)
 
+
+def forget_compiled_call(model: Any) -> None:
+    """Drop the compiled decode step that ``generate`` keeps on a model."""
     model.__dict__.pop("_compiled_call", None)

@@ -255,6 +255,27 @@ def test_forward_mode_is_refused(model):
             torch.func.jvp(layer, (x,), (x,))
 
 
+@tiny.mainly("qwen3_next", "kimi_linear")
+def test_backward_hooks_run(family):
+    """Of children that hf_gdn reads without calling them, and of all modules."""
+    layer, x, calls = tiny.mixer(tiny.model(family)), torch.randn(1, 5, 32, requires_grad=True), []
+    read = [child for name, child in layer.named_children() if name in ("norm", "o_norm", "forget_gate")]
+
+    def hook(module, *_):
+        calls.extend(child for child in read if child is module)
+
+    registers = [child.register_full_backward_hook for child in read]
+    registers += [child.register_full_backward_pre_hook for child in read]
+    for register in (*registers, torch.nn.modules.module.register_module_full_backward_hook):
+        handle = register(hook)
+        layer(x).sum().backward()
+        wanted = [calls.pop() for _ in calls[:]]
+        with hf_gdn.patched():
+            layer(x).sum().backward()
+        handle.remove()
+        assert wanted and [calls.pop() for _ in calls[:]] == wanted
+
+
 def test_what_a_layer_keeps_for_its_backward():
     """Outputs of its projections, inputs of its ops, and a state every 256 tokens, each once (docs/training.md)."""
     model, x = tiny.model("qwen3_next"), torch.randn(1, 600, 32, requires_grad=True)

@@ -39,14 +39,14 @@ FEATURES = {
 }
 
 
-def has_forward_hooks(module: Any) -> bool:
-    """Whether a module has forward hooks (FSDP and users add them), so it has to be called instead of read."""
-    return modules.has_forward_hooks(module)
+def has_hooks(module: Any) -> bool:
+    """Whether a module has hooks (FSDP and users add them), so it has to be called instead of read."""
+    return modules.has_hooks(module)
 
 
 def _must_call_norm(norm: Any) -> bool:
-    """Whether a gated norm has to be called: it has forward hooks, or is not transformers' own (PEFT wraps it)."""
-    return has_forward_hooks(norm) or not hasattr(norm, "variance_epsilon")
+    """Whether a gated norm has to be called: it has hooks, or is not transformers' own (PEFT wraps it)."""
+    return has_hooks(norm) or not hasattr(norm, "variance_epsilon")
 
 
 def _known(activation: str) -> Any:

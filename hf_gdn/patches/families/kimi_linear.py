@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...kernels.contract import LayerSpec, Projections
-from .base import Dims, Family, has_forward_hooks
+from .base import Dims, Family, has_hooks
 
 
 class KimiLinear(Family):
@@ -36,7 +36,7 @@ class KimiLinear(Family):
 
     def project(self, layer: Any, x: Tensor) -> Projections:
         qkv, gate = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)), layer.forget_gate
-        called = has_forward_hooks(gate)
+        called = has_hooks(gate)
         a = gate(x) if called else self.forget(gate, x)
         projected = self.split(layer, qkv, a, layer.b_proj(x), self.gate(layer, x))
         return projected._replace(a=None, g=a) if called else projected
