@@ -276,6 +276,15 @@ def test_backward_hooks_run(family):
         assert wanted and [calls.pop() for _ in calls[:]] == wanted
 
 
+def test_gradients_without_tokens(model):
+    layer = tiny.mixer(model)
+    for shape in ((2, 0, 32), (0, 5, 32)):
+        x = torch.randn(shape, requires_grad=True)
+        with hf_gdn.patched(strict=True):
+            layer(x).sum().backward()
+        assert x.grad.shape == shape and not any(p.grad.any() for p in layer.parameters() if p.grad is not None)
+
+
 def test_what_a_layer_keeps_for_its_backward():
     """Outputs of its projections, inputs of its ops, and a state every 256 tokens, each once (docs/training.md)."""
     model, x = tiny.model("qwen3_next"), torch.randn(1, 600, 32, requires_grad=True)

@@ -30,7 +30,7 @@ def log_decay(spec: LayerSpec, weights: Weights, projected: Projections) -> Tens
     per_channel = a.dim() == 3
     x = a.float() + weights.dt_bias.float().view(a.shape[2:])
     A = weights.A_log.float().exp().view((heads, 1) if per_channel else a.shape[2:])
-    shape = (*a.shape[:2], heads, -1) if per_channel else (*a.shape[:2], heads)
+    shape = (*a.shape[:2], heads, a.shape[2] // heads) if per_channel else (*a.shape[:2], heads)
     if spec.lower_bound is not None:
         g = spec.lower_bound * (A * x.view(shape)).sigmoid()
     elif per_channel:
