@@ -129,6 +129,19 @@ def test_what_is_kept_for_the_backward(op, packed):
     assert sum(by_address.values()) <= 1.2 * (q.nbytes + k.nbytes + v.nbytes + o.nbytes)
 
 
+def test_what_is_kept_in_16_bits(op):
+    """Of q, k, v and o; KDA's decays, which are fp32, are twice as large as its keys."""
+    heads = 2 if op == "chunk_kda" else 1
+    made = registry.ops()[op].make_inputs(B=1, T=2048, HK=heads, HV=2, K=128, V=128, dtype=torch.bfloat16)
+    leaves = [made[name].requires_grad_() for name in NAMES[:5]]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        o, _ = results(op, *leaves, None)
+    by_address = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    size = sum(x.nbytes for x in (*leaves[:3], o))
+    assert sum(by_address.values()) <= {"chunk_gdn": 1.2, "chunk_kda": 1.5}[op] * size
+
+
 def test_memory_of_a_backward_is_linear_in_tokens(op):
     from hf_gdn.eval.timing import peak_bytes
 

@@ -210,6 +210,8 @@ def patched(
 ) -> Iterator[Status]:
     """Context manager that patches like `patch` and restores the previous patches on exit.
 
+    In training the backward belongs inside too: checkpointing runs the forward again in it.
+
     Examples:
         >>> with hf_gdn.patched(strict=True):
         ...     logits = model(**inputs).logits
