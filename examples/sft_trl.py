@@ -2,7 +2,8 @@
 
     pip install trl
     python examples/sft_trl.py --steps 20
-    accelerate launch --num_processes 8 examples/sft_trl.py --model Qwen/Qwen3.5-9B --output tuned
+    accelerate launch --num_processes 8 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \\
+        examples/sft_trl.py --model Qwen/Qwen3.5-9B --output tuned
 
 TRL packs documents into rows and gives positions that restart; in a patched model they also cut the linear-attention
 layers, in which the original mixes documents. Its warning about other attention implementations than flash attention

@@ -1,8 +1,10 @@
 """Fine-tune a patched model with transformers' Trainer.
 
     python examples/trainer.py --steps 20
-    accelerate launch --num_processes 8 examples/trainer.py --model Qwen/Qwen3.5-9B --output tuned
+    accelerate launch --num_processes 8 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \\
+        examples/trainer.py --model Qwen/Qwen3.5-9B --output tuned
 
+Weights, gradients and AdamW's moments are fp32, 16 bytes a parameter, which FSDP shares out among the processes.
 On the embedded model it prints the kernels that the layers train on, and loss before and after:
 
     kernels: chunk_gdn: eager, backward_gdn: eager
@@ -38,6 +40,7 @@ def main() -> None:
     arguments = TrainingArguments(
         output_dir=given.output, max_steps=given.steps, per_device_train_batch_size=4, learning_rate=1e-3,
         logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+        bf16=torch.cuda.is_available(),
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=rows)
     trainer.train()
