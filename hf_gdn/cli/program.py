@@ -12,7 +12,6 @@ import builtins
 import functools
 import io
 import pkgutil
-import runpy
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from typing import Any, ClassVar, NoReturn
 
 from ..errors import BackendError, PatchError, UserError
 from ..options import option
+from ..upstream.python import run_module_as_main
 from .at_import import arrange
 
 USAGE = "hf-gdn run [--backend B] [--cuda-graphs] [--strict] [--summary] PROGRAM [ARGS] | -m MODULE [ARGS]"
@@ -154,8 +154,8 @@ def _become(program: Sequence[str], folder: Path) -> types.ModuleType:
 
 def _module(program: Sequence[str]) -> None:
     _become(["-m", *program[1:]], Path.cwd())
-    # What python -m calls: run_module would print a traceback for an unknown module, and take the globals away.
-    _run(runpy._run_module_as_main, program[0])  # type: ignore[attr-defined]
+    # runpy.run_module would print a traceback for an unknown module, and take the globals away.
+    _run(run_module_as_main, program[0])
 
 
 def _folder(program: Sequence[str]) -> None:
@@ -164,7 +164,7 @@ def _folder(program: Sequence[str]) -> None:
     _become(program, path)
     if sys.path[0] != str(path):
         sys.path.insert(0, str(path))
-    _run(runpy._run_module_as_main, "__main__", False)  # type: ignore[attr-defined]
+    _run(run_module_as_main, "__main__", False)
 
 
 def _file(program: Sequence[str]) -> Callable[[], None]:
