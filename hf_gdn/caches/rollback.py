@@ -49,10 +49,12 @@ class _Assisted:
         recorded: whether the next forward has to be recorded.
         unverified: the cache whose last forward may have read a draft, and the number of tokens it held before; None
             after its `crop`.
+        verified: the cache that was cropped last; None after `newly_verified`.
     """
 
     recorded: bool = True
     unverified: tuple[Any, int] | None = None
+    verified: Any = None
 
 
 _assisted: ContextVar[_Assisted | None] = ContextVar("hf_gdn_assisted", default=None)
@@ -357,8 +359,20 @@ def make_cache_crop(original: Callable[[Any, int], None]) -> Callable[[Any, int]
 def _verified(cache: Any) -> None:
     """The cache holds no draft any more."""
     call = _assisted.get()
-    if call is not None and call.unverified is not None and call.unverified[0] is cache:
+    if call is None:
+        return
+    call.verified = cache
+    if call.unverified is not None and call.unverified[0] is cache:
         call.unverified = None
+
+
+def newly_verified(cache: Any) -> bool:
+    """Whether a draft of assisted decoding was verified since this was asked last."""
+    call = _assisted.get()
+    if call is None or call.verified is not cache:
+        return False
+    call.verified = None
+    return True
 
 
 def make_crop(original: Callable[[Any, int], None]) -> Callable[[Any, int], None]:

@@ -51,8 +51,8 @@ def make_assisted_decoding(_: Any) -> Callable[..., Any]:
     @functools.wraps(original)  # generate() looks at its arguments
     def assisted_decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         _check_processors(kwargs.get("logits_processor"))
-        given = cache = cache_names.look(kwargs)
-        mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+        cache, mask, embeds = cache_names.look(kwargs), kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+        stopping = stop_in_drafts(kwargs, cache, input_ids.shape[1])
         length = getattr(kwargs.get("generation_config"), "_mask_length", None) if mask is None else mask.shape[1]
         if mask is not None and _would_be_cut(input_ids, mask):
             del kwargs["attention_mask"]
@@ -67,14 +67,13 @@ def make_assisted_decoding(_: Any) -> Callable[..., Any]:
                 f"assisted decoding from a cache that holds {held} tokens needs a prompt of these tokens and at least "
                 f"one more, got {prompt.shape[1]}"
             )
-        stopping = stop_in_drafts(kwargs, input_ids.shape[1])
         token = _continued.set(cache)
         try:
             with rollback.assisted():
                 out = getattr(seams.generation_class(), seams.ASSISTED)(self, input_ids, *args, **kwargs)
         finally:
             _continued.reset(token)
-        return out if stopping is None else stopping.cut(out, given)
+        return out if stopping is None else stopping.cut(out)
 
     return assisted_decoding
 

@@ -26,14 +26,16 @@ class _Held:
         self._tokens: Tensor | None = None
 
     def put(self, tokens: Tensor) -> None:
+        self.release()
         self._tokens = tokens
 
-    def release(self, count: int) -> None:
+    def release(self, count: int | None = None) -> None:
         if self._tokens is not None:
             self._streamer.put(self._tokens[:, :count])
             self._tokens = None
 
     def end(self) -> None:
+        self.release()
         self._streamer.end()
 
 
@@ -42,6 +44,7 @@ class StopInDrafts(StoppingCriteriaList):  # type: ignore[misc]
 
     Args:
         criteria: of the call of ``generate``.
+        cache: of the call.
         length: of the prompt.
         streamer: of the call, or None.
 
@@ -50,13 +53,18 @@ class StopInDrafts(StoppingCriteriaList):  # type: ignore[misc]
         streamer: to be used in place of the one given.
     """
 
-    def __init__(self, criteria: Any, length: int, streamer: Any) -> None:
+    def __init__(self, criteria: Any, cache: Any, length: int, streamer: Any) -> None:
         super().__init__(criteria)
+        self._cache = cache
         self.stop: int | None = None
         self.streamer = None if streamer is None else _Held(streamer)
         self._prompt = self._seen = length
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        if not rollback.newly_verified(self._cache):
+            # Some versions of transformers ask about a draft before they read it, and take a yes without one for one.
+            found = super().__call__(input_ids, scores, **kwargs)
+            return found & (input_ids.shape[1] > self._seen)
         first, done = self._seen, None
         for length in range(first + 1, input_ids.shape[1] + 1):
             known = scores[: length - self._prompt] if isinstance(scores, tuple) else scores
@@ -68,13 +76,13 @@ class StopInDrafts(StoppingCriteriaList):  # type: ignore[misc]
             self.streamer.release(self._seen - first)
         return done
 
-    def cut(self, out: Any, cache: Any) -> Any:
+    def cut(self, out: Any) -> Any:
         """What ``generate`` returns, up to the stop; the cache is rolled back to it."""
         sequences = out if isinstance(out, Tensor) else out.sequences
         if self.stop is None or self.stop == sequences.shape[1]:
             return out
         beyond = sequences.shape[1] - self.stop
-        rollback.take_back(cache, int(cache.get_seq_length()) - beyond)
+        rollback.take_back(self._cache, int(self._cache.get_seq_length()) - beyond)
         if isinstance(out, Tensor):
             return out[:, : self.stop]
         out["sequences"] = sequences[:, : self.stop]
@@ -84,17 +92,18 @@ class StopInDrafts(StoppingCriteriaList):  # type: ignore[misc]
         return out
 
 
-def stop_in_drafts(kwargs: dict[str, Any], length: int) -> StopInDrafts | None:
+def stop_in_drafts(kwargs: dict[str, Any], cache: Any, length: int) -> StopInDrafts | None:
     """Replace the criteria and the streamer among a call's arguments; None where transformers' own do.
 
     Args:
         kwargs: of assisted decoding; changed in place.
+        cache: of the call.
         length: of the prompt.
     """
     criteria = kwargs.get("stopping_criteria") or ()
     if all(type(one).__name__ in _KNOWN for one in criteria):
         return None
-    found = StopInDrafts(criteria, length, kwargs.get("streamer"))
+    found = StopInDrafts(criteria, cache, length, kwargs.get("streamer"))
     kwargs["stopping_criteria"] = found
     if found.streamer is not None:
         kwargs["streamer"] = found.streamer
