@@ -182,21 +182,21 @@ def test_other_dtypes(family, dtype):
 @pytest.mark.parametrize("backend", tiny.ON_A_CPU)
 @pytest.mark.parametrize("change", [multiply_from_the_left, stride_parameters])
 def test_strided_projections_and_parameters(model, change, backend):
-    """Prefill, decode steps of two rows, and gradients."""
+    """Prefill, decode steps of two rows, and gradients; against the original's prefill of all tokens."""
     layer, x = tiny.mixer(model), torch.randn(2, 9, 32)
     change(layer)
 
-    def run():
+    def run(*parts):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            parts = [layer(part, **tiny.layer_given(layer, cache)) for part in x.split([7, 1, 1], 1)]
+            parts = [layer(part, **tiny.layer_given(layer, cache)) for part in x.split(parts, 1)]
         given = x.clone().requires_grad_()
         gradients = torch.autograd.grad(layer(given).square().sum(), (given, *layer.parameters()))
         return torch.cat(parts, 1), torch.cat([gradient.flatten() for gradient in gradients])
 
-    wanted = run()
+    wanted = run(9)
     with hf_gdn.patched(backend=backend, strict=True):
-        got = run()
+        got = run(7, 1, 1)
     assert_close("outputs", got[0], wanted[0], LAYER)
     assert_close("gradients", got[1], wanted[1], GRADIENT)
 
