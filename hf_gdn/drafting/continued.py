@@ -41,7 +41,9 @@ def _would_be_cut(input_ids: Tensor, mask: Tensor) -> bool:
 def _check_processors(processors: Any) -> None:
     """Raise ValueError for a processor that reads the text with a cache of its own, which cannot roll tokens back."""
     if any(isinstance(one, seams.guidance_class()) for one in processors or ()):
-        raise ValueError("guidance_scale cannot be used with drafts: its own cache of the text is not rolled back")
+        raise ValueError(
+            "guidance_scale cannot be used with drafts: its cache of the text is not rolled back; leave one of them out"
+        )
 
 
 def make_assisted_decoding(_: Any) -> Callable[..., Any]:

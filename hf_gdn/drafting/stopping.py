@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList
 
 from ..caches import rollback
 
 # transformers cuts a draft at these itself, or they do not depend on the text.
-_KNOWN = ("MaxLengthCriteria", "EosTokenCriteria", "MaxTimeCriteria")
+_KNOWN = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)
 _PER_TOKEN = ("scores", "logits", "attentions", "hidden_states")  # of what generate() returns
 
 
@@ -101,7 +101,7 @@ def stop_in_drafts(kwargs: dict[str, Any], cache: Any, length: int) -> StopInDra
         length: of the prompt.
     """
     criteria = kwargs.get("stopping_criteria") or ()
-    if all(type(one).__name__ in _KNOWN for one in criteria):
+    if all(type(one) in _KNOWN for one in criteria):
         return None
     found = StopInDrafts(criteria, cache, length, kwargs.get("streamer"))
     kwargs["stopping_criteria"] = found

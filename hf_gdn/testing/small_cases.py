@@ -402,6 +402,16 @@ def backward_prologue(op: str) -> Iterator[Case]:
     yield Case(op, "packed", host_never_asked, dict(first, T=20), packed(0, 1, 20))
 
 
+def _norms(op: str, by_name: dict[str, dict[str, Any]]) -> Iterator[Case]:
+    """All sizes, and the norms of all families in all dtypes."""
+    for name, sizes in by_name.items():
+        yield Case(op, name, sizes=sizes)
+    for family, (_, spec) in FAMILIES.items():
+        for dtype, name in named_dtypes(DTYPES):
+            sizes = {**by_name["odd_dims"], **norm_spec(spec), "dtype": dtype}
+            yield Case(op, f"{family}_{name}", sizes=sizes)
+
+
 def gated_norm(op: str) -> Iterator[Case]:
     shapes = {  # B, T, HK, HV, V
         "one_row": (1, 1, 1, 1, 16),
@@ -412,12 +422,7 @@ def gated_norm(op: str) -> Iterator[Case]:
         "no_rows": (1, 0, 1, 2, 16),
     }
     by_name = {name: dict(sizes, K=8) for name, sizes in named_sizes("B T HK HV V", shapes)}
-    for name, sizes in by_name.items():
-        yield Case(op, name, sizes=sizes)
-    for family, (_, spec) in FAMILIES.items():
-        for dtype, name in named_dtypes(DTYPES):
-            sizes = {**by_name["odd_dims"], **norm_spec(spec), "dtype": dtype}
-            yield Case(op, f"{family}_{name}", sizes=sizes)
+    yield from _norms(op, by_name)
     for gate in ("silu", "sigmoid"):
         for fp32 in (False, True):
             sizes = dict(B=2, T=5, HK=2, HV=4, K=8, V=20, gate=gate, norm_in_fp32=fp32)
@@ -440,12 +445,7 @@ def backward_gated_norm(op: str) -> Iterator[Case]:
         "no_rows": (1, 0, 1, 2, 16),
     }
     by_name = {name: dict(sizes, K=8) for name, sizes in named_sizes("B T HK HV V", shapes)}
-    for name, sizes in by_name.items():
-        yield Case(op, name, sizes=sizes)
-    for family, (_, spec) in FAMILIES.items():
-        for dtype, name in named_dtypes(DTYPES):
-            sizes = {**by_name["odd_dims"], **norm_spec(spec), "dtype": dtype}
-            yield Case(op, f"{family}_{name}", sizes=sizes)
+    yield from _norms(op, by_name)
     for change in (zero_rows, far_gates):
         for gate in ("silu", "sigmoid"):
             sizes = dict(by_name["odd_dims"], gate=gate)

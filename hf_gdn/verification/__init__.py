@@ -156,9 +156,14 @@ def verdict_of(kernel: Kernel, request: Request, device: torch.device, fresh: bo
     return verdict
 
 
+def _refuse_later(kernel: Kernel, request: Request, device: torch.device, error: Exception) -> None:
+    """Refuse a kernel that has left the device unusable, in later processes."""
+    verdicts.save(verdicts.key(kernel, request, device), Verdict(f"left the device unusable: {reason(error)}"))
+
+
 def unusable(kernel: Kernel, request: Request, device: torch.device, error: Exception) -> RuntimeError:
     """Refuse a kernel in later processes, because its check has left the device unusable; the error to raise."""
-    verdicts.save(verdicts.key(kernel, request, device), Verdict(f"left the device unusable: {reason(error)}"))
+    _refuse_later(kernel, request, device, error)
     return RuntimeError(
         f"the check of {kernel.op} of backend {kernel.backend!r} left {verdicts.model_of(device)} unusable for "
         f"this process: {reason(error)}. Start again: the kernel is refused from now on"
@@ -171,7 +176,7 @@ def device_lost(kernel: Kernel, request: Request, device: torch.device, error: E
     Otherwise such errors are raised by a later call, often of a kernel that is right.
     """
     if any(os.environ.get(name) == "1" for name in _BLOCKING):
-        verdicts.save(verdicts.key(kernel, request, device), Verdict(f"left the device unusable: {reason(error)}"))
+        _refuse_later(kernel, request, device, error)
         hint = f"{kernel.op} of backend {kernel.backend!r} is refused for such calls from the next process on"
     else:
         hint = (
